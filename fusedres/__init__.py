@@ -1,0 +1,23 @@
+"""fusedres: residual and dense blocks as fused, drop-in operations.
+
+>>> model = fusedres.convert(torchvision.models.resnet50())
+>>> print(fusedres.report(model))
+"""
+
+from . import functional, nn
+from .conversion import Report, convert, report, revert
+from .dispatch import BackendError, backends, use_backend
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "Report",
+    "__version__",
+    "backends",
+    "convert",
+    "functional",
+    "nn",
+    "report",
+    "revert",
+    "use_backend",
+]

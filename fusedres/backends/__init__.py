@@ -1,0 +1,1 @@
+"""Implementations of the primitives: one module each, with the functions that :mod:`fusedres.backends.eager` defines."""

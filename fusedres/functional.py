@@ -1,0 +1,65 @@
+"""The fused blocks as functions of tensors, for models that hold their parameters their own way.
+
+Every function takes N x C x H x W maps (channels_last is native, anything else is copied once) in float16, bfloat16, float32 or float64,
+chooses a backend as the modules do, and runs the eager primitives where no faster backend serves the tensors. Descriptions are those of
+``fusedres.schedules``: :class:`Unit` (a convolution, its BatchNorm and activation), :class:`Layer` (a dense layer).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import blocks, dispatch
+from .backends import eager
+from .backends.eager import Geometry, Pool
+from .describe import Unsupported
+from .schedules import chain, dense, norm_pool
+from .schedules.chain import Chain
+from .schedules.common import Conv, Norm, Unit
+from .schedules.dense import Layer
+from .schedules.norm_pool import NormPool
+
+__all__ = [
+    "Conv", "Geometry", "Layer", "Norm", "Pool", "Unit", "conv_bn_act", "dense_block", "norm_pool_conv", "residual_block",
+]  # fmt: skip
+
+
+def _serve(check, x: Tensor):
+    """The backend for ``x``, after ``check(x)``; what a module would leave to its original forward is an error here."""
+    try:
+        check(x)
+    except Unsupported as reason:
+        raise ValueError(f"fusedres.functional: {reason}") from None
+    return dispatch.resolve(x.device, x.dtype) or eager
+
+
+def _run_chain(description: Chain, x: Tensor) -> Tensor:
+    backend = _serve(lambda x: blocks.check_chain(description, x), x)
+    return chain.run(backend, description, x)
+
+
+def residual_block(x: Tensor, units: tuple[Unit, ...], projection: Unit | None = None, act: str = "relu") -> Tensor:
+    """``act(units(x) + shortcut(x))``: the shortcut is ``projection`` (a Unit with act "none") or, without it, x itself.
+
+    Raises ValueError where shapes, dtypes or devices do not fit, or a BatchNorm in training would see one value per channel.
+    """
+    return _run_chain(Chain(tuple(units), projection is None, projection, act), x)
+
+
+def conv_bn_act(x: Tensor, unit: Unit, pool: Pool | None = None) -> Tensor:
+    """Convolution, BatchNorm and activation, and a max pool behind them where given. Raises as :func:`residual_block`."""
+    return _run_chain(Chain((unit,), pool=pool), x)
+
+
+def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
+    """x and the outputs of all ``layers``, each reading everything before it, side by side in one buffer. Raises as
+    :func:`residual_block`."""
+    layers = tuple(layers)
+    return dense.run(_serve(lambda x: blocks.check_dense(layers, x), x), layers, x)[0]
+
+
+def norm_pool_conv(x: Tensor, norm: Norm, pool: Pool, conv: Conv | None = None) -> Tensor:
+    """``conv(pool(act(norm(x))))`` with a mean pool and a 1x1 convolution or none: a DenseNet's transition or head. Raises as
+    :func:`residual_block`."""
+    block = NormPool(norm, pool, conv)
+    return norm_pool.run(_serve(lambda x: blocks.check_norm_pool(block, x), x), block, x)

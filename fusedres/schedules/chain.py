@@ -1,0 +1,224 @@
+"""The residual chain: conv-BN-act units in a row, with or without a shortcut around them, with or without a max pool behind them.
+
+    raw_i = conv_i(a_{i-1}),  a_i = act_i(BN_i(raw_i)),  a_0 = x
+    y     = act(BN_n(raw_n) + shortcut),  shortcut = x | BN_d(conv_d(x)) | nothing
+
+One schedule for the basic block (2 units), the bottleneck (3), the plain conv-BN-act (1) and the stem (1 and a pool). He et al. 2015
+(arXiv 1512.03385), figures 2 and 5. Kept for backward: x, every raw, y where the join has an activation, and C-sized vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.eager import Pool
+from .common import (
+    Unit,
+    as_map,
+    bias_gradient,
+    channel_empty,
+    coefficients,
+    conv_tensors,
+    count,
+    double_backward,
+    frozen,
+    gradient_of,
+    new_stats,
+    norm_tensors,
+    reference_conv,
+    reference_norm,
+)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A residual chain. ``projection`` and ``identity`` exclude each other; ``pool`` (max) excludes both and wants one unit.
+
+    ``act`` is the activation of the join; the last unit's own is then ``"none"``. Without a shortcut the last unit's activation is the
+    chain's and ``act`` is ``"none"``.
+    """
+
+    units: tuple[Unit, ...]
+    identity: bool = False
+    projection: Unit | None = None
+    act: str = "none"
+    pool: Pool | None = None
+
+    @property
+    def all_units(self) -> tuple[Unit, ...]:
+        """The units of the main path, then the projection."""
+        return self.units if self.projection is None else (*self.units, self.projection)
+
+    def tensors(self) -> list[Tensor | None]:
+        """The differentiable tensors, four per unit: convolution weight and bias, BatchNorm weight and bias."""
+        return [t for u in self.all_units for t in (*conv_tensors(u.conv), *norm_tensors(u.norm))]
+
+
+def run(backend, chain: Chain, x: Tensor) -> Tensor:
+    """``y`` of the chain for the map ``x``; differentiable where gradients are asked for."""
+    tensors = chain.tensors()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return ChainFunction.apply(backend, chain, x, *tensors)
+    if any(u.norm.training for u in chain.all_units):
+        return _forward(backend, chain, as_map(x))[0]
+    return infer(backend, chain, as_map(x))
+
+
+def infer(backend, chain: Chain, x: Tensor) -> Tensor:
+    """The chain by running statistics: each convolution with its affine, activation and join in one epilogue."""
+    residual, residual_affine = (x if chain.identity else None), None
+    if chain.projection is not None:
+        conv = chain.projection.conv
+        residual = backend.conv_forward(x, None, "none", conv.weight, conv.bias, conv.geometry)
+        residual_affine = frozen(backend, chain.projection.norm, residual)[0]
+    h = x
+    for unit in chain.units:
+        last = unit is chain.units[-1] and residual is not None
+        conv, norm = unit.conv, unit.norm
+        h = backend.conv_forward(
+            h, None, "none", conv.weight, conv.bias, conv.geometry,
+            out_affine=frozen(backend, norm, x)[0],
+            residual=residual if last else None,
+            residual_affine=residual_affine if last else None,
+            out_act=chain.act if last else norm.act,
+        )  # fmt: skip
+    return h if chain.pool is None else backend.pool_forward(h, None, "none", chain.pool)[0]
+
+
+def _conv_bn(backend, unit: Unit, x: Tensor, affine: Tensor | None, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    conv = unit.conv
+    stats = new_stats(unit.norm, conv.weight.shape[0], x)
+    raw = backend.conv_forward(x, affine, act, conv.weight, conv.bias, conv.geometry, stats=stats)
+    return raw, *coefficients(backend, unit.norm, stats, raw)
+
+
+def _forward(backend, chain: Chain, x: Tensor):
+    """``(y, index of the pool, raws, affines, saveds)``, one entry per unit, the projection's last."""
+    raws, affines, saveds = [], [], []
+    h, affine, act = x, None, "none"
+    for unit in chain.units:
+        h, affine, saved = _conv_bn(backend, unit, h, affine, act)
+        act = unit.norm.act
+        raws.append(h), affines.append(affine), saveds.append(saved)
+    residual, residual_affine = (x if chain.identity else None), None
+    if chain.projection is not None:
+        residual, residual_affine, saved = _conv_bn(backend, chain.projection, x, None, "none")
+        raws.append(residual), affines.append(residual_affine), saveds.append(saved)
+    if chain.pool is not None:
+        y, index = backend.pool_forward(h, affine, act, chain.pool)
+    else:
+        joined = chain.act if residual is not None else act
+        y, index = backend.join_forward(h, affine, residual, residual_affine, joined), None
+    return y, index, raws, affines, saveds
+
+
+class ChainFunction(torch.autograd.Function):
+    """``apply(backend, chain, x, *chain.tensors()) -> y``."""
+
+    @staticmethod
+    def forward(ctx, backend, chain, x, *tensors):
+        x = as_map(x)
+        y, index, raws, affines, saveds = _forward(backend, chain, x)
+        ctx.backend, ctx.chain = backend, chain
+        keep_y = y if (chain.identity or chain.projection is not None) and chain.act != "none" else None
+        ctx.save_for_backward(x, keep_y, index, *raws, *affines, *saveds, *tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        backend, chain, need = ctx.backend, ctx.chain, ctx.needs_input_grad[2:]
+        n, total = len(chain.units), len(chain.all_units)
+        x, y, index, *rest = ctx.saved_tensors
+        raws, affines, saveds, tensors = rest[:total], rest[total : 2 * total], rest[2 * total : 3 * total], rest[3 * total :]
+        if torch.is_grad_enabled():
+            return None, None, *double_backward(backend, lambda *t: reference(chain, *t), (x, *tensors), grad)
+
+        grads: list[Tensor | None] = [None] * len(tensors)
+        sums = [channel_empty(2, raw.shape[1], raw) for raw in raws]
+        coeffs = [channel_empty(3, raw.shape[1], raw) for raw in raws]
+
+        def finish_norm(i: int) -> None:
+            """From the sums of unit i: the pending form of its raw's gradient, and its C-sized gradients."""
+            unit, rows = chain.all_units[i], count(raws[i])
+            backend.bn_backward(sums[i], rows, unit.norm.weight, saveds[i], unit.norm.training, coeffs[i])
+            at, wanted = 4 * i, need[1 + 4 * i : 5 + 4 * i]
+            grads[at + 1] = bias_gradient(sums[i], coeffs[i], saveds[i], rows, unit.conv, wanted[1])
+            grads[at + 2] = gradient_of(sums[i][1], unit.norm.weight, wanted[2])
+            grads[at + 3] = gradient_of(sums[i][0], unit.norm.bias, wanted[3])
+
+        grad = as_map(grad)
+        last = n - 1
+        pending = True  # whether dz still waits for the last BatchNorm's coeff
+        if chain.pool is not None:
+            args = (grad, index, raws[last], affines[last], saveds[last], chain.units[last].norm.act, chain.pool)
+            backend.pool_backward(*args, sums=sums[last])
+            finish_norm(last)
+            dz, pending = backend.pool_backward(*args, coeff=coeffs[last]), False
+        else:
+            joined = chain.identity or chain.projection is not None
+            dz = backend.join_backward(
+                grad, y, raws[last], affines[last], saveds[last], chain.act if joined else chain.units[last].norm.act,
+                sums=sums[last],
+                residual_raw=raws[n] if total > n else None,
+                residual_saved=saveds[n] if total > n else None,
+                residual_sums=sums[n] if total > n else None,
+            )  # fmt: skip
+            finish_norm(last)
+
+        dx = None
+        if chain.projection is not None:
+            finish_norm(n)
+            dx, grads[4 * n] = backend.conv_backward(
+                dz, raws[n] if chain.projection.norm.training else None, coeffs[n], x, None, None, "none", tensors[4 * n],
+                chain.projection.conv.geometry, need_dx=need[0], need_dw=need[1 + 4 * n],
+            )  # fmt: skip
+
+        g = dz
+        for i in range(last, -1, -1):
+            unit = chain.units[i]
+            wanted_below = any(need[: 1 + 4 * i])
+            training = unit.norm.training
+            raw, coeff = (raws[i] if training else None, coeffs[i]) if pending else (None, None)
+            pending = True
+            if not (wanted_below or need[1 + 4 * i]):
+                break
+            if i > 0:
+                g, grads[4 * i] = backend.conv_backward(
+                    g, raw, coeff, raws[i - 1], affines[i - 1], saveds[i - 1], chain.units[i - 1].norm.act, tensors[4 * i],
+                    unit.conv.geometry, need_dx=wanted_below, need_dw=need[1 + 4 * i], sums=sums[i - 1] if wanted_below else None,
+                )  # fmt: skip
+                if not wanted_below:
+                    break
+                finish_norm(i - 1)
+            else:
+                # the shortcut's gradient is there already: add to it, in place where it is ours and no longer read
+                base, into = None, dx
+                if chain.identity:
+                    owned = dz is not grad and dz is not g
+                    base, into = (None, dz) if owned else (dz, None)
+                dx, grads[0] = backend.conv_backward(
+                    g, raw, coeff, x, None, None, "none", tensors[0], unit.conv.geometry, need_dx=need[0], need_dw=need[1],
+                    dx=into, base=base, accumulate=into is not None,
+                )  # fmt: skip
+        return None, None, dx if need[0] else None, *grads
+
+
+def reference(chain: Chain, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """The definition, in plain PyTorch, for the tensors of :meth:`Chain.tensors`; running statistics untouched."""
+
+    def unit(i: int, h: Tensor) -> Tensor:
+        weight, bias, gamma, beta = tensors[4 * i : 4 * i + 4]
+        u = chain.all_units[i]
+        return reference_norm(reference_conv(h, u.conv, weight, bias), u.norm, gamma, beta)
+
+    h = x
+    for i in range(len(chain.units)):
+        h = unit(i, h)
+    if chain.identity or chain.projection is not None:
+        h = h + (x if chain.identity else unit(len(chain.units), x))
+        h = F.relu(h) if chain.act == "relu" else h
+    return h if chain.pool is None else F.max_pool2d(h, chain.pool.kernel, chain.pool.stride, chain.pool.padding)

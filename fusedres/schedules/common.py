@@ -1,0 +1,168 @@
+"""What the schedules share: the description of a convolution with its BatchNorm, and the C-sized steps between passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.eager import Geometry, accum_dtype
+from ..backends.vendor import as_map
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm as the schedules see it.
+
+    ``training``: normalise by the statistics of the batch (else by the running ones). ``momentum`` is the factor of this step's update
+    of the running statistics, which is skipped where they are None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    act: str
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution as the schedules see it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+
+    def out_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the output for an input of ``shape``."""
+        g = self.geometry
+        spatial = (
+            (size + 2 * g.padding[i] - g.dilation[i] * (self.weight.shape[2 + i] - 1) - 1) // g.stride[i] + 1
+            for i, size in enumerate(shape[2:])
+        )
+        return (shape[0], self.weight.shape[0], *spatial)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A convolution followed by its BatchNorm and activation."""
+
+    conv: Conv
+    norm: Norm
+
+
+def conv_tensors(conv: Conv) -> tuple[Tensor | None, ...]:
+    """The differentiable tensors of a convolution, in the order in which the Functions take them."""
+    return conv.weight, conv.bias
+
+
+def norm_tensors(norm: Norm) -> tuple[Tensor | None, ...]:
+    """The differentiable tensors of a BatchNorm, in the order in which the Functions take them."""
+    return norm.weight, norm.bias
+
+
+def count(x: Tensor) -> int:
+    """Values per channel."""
+    return x.numel() // x.shape[1]
+
+
+def channel_empty(rows: int, channels: int, like: Tensor) -> Tensor:
+    """An uninitialised ``[rows, channels]`` per-channel tensor for maps like ``like``."""
+    return torch.empty(rows, channels, dtype=accum_dtype(like.dtype), device=like.device)
+
+
+def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised channels_last map."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def new_stats(norm: Norm, channels: int, like: Tensor) -> Tensor | None:
+    """Room for the statistics that a BatchNorm in training needs, None where it uses the running ones."""
+    return channel_empty(2, channels, like) if norm.training else None
+
+
+def coefficients(backend, norm: Norm, stats: Tensor | None, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """``(affine, saved)`` of ``norm`` for ``raw``; updates the running statistics in training."""
+    if norm.training:
+        return backend.bn_coefficients(
+            stats, count(raw), norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps
+        )
+    return frozen(backend, norm, raw)
+
+
+def frozen(backend, norm: Norm, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``(affine, saved)`` of ``norm`` by its running statistics."""
+    return backend.bn_frozen(
+        norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, accum_dtype(like.dtype)
+    )
+
+
+def gradient_of(vector: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
+    """A row of ``sums`` as the gradient of a BatchNorm's parameter."""
+    return vector.to(parameter.dtype) if needed else None
+
+
+def bias_gradient(sums: Tensor, coeff: Tensor, saved: Tensor, n: int, conv: Conv, needed: bool) -> Tensor | None:
+    """The gradient of a bias in front of a BatchNorm, from C numbers: ``sum(p * dz + q * raw + r)``.
+
+    In training it is zero up to rounding, because normalisation removes the bias.
+    """
+    if not needed:
+        return None
+    return (coeff[0] * sums[0] + n * (coeff[1] * saved[0] + coeff[2])).to(conv.bias.dtype)
+
+
+def double_backward(backend, reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor):
+    """The gradients of ``reference(*inputs)`` as a differentiable graph: what a backward returns under ``create_graph=True``.
+
+    Only the eager backend offers it: the block is replayed in plain PyTorch. Raises RuntimeError on the others.
+    """
+    if backend.name != "eager":
+        raise RuntimeError(
+            f"fusedres: a block that ran on the {backend.name!r} backend was differentiated with create_graph=True, but its fused "
+            'backward is not differentiable. Run the forward under fusedres.use_backend("eager"), which supports double backward.'
+        )
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(reference(*inputs), wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def reference_norm(x: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``act(BatchNorm(x))`` in plain PyTorch, running statistics untouched."""
+    running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+    y = F.batch_norm(x, *running, weight, bias, norm.training, 0.0, norm.eps)
+    return F.relu(y) if norm.act == "relu" else y
+
+
+def reference_conv(x: Tensor, conv: Conv, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution in plain PyTorch."""
+    g = conv.geometry
+    return torch.convolution(x, weight, bias, g.stride, g.padding, g.dilation, False, [0] * len(g.padding), g.groups)
+
+
+__all__ = [
+    "Conv",
+    "Geometry",
+    "Norm",
+    "Unit",
+    "as_map",
+    "bias_gradient",
+    "channel_empty",
+    "coefficients",
+    "conv_tensors",
+    "count",
+    "double_backward",
+    "empty_map",
+    "frozen",
+    "gradient_of",
+    "new_stats",
+    "norm_tensors",
+    "reference_conv",
+    "reference_norm",
+]

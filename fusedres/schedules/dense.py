@@ -1,0 +1,204 @@
+"""The dense block in one preallocated buffer (Huang et al. 2016, arXiv 1608.06993, with bottleneck layers).
+
+    X_0 = x,  slice_l = conv2_l(act(BN2_l(conv1_l(act(BN1_l([X_0 .. slice_{l-1}]))))))
+
+Every layer writes its k channels into its slice: nothing is concatenated. A channel's statistics do not depend on who reads it, so they
+are reduced once, where it is written. Backward, with dz_lc the gradient at the output of layer l's first BatchNorm and M rows:
+
+    dX_c = G_c - A_c - xhat_c * B_c,  G_c = dY_c + sum_l gamma_lc * invstd_c * dz_lc        (one buffer, accumulated in place)
+    A_c  = sum_l gamma_lc * invstd_c * mean(dz_lc),  B_c = sum_l gamma_lc * invstd_c * mean(dz_lc * xhat_c)
+
+The correction (A, B) is a pending coeff of the slice's gradient, applied once, where the slice's gradient is consumed. Kept for
+backward: the buffer and each layer's bottleneck output, once; the peak adds one gradient buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .common import (
+    Conv,
+    Norm,
+    as_map,
+    bias_gradient,
+    channel_empty,
+    coefficients,
+    conv_tensors,
+    count,
+    double_backward,
+    empty_map,
+    frozen,
+    gradient_of,
+    new_stats,
+    norm_tensors,
+    reference_conv,
+    reference_norm,
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """norm1-act-conv1-norm2-act-conv2."""
+
+    norm1: Norm
+    conv1: Conv
+    norm2: Norm
+    conv2: Conv
+
+    @property
+    def growth(self) -> int:
+        """Channels that the layer adds."""
+        return self.conv2.weight.shape[0]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The differentiable tensors: norm1, conv1, norm2, conv2, weight and bias each."""
+        return (
+            *norm_tensors(self.norm1), *conv_tensors(self.conv1), *norm_tensors(self.norm2), *conv_tensors(self.conv2),
+        )  # fmt: skip
+
+
+PER_LAYER = 8
+
+
+def run(backend, layers: tuple[Layer, ...], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``(X, stats)``: the concatenation of x and every layer's output, and its per-channel statistics where a layer is in training."""
+    tensors = [t for layer in layers for t in layer.tensors()]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return DenseFunction.apply(backend, layers, x, *tensors)
+    buffer, stats, _ = _forward(backend, layers, as_map(x), keep=False)
+    return buffer, stats
+
+
+def _forward(backend, layers: tuple[Layer, ...], x: Tensor, keep: bool):
+    """``(buffer, stats, kept)``; kept holds per layer the bottleneck's raw output and both (affine, saved), flat, if ``keep``."""
+    first = x.shape[1]
+    total = first + sum(layer.growth for layer in layers)
+    buffer = empty_map((x.shape[0], total, *x.shape[2:]), x)
+    stats = channel_empty(2, total, x) if any(layer.norm1.training for layer in layers) else None
+
+    def stats_of(start: int, stop: int) -> Tensor | None:
+        return None if stats is None else stats[:, start:stop]
+
+    backend.join_forward(x, None, None, None, "none", out=buffer[:, :first], stats=stats_of(0, first))
+    kept: list[Tensor] = []
+    end = first
+    for layer in layers:
+        seen, out = buffer[:, :end], buffer[:, end : end + layer.growth]
+        affine1, saved1 = coefficients(backend, layer.norm1, stats_of(0, end), seen)
+        conv1, conv2, norm2 = layer.conv1, layer.conv2, layer.norm2
+        if keep or norm2.training:
+            mid_stats = new_stats(norm2, conv1.weight.shape[0], x)
+            mid = backend.conv_forward(
+                seen, affine1, layer.norm1.act, conv1.weight, conv1.bias, conv1.geometry, stats=mid_stats
+            )
+            affine2, saved2 = coefficients(backend, norm2, mid_stats, mid)
+            pending = (affine2, norm2.act)
+            if keep:
+                kept += [mid, affine1, saved1, affine2, saved2]
+        else:
+            mid = backend.conv_forward(
+                seen, affine1, layer.norm1.act, conv1.weight, conv1.bias, conv1.geometry,
+                out_affine=frozen(backend, norm2, x)[0], out_act=norm2.act,
+            )  # fmt: skip
+            pending = (None, "none")
+        backend.conv_forward(
+            mid, *pending, conv2.weight, conv2.bias, conv2.geometry, out=out, stats=stats_of(end, end + layer.growth)
+        )
+        end += layer.growth
+    return buffer, stats, kept
+
+
+class DenseFunction(torch.autograd.Function):
+    """``apply(backend, layers, x, *tensors) -> (X, stats)``; stats is not differentiable."""
+
+    @staticmethod
+    def forward(ctx, backend, layers, x, *tensors):
+        buffer, stats, kept = _forward(backend, layers, as_map(x), keep=True)
+        ctx.backend, ctx.layers = backend, layers
+        replayed = x if backend.name == "eager" else None  # only a replay needs x itself; the buffer holds its values
+        ctx.save_for_backward(replayed, buffer, *kept, *tensors)
+        ctx.set_materialize_grads(False)
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
+        return buffer, stats
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        backend, layers, need = ctx.backend, ctx.layers, ctx.needs_input_grad[2:]
+        if grad is None:
+            return (None,) * (3 + PER_LAYER * len(layers))
+        x, buffer, *rest = ctx.saved_tensors
+        kept, tensors = rest[: 5 * len(layers)], rest[5 * len(layers) :]
+        total = buffer.shape[1]
+        first = total - sum(layer.growth for layer in layers)
+        if torch.is_grad_enabled():
+            return None, None, *double_backward(backend, lambda *t: reference(layers, *t), (x, *tensors), grad)
+
+        grad = as_map(grad)
+        rows = count(buffer)
+        gathered = empty_map(buffer.shape, buffer)
+        coeff = channel_empty(3, total, buffer)
+        coeff[0].fill_(1.0)
+        coeff[1:].zero_()
+        grads: list[Tensor | None] = [None] * len(tensors)
+        end = total
+        for i in range(len(layers) - 1, -1, -1):
+            layer, at = layers[i], PER_LAYER * i
+            wanted = need[1 + at : 1 + at + PER_LAYER]
+            mid, affine1, saved1, affine2, saved2 = kept[5 * i : 5 * i + 5]
+            start = end - layer.growth
+            topmost = end == total
+            own = grad[:, start:end] if topmost else gathered[:, start:end]
+            own_raw, own_coeff = (None, None) if topmost else (buffer[:, start:end], coeff[:, start:end])
+            # conv2 <- norm2
+            sums2 = channel_empty(2, mid.shape[1], mid)
+            coeff2 = channel_empty(3, mid.shape[1], mid)
+            if wanted[7]:
+                grads[at + 7] = _slice_bias_gradient(own, own_raw, own_coeff, tensors[at + 7])
+            dz2, grads[at + 6] = backend.conv_backward(
+                own, own_raw, own_coeff, mid, affine2, saved2, layer.norm2.act, tensors[at + 6], layer.conv2.geometry,
+                need_dw=wanted[6], sums=sums2,
+            )  # fmt: skip
+            backend.bn_backward(sums2, rows, tensors[at + 4], saved2, layer.norm2.training, coeff2)
+            grads[at + 4] = gradient_of(sums2[1], tensors[at + 4], wanted[4])
+            grads[at + 5] = gradient_of(sums2[0], tensors[at + 5], wanted[5])
+            grads[at + 3] = bias_gradient(sums2, coeff2, saved2, rows, layer.conv1, wanted[3])
+            # conv1 <- norm1, into the one gradient buffer
+            sums1 = channel_empty(2, start, buffer)
+            _, grads[at + 2] = backend.conv_backward(
+                dz2, mid if layer.norm2.training else None, coeff2, buffer[:, :start], affine1, saved1, layer.norm1.act,
+                tensors[at + 2], layer.conv1.geometry, need_dw=wanted[2], sums=sums1, scaled=True,
+                dx=gathered[:, :start], base=grad[:, :start] if topmost else None, accumulate=not topmost,
+            )  # fmt: skip
+            backend.bn_backward(
+                sums1, rows, tensors[at], saved1, layer.norm1.training, coeff[:, :start], accumulate=True
+            )
+            grads[at] = gradient_of(sums1[1], tensors[at], wanted[0])
+            grads[at + 1] = gradient_of(sums1[0], tensors[at + 1], wanted[1])
+            end = start
+        dx = backend.grad_affine(gathered[:, :first], buffer[:, :first], coeff[:, :first]) if need[0] else None
+        return None, None, dx, *grads
+
+
+def _slice_bias_gradient(grad: Tensor, raw: Tensor | None, coeff: Tensor | None, bias: Tensor) -> Tensor:
+    """The gradient of a bias that writes a slice (no BatchNorm of its own follows): a sum over the slice's gradient."""
+    dims = [0, *range(2, grad.dim())]
+    total = grad.sum(dims, dtype=torch.promote_types(grad.dtype, torch.float32))
+    if coeff is not None:
+        rows = count(grad)
+        total = coeff[0] * total + coeff[1] * raw.sum(dims, dtype=total.dtype) + rows * coeff[2]
+    return total.to(bias.dtype)
+
+
+def reference(layers: tuple[Layer, ...], x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """The definition, in plain PyTorch, for eight tensors per layer; running statistics untouched."""
+    seen = x
+    for i, layer in enumerate(layers):
+        gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2 = tensors[PER_LAYER * i : PER_LAYER * (i + 1)]
+        mid = reference_conv(reference_norm(seen, layer.norm1, gamma1, beta1), layer.conv1, weight1, bias1)
+        out = reference_conv(reference_norm(mid, layer.norm2, gamma2, beta2), layer.conv2, weight2, bias2)
+        seen = torch.cat([seen, out], 1)
+    return seen
