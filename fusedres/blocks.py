@@ -8,6 +8,7 @@ module, a replaced child, an unusual input) runs the class's own forward, and th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import torch
@@ -22,8 +23,9 @@ _STATS = "_fusedres_stats"
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in where ``x`` lives, None where it is off."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -32,6 +34,8 @@ class FusedBlock:
     """What the kinds share. A kind gives ``kind`` (its name), ``describe_block`` and ``run_block``."""
 
     kind = ""
+    #: whether backward recomputes cheap convolutions instead of keeping their outputs; set by convert
+    _fusedres_recompute = False
     #: the outcome of the last call, for report: the backend's name, or why the original modules ran
     _fusedres_last: str | None = None
 
@@ -85,12 +89,8 @@ class FusedBlock:
             return original(x)
         self.__dict__["_fusedres_last"] = backend.name
         describe.count_batches(*norms)
-        off = (
-            torch.autocast(x.device.type, enabled=False)
-            if torch.is_autocast_enabled(x.device.type)
-            else contextlib.nullcontext()
-        )
-        with off:
+        autocast = _autocast_dtype(prepared) is not None
+        with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
             return self.run_block(backend, description, prepared)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,6 +157,8 @@ class _ChainKind(FusedBlock):
         check_chain(description, x)
 
     def run_block(self, backend, description, x):
+        if self._fusedres_recompute:
+            description = dataclasses.replace(description, recompute=True)
         return chain.run(backend, description, x)
 
 
@@ -270,7 +272,7 @@ class FusedDenseBlock(FusedBlock):
         check_dense(description, x)
 
     def run_block(self, backend, description, x):
-        buffer, stats = dense.run(backend, description, x)
+        buffer, stats = dense.run(backend, description, x, self._fusedres_recompute)
         if stats is not None:
             # whoever normalises this very tensor next need not reduce it again; the version tells whether it was changed since
             setattr(buffer, _STATS, (buffer._version, stats))

@@ -64,17 +64,21 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         yield path, module, kind
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     """Fuse the residual and dense blocks of ``model`` in place, and return it.
 
     Modules keep their children, parameters, buffers, hooks and names: an optimizer made before goes on working and checkpoints load both
     ways. What cannot be fused runs its original modules; :func:`report` says why. Raises TypeError if ``model`` is no ``nn.Module``.
+
+    ``recompute``: backward runs the 1x1 convolutions again instead of keeping their outputs, which saves about half of the memory kept for
+    backward; statistics and running statistics are those of the first run. Convert a part of a model (or convert again) to set it there.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert expects a torch.nn.Module, found {type(model).__name__}")
     for _, module, kind in list(_candidates(model)):
         if not isinstance(module, FusedBlock):
             module.__class__ = fused_class(kind, type(module))
+        module._fusedres_recompute = recompute
     return model
 
 
@@ -84,7 +88,8 @@ def revert(model: nn.Module) -> nn.Module:
         raise TypeError(f"revert expects a torch.nn.Module, found {type(model).__name__}")
     for module in model.modules():
         if is_converted(module):
-            module.__dict__.pop("_fusedres_last", None)
+            for name in ("_fusedres_last", "_fusedres_recompute"):
+                module.__dict__.pop(name, None)
             module.__class__ = module.original_class()
     return model
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
 NAMES = ("triton", "cpp", "eager")
 _override: str | None = None
+_observer: Callable[[ModuleType | None], object] | None = None
 _loaded: dict[str, ModuleType | str] = {}
 
 
@@ -52,6 +54,24 @@ class use_backend:
         _override = self._previous
 
 
+class observe:
+    """Put ``wrap(backend)`` in the place of the backend that each block would run on, inside a ``with``: how calls are counted and timed.
+
+    ``wrap`` gets the backend module, or None where the original modules would run, and returns an object with the same functions.
+    """
+
+    def __init__(self, wrap: Callable[[ModuleType | None], object]) -> None:
+        self._wrap = wrap
+
+    def __enter__(self) -> None:
+        global _observer
+        _observer = self._wrap
+
+    def __exit__(self, *exc: object) -> None:
+        global _observer
+        _observer = None
+
+
 def load(name: str) -> ModuleType | str:
     """The backend module, or a sentence that says why it cannot be imported."""
     if name not in _loaded:
@@ -69,10 +89,15 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def resolve(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """The backend for maps of ``dtype`` on ``device``; None where the original modules should run (see the module's docstring).
+    """The backend for maps of ``dtype`` on ``device`` (or what observes it); None where the original modules should run.
 
     Raises BackendError where a backend that was asked for cannot serve them.
     """
+    chosen = _choose(device, dtype)
+    return chosen if _observer is None else _observer(chosen)
+
+
+def _choose(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     if _override is not None:
         reason = why_not(_override, device, dtype)
         if reason is not None:

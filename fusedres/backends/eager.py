@@ -222,30 +222,33 @@ def join_forward(
 
 def join_backward(
     grad: Tensor,
-    y: Tensor | None,
     raw: Tensor,
     affine: Tensor | None,
     saved: Tensor | None,
     act: str,
     *,
     sums: Tensor | None = None,
-    residual_raw: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_affine: Tensor | None = None,
     residual_saved: Tensor | None = None,
     residual_sums: Tensor | None = None,
 ) -> Tensor:
-    """``dz``, the gradient of ``affine(raw) + residual`` under ``act``, and the sums that its BatchNorms need.
+    """``dz``, the gradient of ``affine(raw) + residual_affine(residual)`` under ``act``, and the sums that its BatchNorms need.
 
-    The activation's mask is that of the output ``y`` where given, else rebuilt from ``affine(raw)`` (no residual then). ``sums`` uses
-    xhat of raw by ``saved``; ``residual_sums`` that of ``residual_raw`` by ``residual_saved``. With ``act="none"`` the result is
-    ``grad`` itself (not a copy). Reads grad, y, raw (residual_raw), writes dz.
+    The activation's mask is rebuilt from the operands of :func:`join_forward` (the output is not needed, so nobody has to keep it).
+    ``sums`` uses xhat of raw by ``saved``; ``residual_sums`` that of residual by ``residual_saved``. With ``act="none"`` the result is
+    ``grad`` itself (not a copy). Reads grad, raw and residual, writes dz.
     """
     dz = grad.to(accum_dtype(raw.dtype))
     if act != "none":
-        dz = _mask(dz, _activate(raw, affine, "none") if y is None else y, act)
+        z = _activate(raw, affine, "none")
+        if residual is not None:
+            z = z + _activate(residual, residual_affine, "none")
+        dz = _mask(dz, z, act)
     if sums is not None:
         _write_sums(dz, raw, saved, sums)
     if residual_sums is not None:
-        _write_sums(dz, residual_raw, residual_saved, residual_sums)
+        _write_sums(dz, residual, residual_saved, residual_sums)
     return grad if act == "none" else _deliver(dz, None, raw)
 
 

@@ -4,7 +4,9 @@
     y     = act(BN_n(raw_n) + shortcut),  shortcut = x | BN_d(conv_d(x)) | nothing
 
 One schedule for the basic block (2 units), the bottleneck (3), the plain conv-BN-act (1) and the stem (1 and a pool). He et al. 2015
-(arXiv 1512.03385), figures 2 and 5. Kept for backward: x, every raw, y where the join has an activation, and C-sized vectors.
+(arXiv 1512.03385), figures 2 and 5. Kept for backward: x, every raw, and C-sized vectors; the join's mask is rebuilt from its operands, so
+that y is not kept. With ``recompute`` the raws of 1x1 convolutions are not kept either: backward runs those convolutions again, from what is
+kept, without statistics.
 """
 
 from __future__ import annotations
@@ -47,11 +49,16 @@ class Chain:
     projection: Unit | None = None
     act: str = "none"
     pool: Pool | None = None
+    recompute: bool = False
 
     @property
     def all_units(self) -> tuple[Unit, ...]:
         """The units of the main path, then the projection."""
         return self.units if self.projection is None else (*self.units, self.projection)
+
+    def cheap(self, i: int) -> bool:
+        """Whether backward recomputes the raw of unit ``i``."""
+        return self.recompute and all(size == 1 for size in self.all_units[i].conv.weight.shape[2:])
 
     def tensors(self) -> list[Tensor | None]:
         """The differentiable tensors, four per unit: convolution weight and bias, BatchNorm weight and bias."""
@@ -124,86 +131,98 @@ class ChainFunction(torch.autograd.Function):
         x = as_map(x)
         y, index, raws, affines, saveds = _forward(backend, chain, x)
         ctx.backend, ctx.chain = backend, chain
-        keep_y = y if (chain.identity or chain.projection is not None) and chain.act != "none" else None
-        ctx.save_for_backward(x, keep_y, index, *raws, *affines, *saveds, *tensors)
+        kept = [None if chain.cheap(i) else raw for i, raw in enumerate(raws)]
+        ctx.save_for_backward(x, index, *kept, *affines, *saveds, *tensors)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         backend, chain, need = ctx.backend, ctx.chain, ctx.needs_input_grad[2:]
         n, total = len(chain.units), len(chain.all_units)
-        x, y, index, *rest = ctx.saved_tensors
+        x, index, *rest = ctx.saved_tensors
         raws, affines, saveds, tensors = rest[:total], rest[total : 2 * total], rest[2 * total : 3 * total], rest[3 * total :]
         if torch.is_grad_enabled():
             return None, None, *double_backward(backend, lambda *t: reference(chain, *t), (x, *tensors), grad)
 
         grads: list[Tensor | None] = [None] * len(tensors)
-        sums = [channel_empty(2, raw.shape[1], raw) for raw in raws]
-        coeffs = [channel_empty(3, raw.shape[1], raw) for raw in raws]
+        sums = [channel_empty(2, affine.shape[1], x) for affine in affines]
+        coeffs = [channel_empty(3, affine.shape[1], x) for affine in affines]
+
+        def operand(i: int) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
+            """What unit i reads: a map with its affine, saved and activation."""
+            if i == 0 or i == n:
+                return x, None, None, "none"
+            return raw(i - 1), affines[i - 1], saveds[i - 1], chain.units[i - 1].norm.act
+
+        def raw(i: int) -> Tensor:
+            """The raw output of unit i, recomputed on its first use where it was not kept."""
+            if raws[i] is None:
+                source, affine, _, act = operand(i)
+                geometry = chain.all_units[i].conv.geometry
+                raws[i] = backend.conv_forward(source, affine, act, tensors[4 * i], tensors[4 * i + 1], geometry)
+            return raws[i]
 
         def finish_norm(i: int) -> None:
             """From the sums of unit i: the pending form of its raw's gradient, and its C-sized gradients."""
-            unit, rows = chain.all_units[i], count(raws[i])
+            unit, rows = chain.all_units[i], count(raw(i))
             backend.bn_backward(sums[i], rows, unit.norm.weight, saveds[i], unit.norm.training, coeffs[i])
             at, wanted = 4 * i, need[1 + 4 * i : 5 + 4 * i]
             grads[at + 1] = bias_gradient(sums[i], coeffs[i], saveds[i], rows, unit.conv, wanted[1])
             grads[at + 2] = gradient_of(sums[i][1], unit.norm.weight, wanted[2])
             grads[at + 3] = gradient_of(sums[i][0], unit.norm.bias, wanted[3])
 
+        def backward_conv(i: int, g: Tensor, pending: bool, need_dx: bool, **target) -> Tensor | None:
+            """The input gradient of unit i from the gradient behind its BatchNorm, and its weight's."""
+            source, affine, saved, act = operand(i)
+            own_raw = raw(i) if pending and chain.all_units[i].norm.training else None
+            dx, grads[4 * i] = backend.conv_backward(
+                g, own_raw, coeffs[i] if pending else None, source, affine, saved, act, tensors[4 * i],
+                chain.all_units[i].conv.geometry, need_dx=need_dx, need_dw=need[1 + 4 * i], **target,
+            )  # fmt: skip
+            raws[i] = None  # its last use: freed here, not at the end
+            return dx
+
         grad = as_map(grad)
-        last = n - 1
-        pending = True  # whether dz still waits for the last BatchNorm's coeff
+        last, projected = n - 1, chain.projection is not None
         if chain.pool is not None:
-            args = (grad, index, raws[last], affines[last], saveds[last], chain.units[last].norm.act, chain.pool)
+            args = (grad, index, raw(last), affines[last], saveds[last], chain.units[last].norm.act, chain.pool)
             backend.pool_backward(*args, sums=sums[last])
             finish_norm(last)
             dz, pending = backend.pool_backward(*args, coeff=coeffs[last]), False
         else:
-            joined = chain.identity or chain.projection is not None
-            dz = backend.join_backward(
-                grad, y, raws[last], affines[last], saveds[last], chain.act if joined else chain.units[last].norm.act,
+            joined = chain.identity or projected
+            dz, pending = backend.join_backward(
+                grad, raw(last), affines[last], saveds[last], chain.act if joined else chain.units[last].norm.act,
                 sums=sums[last],
-                residual_raw=raws[n] if total > n else None,
-                residual_saved=saveds[n] if total > n else None,
-                residual_sums=sums[n] if total > n else None,
-            )  # fmt: skip
+                residual=raw(n) if projected else x if chain.identity else None,
+                residual_affine=affines[n] if projected else None,
+                residual_saved=saveds[n] if projected else None,
+                residual_sums=sums[n] if projected else None,
+            ), True  # fmt: skip
             finish_norm(last)
 
         dx = None
-        if chain.projection is not None:
+        if projected:
             finish_norm(n)
-            dx, grads[4 * n] = backend.conv_backward(
-                dz, raws[n] if chain.projection.norm.training else None, coeffs[n], x, None, None, "none", tensors[4 * n],
-                chain.projection.conv.geometry, need_dx=need[0], need_dw=need[1 + 4 * n],
-            )  # fmt: skip
+            if need[0] or need[1 + 4 * n]:
+                dx = backward_conv(n, dz, True, need[0])
+        elif chain.identity:
+            dx = dz
 
         g = dz
-        for i in range(last, -1, -1):
-            unit = chain.units[i]
-            wanted_below = any(need[: 1 + 4 * i])
-            training = unit.norm.training
-            raw, coeff = (raws[i] if training else None, coeffs[i]) if pending else (None, None)
+        for i in range(last, 0, -1):
+            below = any(need[: 1 + 4 * i])
+            if below or need[1 + 4 * i]:
+                g = backward_conv(i, g, pending, below, sums=sums[i - 1] if below else None)
+            if not below:
+                return None, None, None, *grads
+            finish_norm(i - 1)
             pending = True
-            if not (wanted_below or need[1 + 4 * i]):
-                break
-            if i > 0:
-                g, grads[4 * i] = backend.conv_backward(
-                    g, raw, coeff, raws[i - 1], affines[i - 1], saveds[i - 1], chain.units[i - 1].norm.act, tensors[4 * i],
-                    unit.conv.geometry, need_dx=wanted_below, need_dw=need[1 + 4 * i], sums=sums[i - 1] if wanted_below else None,
-                )  # fmt: skip
-                if not wanted_below:
-                    break
-                finish_norm(i - 1)
-            else:
-                # the shortcut's gradient is there already: add to it, in place where it is ours and no longer read
-                base, into = None, dx
-                if chain.identity:
-                    owned = dz is not grad and dz is not g
-                    base, into = (None, dz) if owned else (dz, None)
-                dx, grads[0] = backend.conv_backward(
-                    g, raw, coeff, x, None, None, "none", tensors[0], unit.conv.geometry, need_dx=need[0], need_dw=need[1],
-                    dx=into, base=base, accumulate=into is not None,
-                )  # fmt: skip
+        if need[0] or need[1]:
+            # add to the shortcut's gradient: in place where it is ours and nobody reads it any more
+            ours = dx is not None and dx is not grad and dx is not g
+            target = {"dx": dx, "accumulate": True} if ours else {"base": dx}
+            dx = backward_conv(0, g, pending, need[0], **target)
         return None, None, dx if need[0] else None, *grads
 
 

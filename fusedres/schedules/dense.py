@@ -9,7 +9,8 @@ are reduced once, where it is written. Backward, with dz_lc the gradient at the 
     A_c  = sum_l gamma_lc * invstd_c * mean(dz_lc),  B_c = sum_l gamma_lc * invstd_c * mean(dz_lc * xhat_c)
 
 The correction (A, B) is a pending coeff of the slice's gradient, applied once, where the slice's gradient is consumed. Kept for
-backward: the buffer and each layer's bottleneck output, once; the peak adds one gradient buffer.
+backward: the buffer and each layer's bottleneck output, once; the peak adds one gradient buffer. With ``recompute`` the bottleneck outputs
+are not kept: backward runs the 1x1 convolutions again, from the buffer, without statistics.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ class Layer:
 PER_LAYER = 8
 
 
-def run(backend, layers: tuple[Layer, ...], x: Tensor) -> tuple[Tensor, Tensor | None]:
+def run(backend, layers: tuple[Layer, ...], x: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor | None]:
     """``(X, stats)``: the concatenation of x and every layer's output, and its per-channel statistics where a layer is in training."""
     tensors = [t for layer in layers for t in layer.tensors()]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        return DenseFunction.apply(backend, layers, x, *tensors)
+        return DenseFunction.apply(backend, layers, recompute, x, *tensors)
     buffer, stats, _ = _forward(backend, layers, as_map(x), keep=False)
     return buffer, stats
 
@@ -112,11 +113,13 @@ def _forward(backend, layers: tuple[Layer, ...], x: Tensor, keep: bool):
 
 
 class DenseFunction(torch.autograd.Function):
-    """``apply(backend, layers, x, *tensors) -> (X, stats)``; stats is not differentiable."""
+    """``apply(backend, layers, recompute, x, *tensors) -> (X, stats)``; stats is not differentiable."""
 
     @staticmethod
-    def forward(ctx, backend, layers, x, *tensors):
+    def forward(ctx, backend, layers, recompute, x, *tensors):
         buffer, stats, kept = _forward(backend, layers, as_map(x), keep=True)
+        if recompute:
+            kept[::5] = [None] * len(layers)
         ctx.backend, ctx.layers = backend, layers
         replayed = x if backend.name == "eager" else None  # only a replay needs x itself; the buffer holds its values
         ctx.save_for_backward(replayed, buffer, *kept, *tensors)
@@ -127,15 +130,15 @@ class DenseFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        backend, layers, need = ctx.backend, ctx.layers, ctx.needs_input_grad[2:]
+        backend, layers, need = ctx.backend, ctx.layers, ctx.needs_input_grad[3:]
         if grad is None:
-            return (None,) * (3 + PER_LAYER * len(layers))
+            return (None,) * (4 + PER_LAYER * len(layers))
         x, buffer, *rest = ctx.saved_tensors
         kept, tensors = rest[: 5 * len(layers)], rest[5 * len(layers) :]
         total = buffer.shape[1]
         first = total - sum(layer.growth for layer in layers)
         if torch.is_grad_enabled():
-            return None, None, *double_backward(backend, lambda *t: reference(layers, *t), (x, *tensors), grad)
+            return None, None, None, *double_backward(backend, lambda *t: reference(layers, *t), (x, *tensors), grad)
 
         grad = as_map(grad)
         rows = count(buffer)
@@ -153,6 +156,11 @@ class DenseFunction(torch.autograd.Function):
             topmost = end == total
             own = grad[:, start:end] if topmost else gathered[:, start:end]
             own_raw, own_coeff = (None, None) if topmost else (buffer[:, start:end], coeff[:, start:end])
+            conv1 = layer.conv1
+            if mid is None:
+                mid = backend.conv_forward(
+                    buffer[:, :start], affine1, layer.norm1.act, tensors[at + 2], tensors[at + 3], conv1.geometry
+                )
             # conv2 <- norm2
             sums2 = channel_empty(2, mid.shape[1], mid)
             coeff2 = channel_empty(3, mid.shape[1], mid)
@@ -165,12 +173,12 @@ class DenseFunction(torch.autograd.Function):
             backend.bn_backward(sums2, rows, tensors[at + 4], saved2, layer.norm2.training, coeff2)
             grads[at + 4] = gradient_of(sums2[1], tensors[at + 4], wanted[4])
             grads[at + 5] = gradient_of(sums2[0], tensors[at + 5], wanted[5])
-            grads[at + 3] = bias_gradient(sums2, coeff2, saved2, rows, layer.conv1, wanted[3])
+            grads[at + 3] = bias_gradient(sums2, coeff2, saved2, rows, conv1, wanted[3])
             # conv1 <- norm1, into the one gradient buffer
             sums1 = channel_empty(2, start, buffer)
             _, grads[at + 2] = backend.conv_backward(
                 dz2, mid if layer.norm2.training else None, coeff2, buffer[:, :start], affine1, saved1, layer.norm1.act,
-                tensors[at + 2], layer.conv1.geometry, need_dw=wanted[2], sums=sums1, scaled=True,
+                tensors[at + 2], conv1.geometry, need_dw=wanted[2], sums=sums1, scaled=True,
                 dx=gathered[:, :start], base=grad[:, :start] if topmost else None, accumulate=not topmost,
             )  # fmt: skip
             backend.bn_backward(
@@ -178,9 +186,10 @@ class DenseFunction(torch.autograd.Function):
             )
             grads[at] = gradient_of(sums1[1], tensors[at], wanted[0])
             grads[at + 1] = gradient_of(sums1[0], tensors[at + 1], wanted[1])
+            kept[5 * i] = None  # freed here, not at the end
             end = start
         dx = backend.grad_affine(gathered[:, :first], buffer[:, :first], coeff[:, :first]) if need[0] else None
-        return None, None, dx, *grads
+        return None, None, None, dx, *grads
 
 
 def _slice_bias_gradient(grad: Tensor, raw: Tensor | None, coeff: Tensor | None, bias: Tensor) -> Tensor:

@@ -1,0 +1,336 @@
+"""Where a step's time or traffic goes, primitive by primitive, against the machine's limits.
+
+    python -m bench.roofline --model resnet50 --batch 8 --resolution 160 --mode train            (measured on this machine)
+    python -m bench.roofline --model densenet121 --batch 256 --dtype bfloat16 --count            (counted on meta tensors, no device needed)
+
+Bytes and FLOPs are those of the calls that the schedules really make, recorded at the backend's boundary; a convolution's two gradients
+count as two kernels. Measured runs compare each primitive with a floor: its bytes over the bandwidth of a large copy or its FLOPs over the
+rate of a well-shaped vendor convolution, whichever is larger, both taken in the same run. Counted runs compare the feature-map traffic with
+eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once, its backward reads four times and writes once,
+ReLU works in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import platform
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+
+import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedres
+from fusedres import dispatch
+from fusedres.backends import eager
+from fusedres.schedules.common import Conv, accum_dtype
+
+
+@dataclass
+class Call:
+    """One primitive call: bytes of feature maps read and written, FLOPs, seconds (0 where only counted), kernels it stands for."""
+
+    label: str
+    read: int
+    written: int
+    flops: int
+    seconds: float
+    kernels: int
+
+
+def _bytes(*maps: Tensor | None) -> int:
+    return sum(m.numel() * m.element_size() for m in maps if m is not None)
+
+
+def account(name: str, a: dict, result) -> tuple[str, int, int, int, int]:
+    """``(label, bytes read, bytes written, FLOPs, kernels)`` of a call of primitive ``name`` with arguments ``a``."""
+    if name in ("conv_forward", "conv_backward"):
+        weight = a["weight"]
+        shape = "x".join(str(k) for k in weight.shape[2:]) + ("" if a["geometry"].stride[0] == 1 else " strided")
+    if name == "conv_forward":
+        flops = 2 * result.numel() * weight[0].numel()
+        return f"convolution {shape}", _bytes(a["x"], a["residual"]), _bytes(result), flops, 1
+    if name == "conv_backward":
+        g, raw, x = a["grad"], a["raw"] if a["coeff"] is not None else None, a["x"]
+        flops = 2 * g.numel() * weight[0].numel()
+        read = written = kernels = 0
+        if a["need_dx"]:
+            below = x if a["affine"] is not None or a["sums"] is not None else None
+            old = x if a["accumulate"] or a["base"] is not None else None
+            read, written, kernels = _bytes(g, raw, below, old), _bytes(x), 1
+        if a["need_dw"]:
+            read, kernels = read + _bytes(g, raw, x), kernels + 1
+        return f"convolution {shape} backward", read, written, flops * kernels, kernels
+    if name == "join_forward":
+        label = "join" if a["residual"] is not None else "copy with statistics" if a["affine"] is None else "normalise"
+        return label, _bytes(a["raw"], a["residual"]), _bytes(result), 0, 1
+    if name == "join_backward":
+        written = 0 if a["act"] == "none" else _bytes(result)
+        return "join backward", _bytes(a["grad"], a["raw"], a["residual"]), written, 0, 1
+    if name == "statistics":
+        return "statistics", _bytes(a["x"]), 0, 0, 1
+    if name == "grad_affine":
+        return "gradient correction", _bytes(a["grad"], a["raw"]), _bytes(result), 0, 1
+    if name == "pool_forward":
+        return f"{a['pool'].kind} pool", _bytes(a["x"]), _bytes(*result), 0, 1
+    if name == "pool_backward":
+        return f"{a['pool'].kind} pool backward", _bytes(a["grad"], a["index"], a["x"]), _bytes(result), 0, 1
+    return "C-sized", 0, 0, 0, 1
+
+
+class Recorder:
+    """A backend that forwards every primitive to ``inner`` and records the call."""
+
+    def __init__(self, inner, calls: list[Call]) -> None:
+        self._inner, self._calls, self.name = inner, calls, inner.name
+
+    def __getattr__(self, name: str):
+        function, signature = getattr(self._inner, name), inspect.signature(getattr(eager, name))
+
+        def recorded(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds = time.perf_counter() - start
+            label, read, written, flops, kernels = account(name, bound.arguments, result)
+            self._calls.append(Call(label, read, written, flops, seconds, kernels))
+            return result
+
+        return recorded
+
+
+class Shapes:
+    """A backend that computes shapes only, for counting on meta tensors."""
+
+    name = "shapes"
+
+    def conv_forward(self, x, affine, act, weight, bias, geometry, *, out=None, **rest):
+        shape = Conv(weight, bias, geometry).out_shape(tuple(x.shape))
+        return out if out is not None else x.new_empty(shape)
+
+    def conv_backward(self, grad, raw, coeff, x, affine, saved, act, weight, geometry, *, need_dx=True, need_dw=True, dx=None, **rest):
+        dx = (dx if dx is not None else x.new_empty(x.shape)) if need_dx else None
+        return dx, torch.empty_like(weight) if need_dw else None
+
+    def join_forward(self, raw, *rest, out=None, **more):
+        return out if out is not None else raw.new_empty(raw.shape)
+
+    def join_backward(self, grad, raw, affine, saved, act, **rest):
+        return grad if act == "none" else raw.new_empty(raw.shape)
+
+    def statistics(self, x, stats):
+        return None
+
+    def grad_affine(self, grad, raw, coeff, *, out=None):
+        return out if out is not None else grad.new_empty(grad.shape)
+
+    def pool_forward(self, x, affine, act, pool, *, out=None, stats=None):
+        sizes = zip(x.shape[2:], pool.kernel, pool.stride, pool.padding, strict=True)
+        shape = (*x.shape[:2], *((size + 2 * pad - k) // step + 1 for size, k, step, pad in sizes))
+        index = None if pool.kind == "mean" else x.new_empty(shape, dtype=torch.uint8)
+        return out if out is not None else x.new_empty(shape), index
+
+    def pool_backward(self, grad, index, x, affine, saved, act, pool, *, sums=None, coeff=None, dx=None):
+        return None if coeff is None else x.new_empty(x.shape)
+
+    def bn_coefficients(self, stats, *rest):
+        return torch.empty_like(stats), torch.empty_like(stats)
+
+    def bn_frozen(self, weight, bias, running_mean, running_var, eps, dtype):
+        pair = running_mean.new_empty((2, running_mean.numel()), dtype=accum_dtype(dtype))
+        return pair, torch.empty_like(pair)
+
+    def bn_backward(self, *rest, **more):
+        return None
+
+
+class EagerTraffic(TorchDispatchMode):
+    """Counts the feature-map bytes of eager's operators: each its own pass over its maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.operators = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
+        maps = [t for t in flat if isinstance(t, Tensor) and t.dim() == 4]
+        outs = [t for t in (result if isinstance(result, (list, tuple)) else (result,)) if isinstance(t, Tensor) and t.dim() == 4]
+        name = func.overloadpacket.__name__
+        if func.is_view or "detach" in name or name.startswith(("empty", "t.", "view", "new_")):
+            return result
+        if name == "convolution":
+            moved = _bytes(args[0], result)
+        elif name == "convolution_backward":
+            grad, x = args[0], args[1]
+            moved = _bytes(grad, x) + (_bytes(grad, x) if result[0] is not None else 0)
+        elif "batch_norm_backward" in name:
+            moved = 5 * _bytes(args[1])
+        elif "batch_norm" in name:
+            moved = (3 if args[5] else 2) * _bytes(args[0])
+        else:
+            moved = _bytes(*maps, *outs)
+        if maps:
+            self.operators += 1
+            self.total += moved
+        return result
+
+
+def build(name: str, device: str, dtype: torch.dtype, mode: str) -> torch.nn.Module:
+    """The torchvision model, channels_last."""
+    with torch.device(device):
+        model = torchvision.models.get_model(name)
+    return model.to(dtype=dtype, memory_format=torch.channels_last).train(mode == "train")
+
+
+def step(model: torch.nn.Module, x: Tensor, mode: str) -> None:
+    """One training step without optimizer, or one inference."""
+    if mode == "train":
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(x).sum().backward()
+    else:
+        with torch.no_grad():
+            model(x)
+
+
+def best_of(function, repeats: int = 7) -> float:
+    """The median time of ``function`` after a warm-up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+    """``(bytes per second of a large copy, FLOPs per second of a vendor convolution)`` on this CPU, now."""
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+    bandwidth = 2 * _bytes(source) / best_of(lambda: target.copy_(source))
+    x = torch.randn(8, 128, 20, 20, dtype=dtype).to(memory_format=torch.channels_last)
+    w = torch.randn(128, 128, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        rate = 2 * x.numel() * w[0].numel() / best_of(lambda: torch.conv2d(x, w, padding=1))
+    return bandwidth, rate
+
+
+def measured(args, console: Console) -> dict:
+    """Run the converted model and print each primitive's time against its floor."""
+    dtype = getattr(torch, args.dtype)
+    model = fusedres.convert(build(args.model, "cpu", dtype, args.mode))
+    x = torch.randn(args.batch, 3, args.resolution, args.resolution, dtype=dtype).to(memory_format=torch.channels_last)
+    step(model, x, args.mode)
+    runs, totals = [], []
+    for _ in range(args.repeats):
+        calls: list[Call] = []
+        start = time.perf_counter()
+        with dispatch.observe(lambda inner, calls=calls: Recorder(inner or eager, calls)):
+            step(model, x, args.mode)
+        totals.append(time.perf_counter() - start)
+        runs.append(calls)
+    bandwidth, rate = ceilings(dtype)
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0, 0])
+    for same in zip(*runs, strict=True):
+        row, call = rows[same[0].label], same[0]
+        row[0] += 1
+        row[1] += statistics.median(c.seconds for c in same)
+        row[2] += max((call.read + call.written) / bandwidth, call.flops / rate)
+        row[3] += call.read + call.written
+        row[4] += call.flops
+    total = statistics.median(totals)
+    table = Table(
+        title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}, {torch.get_num_threads()} threads: "
+        f"{total * 1e3:.0f} ms (ceilings: copy {bandwidth / 1e9:.1f} GB/s, convolution {rate / 1e9:.0f} GFLOP/s)"
+    )
+    for head in ("primitive", "calls", "ms", "floor ms", "of floor", "share", "GB/s", "GFLOP/s"):
+        table.add_column(head, justify="left" if head == "primitive" else "right")
+    for label, (calls, seconds, floor, moved, flops) in sorted(rows.items(), key=lambda item: -item[1][1]):
+        table.add_row(
+            label, str(calls), f"{seconds * 1e3:.1f}", f"{floor * 1e3:.1f}", f"{floor / seconds:.0%}" if floor else "-",
+            f"{seconds / total:.1%}", f"{moved / seconds / 1e9:.1f}", f"{flops / seconds / 1e9:.0f}",
+        )  # fmt: skip
+    inside = sum(row[1] for row in rows.values())
+    table.add_row("outside the primitives", "", f"{(total - inside) * 1e3:.1f}", "", "", f"{1 - inside / total:.1%}", "", "")
+    console.print(table)
+    names = ("calls", "seconds", "floor_seconds", "bytes", "flops")
+    return {
+        "total_seconds": total, "copy_bytes_per_s": bandwidth, "flops_per_s": rate,
+        "primitives": {label: dict(zip(names, row, strict=True)) for label, row in rows.items()},
+    }  # fmt: skip
+
+
+def counted(args, console: Console) -> dict:
+    """Count the traffic of a step on meta tensors, ours and eager's, and print floors for a given device."""
+    dtype = getattr(torch, args.dtype)
+    x = torch.empty(args.batch, 3, args.resolution, args.resolution, dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    model = build(args.model, "meta", dtype, args.mode)
+    with EagerTraffic() as theirs:
+        step(model, x, args.mode)
+    calls: list[Call] = []
+    fusedres.convert(model)
+    with dispatch.observe(lambda inner: Recorder(Shapes(), calls)):
+        step(model, x, args.mode)
+    bandwidth, rate = args.bandwidth * 1e12, args.rate * 1e12
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
+    for call in calls:
+        row = rows[call.label]
+        row[0] += call.kernels
+        row[1] += call.read + call.written
+        row[2] += call.flops
+        row[3] += max((call.read + call.written) / bandwidth, call.flops / rate)
+    table = Table(title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule")
+    for head in ("primitive", "launches", "MB per image", "GFLOP per image", f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)"):
+        table.add_column(head, justify="left" if head == "primitive" else "right")
+    for label, (kernels, moved, flops, floor) in sorted(rows.items(), key=lambda item: -item[1][1]):
+        table.add_row(label, str(kernels), f"{moved / args.batch / 1e6:.1f}", f"{flops / args.batch / 1e9:.2f}", f"{floor * 1e3:.2f}")
+    console.print(table)
+    ours = sum(row[1] for row in rows.values())
+    launches = sum(row[0] for row in rows.values())
+    console.print(
+        f"feature-map traffic per image: {ours / args.batch / 1e6:.0f} MB, eager {theirs.total / args.batch / 1e6:.0f} MB: "
+        f"{ours / theirs.total:.2f}x; {launches} launches, eager {theirs.operators} operators; "
+        f"floor {sum(row[3] for row in rows.values()) * 1e3:.1f} ms",
+        highlight=False,
+    )
+    return {"bytes": ours, "eager_bytes": theirs.total, "launches": launches, "calls": [asdict(c) for c in calls]}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50", help="a torchvision model")
+    parser.add_argument("--mode", choices=("train", "infer"), default="train")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--resolution", type=int, default=None, help="pixels; 160 measured, 224 counted")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="what a measured run uses")
+    parser.add_argument("--count", action="store_true", help="count on meta tensors instead of measuring")
+    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s for counted floors (an H200's copy)")
+    parser.add_argument("--rate", type=float, default=790, help="TFLOP/s for counted floors (an H200's bfloat16 product)")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args(argv)
+    args.resolution = args.resolution or (224 if args.count else 160)
+    result = (counted if args.count else measured)(args, Console(width=130))
+    if args.json:
+        environment = {"torch": torch.__version__, "fusedres": fusedres.__version__, "machine": platform.machine()}
+        with open(args.json, "w") as file:
+            json.dump({"arguments": vars(args), "environment": environment, **result}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+// The native convolutions as operators: checks shapes and layouts, and hands the kernels plain pointers.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "capability.h"
+#include "conv.h"
+
+namespace fusedres {
+namespace {
+
+using torch::stable::Tensor;
+
+void parallel(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+const ConvKernels& kernels() {
+#if defined(__x86_64__)
+  switch (cpu_capability()) {
+    case Capability::avx512: return conv_kernels_avx512;
+    case Capability::avx2: return conv_kernels_avx2;
+    default: break;
+  }
+#endif
+  return conv_kernels_default;
+}
+
+float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+// A float32 channels_last map or channel slice. Dimensions of one element have any stride.
+Map map_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, found ", t.dim());
+  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, name, " must be float32");
+  const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
+  int64_t pixel = c;
+  if (w > 1) pixel = t.stride(3);
+  else if (h > 1) pixel = t.stride(2);
+  else if (n > 1) pixel = t.stride(0);
+  const bool rows = (c == 1 || t.stride(1) == 1) && (h == 1 || t.stride(2) == pixel * w) && (n == 1 || t.stride(0) == pixel * w * h);
+  STD_TORCH_CHECK(rows && pixel >= c, name, " must be channels_last or a channel slice of a channels_last map");
+  return {data(t), pixel};
+}
+
+Map map_or_null(const std::optional<Tensor>& t, const char* name) { return t.has_value() ? map_of(*t, name) : Map{nullptr, 0}; }
+
+// Row `row` of a per-channel tensor, null where there is none.
+float* row_of(const std::optional<Tensor>& t, int64_t row, int64_t channels, const char* name) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == torch::headeronly::ScalarType::Float && t->dim() == 2 && t->size(0) > row && t->size(1) == channels &&
+                      (channels == 1 || t->stride(1) == 1),
+                  name, " must be float32 with ", channels, " channels side by side");
+  return data(*t) + row * t->stride(0);
+}
+
+Weight weight_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == torch::headeronly::ScalarType::Float, "weight must be float32 with 4 dimensions");
+  return {data(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+Source plain_or_affine(const Tensor& x, const std::optional<Tensor>& affine, bool relu) {
+  const int64_t c = x.size(1);
+  return {map_of(x, "x"), {nullptr, 0}, row_of(affine, 0, c, "affine"), row_of(affine, 1, c, "affine"), nullptr, relu};
+}
+
+Source pending(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff) {
+  const int64_t c = grad.size(1);
+  return {map_of(grad, "grad"), map_or_null(raw, "raw"), row_of(coeff, 0, c, "coeff"), row_of(coeff, 2, c, "coeff"),
+          row_of(coeff, 1, c, "coeff"), false};
+}
+
+// `geometry` holds stride, padding and dilation, two each.
+Geometry2d geometry_of(const Tensor& in, const Tensor& out, const Tensor& weight, const std::vector<int64_t>& v) {
+  STD_TORCH_CHECK(v.size() == 6, "geometry must hold stride, padding and dilation, two numbers each");
+  const Geometry2d g{in.size(0), in.size(2), in.size(3), in.size(1), out.size(2), out.size(3), out.size(1),
+                     weight.size(2), weight.size(3), v[0], v[1], v[2], v[3], v[4], v[5]};
+  const auto size = [](int64_t n, int64_t k, int64_t s, int64_t p, int64_t d) { return (n + 2 * p - d * (k - 1) - 1) / s + 1; };
+  STD_TORCH_CHECK(weight.size(0) == g.out_c && weight.size(1) == g.in_c && out.size(0) == g.batch &&
+                      g.out_h == size(g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h) &&
+                      g.out_w == size(g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+                  "input, weight and output do not belong to one convolution");
+  STD_TORCH_CHECK(g.kernel_h <= 16 && g.kernel_w <= 16 && g.stride_h * g.stride_w <= 16, "kernel or stride beyond the native kernels");
+  return g;
+}
+
+void conv_forward(const Tensor& x, const std::optional<Tensor>& affine, bool relu, const Tensor& weight, const std::optional<Tensor>& bias,
+                  std::vector<int64_t> geometry, Tensor out, const std::optional<Tensor>& stats, const std::optional<Tensor>& out_affine,
+                  const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_affine, bool out_relu) {
+  ForwardArgs a{};
+  a.g = geometry_of(x, out, weight, geometry);
+  a.x = plain_or_affine(x, affine, relu);
+  a.weight = weight_of(weight);
+  a.out = map_of(out, "out");
+  a.bias = bias.has_value() ? data(*bias) : nullptr;
+  a.mean = row_of(stats, 0, a.g.out_c, "stats");
+  a.m2 = row_of(stats, 1, a.g.out_c, "stats");
+  a.out_scale = row_of(out_affine, 0, a.g.out_c, "out_affine");
+  a.out_shift = row_of(out_affine, 1, a.g.out_c, "out_affine");
+  a.residual = map_or_null(residual, "residual");
+  a.residual_scale = row_of(residual_affine, 0, a.g.out_c, "residual_affine");
+  a.residual_shift = row_of(residual_affine, 1, a.g.out_c, "residual_affine");
+  a.out_relu = out_relu;
+  kernels().forward(a, parallel);
+}
+
+void conv_dgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff, const Tensor& weight,
+                std::vector<int64_t> geometry, Tensor dx, const std::optional<Tensor>& x, const std::optional<Tensor>& affine, bool relu,
+                const std::optional<Tensor>& saved, const std::optional<Tensor>& base, bool accumulate, bool scaled,
+                const std::optional<Tensor>& sums) {
+  DgradArgs a{};
+  a.g = geometry_of(dx, grad, weight, geometry);
+  a.grad = pending(grad, raw, coeff);
+  a.weight = weight_of(weight);
+  a.dx = map_of(dx, "dx");
+  a.x = map_or_null(x, "x");
+  a.scale = row_of(affine, 0, a.g.in_c, "affine");
+  a.shift = row_of(affine, 1, a.g.in_c, "affine");
+  a.relu = relu;
+  if (sums.has_value()) {
+    STD_TORCH_CHECK(x.has_value() && saved.has_value(), "sums need x and saved");
+    a.mean = row_of(saved, 0, a.g.in_c, "saved");
+    a.invstd = row_of(saved, 1, a.g.in_c, "saved");
+    a.sum_dz = row_of(sums, 0, a.g.in_c, "sums");
+    a.sum_dz_xhat = row_of(sums, 1, a.g.in_c, "sums");
+  }
+  a.base = map_or_null(base, "base");
+  a.accumulate = accumulate;
+  a.scaled = scaled;
+  kernels().dgrad(a, parallel);
+}
+
+void conv_wgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff, const Tensor& x,
+                const std::optional<Tensor>& affine, bool relu, std::vector<int64_t> geometry, Tensor dweight) {
+  WgradArgs a{};
+  a.g = geometry_of(x, grad, dweight, geometry);
+  a.grad = pending(grad, raw, coeff);
+  a.x = plain_or_affine(x, affine, relu);
+  a.dweight = weight_of(dweight);
+  kernels().wgrad(a, parallel);
+}
+
+}  // namespace
+}  // namespace fusedres
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
+  m.def(
+      "conv_forward(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, int[] geometry, Tensor(a!) out, Tensor(b!)? stats, "
+      "Tensor? out_affine, Tensor? residual, Tensor? residual_affine, bool out_relu) -> ()");
+  m.def(
+      "conv_dgrad(Tensor grad, Tensor? raw, Tensor? coeff, Tensor weight, int[] geometry, Tensor(a!) dx, Tensor? x, Tensor? affine, "
+      "bool relu, Tensor? saved, Tensor? base, bool accumulate, bool scaled, Tensor(b!)? sums) -> ()");
+  m.def(
+      "conv_wgrad(Tensor grad, Tensor? raw, Tensor? coeff, Tensor x, Tensor? affine, bool relu, int[] geometry, Tensor(a!) dweight) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) {
+  m.impl("conv_forward", TORCH_BOX(&fusedres::conv_forward));
+  m.impl("conv_dgrad", TORCH_BOX(&fusedres::conv_dgrad));
+  m.impl("conv_wgrad", TORCH_BOX(&fusedres::conv_wgrad));
+}

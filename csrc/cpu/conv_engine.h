@@ -1,0 +1,806 @@
+// Implicit-GEMM convolutions in float32, compiled once per CPU capability (FUSEDRES_CAPABILITY names the namespace, FUSEDRES_LANES the
+// floats of a vector).
+//
+// One mechanism for forward and both gradients. A tile is a few rows of output pixels of one or more images. The operand's pixels that a
+// tile needs are loaded once into a scratch that stays in L2, padded with zeros, and whatever is pending (affine and ReLU, or the
+// gradient's p * g + q * raw + r) is applied during that load. A register-blocked kernel multiplies the scratch by packed weights, and an
+// epilogue (statistics; affine, residual and ReLU; or mask, sums and accumulation) visits the tile while it is in cache. So a pending
+// operand is read once, the result is written once, and no intermediate map exists.
+//
+// Partial statistics and sums are kept per tile and merged in tile order in double: the result depends on shapes alone, not on threads.
+//
+// No template of the standard library is instantiated here: such functions are shared between translation units at link time, and a copy
+// compiled for AVX-512 could be the one that an older machine runs.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "conv.h"
+
+namespace fusedres {
+namespace FUSEDRES_CAPABILITY {
+namespace {
+
+constexpr int kLanes = FUSEDRES_LANES;
+typedef float vec __attribute__((vector_size(4 * FUSEDRES_LANES), aligned(4)));
+
+#if FUSEDRES_LANES == 8 || (FUSEDRES_LANES == 4 && defined(__x86_64__))
+#define FUSEDRES_SIXTEEN_REGISTERS 1
+constexpr int kPanelVectors = 2;  // 16 registers: 6 x 2 accumulators, 2 weights, 1 broadcast
+constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 10; }
+#else
+constexpr int kPanelVectors = 4;  // 32 registers: 6 x 4 accumulators, 4 weights, 1 broadcast
+constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 14; }
+#endif
+constexpr int kMaxRows = 14;
+constexpr int64_t kPanel = kPanelVectors * kLanes;
+constexpr int kMaxTaps = 16;                     // per dimension; larger kernels go to the vendor
+constexpr int64_t kTilePixels = 160;             // enough rows to amortise a pass over the packed weights
+constexpr int64_t kScratchFloats = 64 * 1024;    // 256 KiB, a quarter of a current L2
+constexpr int64_t kSegment = 384;                // depth of one kernel call: its weights stay in L2, mostly L1
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
+
+#if FUSEDRES_LANES == 16
+#define FUSEDRES_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define FUSEDRES_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif FUSEDRES_LANES == 8
+#define FUSEDRES_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define FUSEDRES_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define FUSEDRES_LOW 0, 4, 1, 5
+#define FUSEDRES_HIGH 2, 6, 3, 7
+#endif
+
+// dst[j][i] = src[i][j] for kLanes x kLanes floats: log2(kLanes) rounds of interleaving the first half of the rows with the second.
+inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  vec rows[kLanes], next[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) rows[i] = load(src + i * src_stride);
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = __builtin_shufflevector(rows[i], rows[i + kLanes / 2], FUSEDRES_LOW);
+      next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + kLanes / 2], FUSEDRES_HIGH);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(dst + i * dst_stride, rows[i]);
+}
+
+// Uninitialised floats, freed with the owner; aligned for whole vectors.
+struct Buffer {
+  float* data = nullptr;
+  int64_t size = 0;
+  ~Buffer() { std::free(data); }
+  float* get(int64_t floats) {
+    if (floats > size) {
+      std::free(data);
+      size = round_up(floats + 64, 64);
+      data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+      if (data == nullptr) std::abort();
+    }
+    return data;
+  }
+};
+
+struct Indices {
+  int64_t* data = nullptr;
+  int64_t size = 0;
+  ~Indices() { std::free(data); }
+  int64_t* get(int64_t count) {
+    if (count > size) {
+      std::free(data);
+      size = count;
+      data = static_cast<int64_t*>(std::malloc(size * sizeof(int64_t)));
+      if (data == nullptr) std::abort();
+    }
+    return data;
+  }
+};
+
+thread_local Buffer scratch_a, scratch_b, scratch_c;
+thread_local Indices scratch_base, scratch_pixel;
+
+template <class F>
+void run_parallel(Parallel parallel, int64_t n, F&& body) {
+  parallel(n, [](void* context, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))(i);
+  }, &body);
+}
+
+// --- the grid: which source pixels an output pixel reads, and where it goes ---------------------------------------------------------
+
+struct Axis {
+  int64_t grid;                 // output positions of this phase
+  int64_t dst_first, dst_step;  // where position i goes
+  int64_t src_size, step;       // source position of tap t: i * step + offset[t]
+  int taps;
+  int64_t offset[kMaxTaps];
+  int kernel[kMaxTaps];         // which kernel row or column tap t is
+  int64_t low, span;            // smallest offset, and largest minus smallest plus one
+
+  // With a single tap only the needed positions are loaded, side by side.
+  int64_t scratch_step() const { return taps == 1 ? 1 : step; }
+  int64_t scratch_size(int64_t positions) const { return taps == 1 ? positions : (positions - 1) * step + span; }
+  int64_t source(int64_t first, int64_t j) const { return taps == 1 ? (first + j) * step + offset[0] : first * step + low + j; }
+  int64_t shift(int t) const { return taps == 1 ? 0 : offset[t] - low; }
+  bool consecutive() const {
+    for (int t = 1; t < taps; ++t)
+      if (offset[t] != offset[t - 1] + 1) return false;
+    return true;
+  }
+  void finish() {
+    low = taps ? offset[0] : 0;
+    int64_t high = low;
+    for (int t = 1; t < taps; ++t) {
+      low = least(low, offset[t]);
+      high = most(high, offset[t]);
+    }
+    span = high - low + 1;
+  }
+};
+
+Axis forward_axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  Axis a{out, 0, 1, in, stride, static_cast<int>(kernel), {}, {}, 0, 0};
+  for (int t = 0; t < a.taps; ++t) {
+    a.offset[t] = t * dilation - pad;
+    a.kernel[t] = t;
+  }
+  a.finish();
+  return a;
+}
+
+// The input gradient of a strided convolution falls into `stride` phases: positions i * stride + phase read the gradient densely, through
+// those taps whose distance the stride divides.
+Axis dgrad_axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, int64_t phase) {
+  Axis a{phase < in ? div_up(in - phase, stride) : 0, phase, stride, out, 1, 0, {}, {}, 0, 0};
+  for (int64_t t = kernel - 1; t >= 0; --t) {
+    const int64_t distance = phase + pad - t * dilation;
+    if (((distance % stride) + stride) % stride != 0) continue;
+    a.offset[a.taps] = distance >= 0 ? distance / stride : -((-distance) / stride);
+    a.kernel[a.taps] = static_cast<int>(t);
+    ++a.taps;
+  }
+  a.finish();
+  return a;
+}
+
+struct Segment {
+  int64_t offset;  // floats from a pixel's base in the scratch
+  int64_t depth;
+  int64_t row;     // first row of the packed weights
+};
+
+// A chunk of the source's channels: what one scratch load brings.
+struct Chunk {
+  int64_t first, width, row;
+};
+
+struct Problem {
+  Axis h, w;
+  int64_t batch, src_c, dst_c, dst_h, dst_w;
+  int64_t tile_rows, tiles, tile_pixels, scratch_pixels, chunk;
+  int64_t scratch_w;
+
+  int64_t rows() const { return batch * h.grid; }
+  int64_t depth() const { return int64_t(h.taps) * w.taps * src_c; }
+  int64_t chunks() const { return depth() ? div_up(src_c, chunk) : 0; }
+  Chunk chunk_at(int64_t i) const {
+    const int64_t first = i * chunk;
+    return {first, least(chunk, src_c - first), int64_t(h.taps) * w.taps * first};
+  }
+
+  void plan() {
+    scratch_w = w.taps ? w.scratch_size(w.grid) : 0;
+    tile_rows = most(1, kTilePixels / w.grid);
+    tile_rows = most(1, least(tile_rows, div_up(rows(), 4)));
+    tiles = div_up(rows(), tile_rows);
+    tile_pixels = tile_rows * w.grid;
+    // a tile that spans images loads the border of each
+    const int64_t images = (tile_rows - 1) / h.grid + 2;
+    scratch_pixels = 0;
+    if (h.taps && w.taps) {
+      const int64_t extra = h.taps == 1 ? 0 : (h.span - 1) + (h.step > 1 ? h.step - 1 : 0);
+      const int64_t in_rows = (h.taps == 1 ? tile_rows : tile_rows * h.step) + extra * least(images, tile_rows);
+      scratch_pixels = in_rows * scratch_w;
+      const int64_t fit = most(1, kScratchFloats / scratch_pixels);
+      const int64_t pieces = div_up(src_c, least(512, most(64, fit)));
+      chunk = pieces == 1 ? src_c : round_up(div_up(src_c, pieces), kLanes);
+    } else {
+      chunk = src_c;
+    }
+  }
+};
+
+// Where tile `tile` lies: fills, per pixel, its base in the scratch (in floats, for `width` channels) and its index in the destination
+// map, and loads the scratch through `load_row(source pixel or -1, scratch row pointer)`.
+struct Tile {
+  int64_t pixels;
+  const int64_t* base;
+  const int64_t* pixel;
+};
+
+Tile locate(const Problem& p, int64_t tile, int64_t width) {
+  int64_t* base = scratch_base.get(p.tile_pixels);
+  int64_t* pixel = scratch_pixel.get(p.tile_pixels);
+  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  int64_t m = 0, scratch_row = 0;
+  for (int64_t row = begin; row < end;) {
+    const int64_t n = row / p.h.grid, first = row % p.h.grid;
+    const int64_t count = least(end - row, p.h.grid - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t dst_row = (n * p.dst_h + p.h.dst_first + (first + i) * p.h.dst_step) * p.dst_w + p.w.dst_first;
+      const int64_t src_row = (scratch_row + i * p.h.scratch_step()) * p.scratch_w;
+      for (int64_t j = 0; j < p.w.grid; ++j, ++m) {
+        base[m] = (src_row + j * p.w.scratch_step()) * width;
+        pixel[m] = dst_row + j * p.w.dst_step;
+      }
+    }
+    scratch_row += p.h.taps ? p.h.scratch_size(count) : 0;
+    row += count;
+  }
+  return {m, base, pixel};
+}
+
+// --- prologue -----------------------------------------------------------------------------------------------------------------------
+
+inline void load_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
+  const float* x = s.map.data + pixel * s.map.stride + first;
+  if (s.scale == nullptr) {
+    if (s.relu) {
+      for (int64_t c = 0; c < width; ++c) dst[c] = x[c] <= 0.f ? 0.f : x[c];
+    } else {
+      for (int64_t c = 0; c < width; ++c) dst[c] = x[c];
+    }
+    return;
+  }
+  const float* scale = s.scale + first;
+  const float* shift = s.shift + first;
+  if (s.q != nullptr && s.second.data != nullptr) {
+    const float* raw = s.second.data + pixel * s.second.stride + first;
+    const float* q = s.q + first;
+    for (int64_t c = 0; c < width; ++c) dst[c] = scale[c] * x[c] + (q[c] * raw[c] + shift[c]);
+  } else if (s.relu) {
+    for (int64_t c = 0; c < width; ++c) {
+      const float z = scale[c] * x[c] + shift[c];
+      dst[c] = z <= 0.f ? 0.f : z;  // NaN passes
+    }
+  } else {
+    for (int64_t c = 0; c < width; ++c) dst[c] = scale[c] * x[c] + shift[c];
+  }
+}
+
+void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
+  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  float* dst = scratch;
+  for (int64_t row = begin; row < end;) {
+    const int64_t n = row / p.h.grid, first = row % p.h.grid;
+    const int64_t count = least(end - row, p.h.grid - first);
+    const int64_t in_rows = p.h.scratch_size(count);
+    for (int64_t i = 0; i < in_rows; ++i) {
+      const int64_t y = p.h.source(first, i);
+      if (y < 0 || y >= p.h.src_size) {
+        std::memset(dst, 0, p.scratch_w * chunk.width * sizeof(float));
+        dst += p.scratch_w * chunk.width;
+        continue;
+      }
+      const int64_t line = (n * p.h.src_size + y) * p.w.src_size;
+      for (int64_t j = 0; j < p.scratch_w; ++j, dst += chunk.width) {
+        const int64_t x = p.w.source(0, j);
+        if (x < 0 || x >= p.w.src_size) {
+          for (int64_t c = 0; c < chunk.width; ++c) dst[c] = 0.f;
+        } else {
+          load_pixel(s, line + x, chunk.first, chunk.width, dst);
+        }
+      }
+    }
+    row += count;
+  }
+}
+
+// Consecutive columns of the kernel are consecutive in the scratch: they make one deep segment.
+int make_segments(const Problem& p, Chunk chunk, int64_t deepest, Segment* segments) {
+  int count = 0;
+  const bool merged = p.w.consecutive();
+  const int64_t columns = merged ? 1 : p.w.taps;
+  const int64_t run = merged ? p.w.taps * chunk.width : chunk.width;
+  for (int i = 0; i < p.h.taps; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t offset = (p.h.shift(i) * p.scratch_w + p.w.shift(static_cast<int>(j))) * chunk.width;
+      const int64_t row = chunk.row + (int64_t(i) * p.w.taps + j) * chunk.width;
+      const int64_t parts = div_up(run, deepest), part = div_up(run, parts);
+      for (int64_t k = 0; k < run; k += part) segments[count++] = {offset + k, least(part, run - k), row + k};
+    }
+  }
+  return count;
+}
+
+constexpr int kMaxSegments = kMaxTaps * kMaxTaps * 4 + 64;
+
+// --- packed weights -----------------------------------------------------------------------------------------------------------------
+
+// Panels of kPanel destination channels; within a panel the rows follow make_segments: chunk, kernel row, kernel column, channel. The
+// last panel is padded with zeros to whole vectors. `source_stride` and `destination_stride` are those of the weight's two channels.
+int64_t panel_width(int64_t dst_c, int64_t panel) { return round_up(least(kPanel, dst_c - panel * kPanel), kLanes); }
+
+void pack_panel(const Problem& p, const Weight& w, int64_t source_stride, int64_t destination_stride, int64_t panel, float* packed) {
+  const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel), valid = least(width, p.dst_c - first);
+  float* dst = packed + first * p.depth();
+  for (int64_t k = 0; k < p.chunks(); ++k) {
+    const Chunk chunk = p.chunk_at(k);
+    for (int i = 0; i < p.h.taps; ++i) {
+      for (int j = 0; j < p.w.taps; ++j, dst += chunk.width * width) {
+        const float* src = w.data + p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw + chunk.first * source_stride + first * destination_stride;
+        if (valid < width) std::memset(dst, 0, chunk.width * width * sizeof(float));
+        if (destination_stride == 1) {
+          for (int64_t c = 0; c < chunk.width; ++c) std::memcpy(dst + c * width, src + c * source_stride, valid * sizeof(float));
+        } else {
+          int64_t c = 0;
+          if (source_stride == 1) {
+            const int64_t whole = valid / kLanes * kLanes;
+            for (; c + kLanes <= chunk.width; c += kLanes) {
+              for (int64_t n = 0; n < whole; n += kLanes) transpose(src + n * destination_stride + c, destination_stride, dst + c * width + n, width);
+              for (int64_t n = whole; n < valid; ++n)
+                for (int64_t k = c; k < c + kLanes; ++k) dst[k * width + n] = src[n * destination_stride + k];
+            }
+          }
+          for (; c < chunk.width; ++c)
+            for (int64_t n = 0; n < valid; ++n) dst[c * width + n] = src[n * destination_stride + c * source_stride];
+        }
+      }
+    }
+  }
+}
+
+// --- register kernels ---------------------------------------------------------------------------------------------------------------
+
+// c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors]
+template <int R, int V>
+__attribute__((noinline)) void multiply(const float* scratch, const int64_t* base, const float* b, int64_t depth, float* c, int64_t ldc, bool first) {
+  vec acc[R][V];
+  const float* a[R];
+  for (int i = 0; i < R; ++i) {
+    a[i] = scratch + base[i];
+    for (int j = 0; j < V; ++j) acc[i][j] = first ? vec{} : load(c + i * ldc + j * kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    vec weights[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) weights[j] = load(b + (k * V + j) * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const float value = a[i][k];
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) acc[i][j] += value * weights[j];
+    }
+  }
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+}
+
+using Multiply = void (*)(const float*, const int64_t*, const float*, int64_t, float*, int64_t, bool);
+
+// c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors]
+template <int R, int V>
+__attribute__((noinline)) void outer(const float* scratch, const int64_t* base, int64_t pixels, const float* g, int64_t ldg, float* c, int64_t ldc, bool first) {
+  vec acc[R][V];
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < V; ++j) acc[i][j] = first ? vec{} : load(c + i * ldc + j * kLanes);
+  for (int64_t m = 0; m < pixels; ++m) {
+    const float* a = scratch + base[m];
+    vec values[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) values[j] = load(g + m * ldg + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const float value = a[i];
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) acc[i][j] += value * values[j];
+    }
+  }
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+}
+
+using Outer = void (*)(const float*, const int64_t*, int64_t, const float*, int64_t, float*, int64_t, bool);
+
+struct Kernels {
+  Multiply multiply[kPanelVectors + 1][kMaxRows + 1];
+  Outer outer[kPanelVectors + 1][kMaxRows + 1];
+};
+
+template <int V, int R>
+struct Fill {
+  static void into(Kernels& k) {
+    k.multiply[V][R] = multiply<R, V>;
+    k.outer[V][R] = outer<R, V>;
+    Fill<V, R - 1>::into(k);
+  }
+};
+template <int V>
+struct Fill<V, 0> {
+  static void into(Kernels&) {}
+};
+
+Kernels make_kernels() {
+  Kernels k{};
+  Fill<1, rows_for(1)>::into(k);
+  Fill<2, rows_for(2)>::into(k);
+#ifndef FUSEDRES_SIXTEEN_REGISTERS
+  Fill<3, rows_for(3)>::into(k);
+  Fill<4, rows_for(4)>::into(k);
+#endif
+  return k;
+}
+
+const Kernels& kernels() {
+  static const Kernels table = make_kernels();
+  return table;
+}
+
+// Splits `total` into the fewest blocks of at most `limit`, as even as can be: a last block of one row would run at a sixth of the rate.
+inline int64_t even_block(int64_t total, int64_t limit) { return div_up(total, div_up(total, limit)); }
+
+// --- the product of a tile ----------------------------------------------------------------------------------------------------------
+
+// c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`.
+void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float* packed, int64_t first_panel, int64_t last_panel, float* c, int64_t ldc, Tile* where) {
+  Segment segments[kMaxSegments];
+  if (p.chunks() == 0) {
+    *where = locate(p, tile, 1);
+    for (int64_t m = 0; m < where->pixels; ++m) std::memset(c + m * ldc, 0, (least(last_panel * kPanel, round_up(p.dst_c, kLanes)) - first_panel * kPanel) * sizeof(float));
+    return;
+  }
+  float* scratch = scratch_a.get(p.scratch_pixels * p.chunk);
+  for (int64_t k = 0; k < p.chunks(); ++k) {
+    const Chunk chunk = p.chunk_at(k);
+    load_tile(p, s, tile, chunk, scratch);
+    *where = locate(p, tile, chunk.width);
+    const int count = make_segments(p, chunk, kSegment, segments);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t width = panel_width(p.dst_c, panel);
+      const int vectors = static_cast<int>(width / kLanes);
+      const float* weights = packed + panel * kPanel * p.depth();
+      const int64_t block = even_block(where->pixels, rows_for(vectors));
+      for (int i = 0; i < count; ++i) {
+        const bool first = k == 0 && i == 0;
+        for (int64_t m = 0; m < where->pixels; m += block) {
+          const int64_t rows = least(block, where->pixels - m);
+          kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m, weights + segments[i].row * width, segments[i].depth,
+                                            c + m * ldc + (panel - first_panel) * kPanel, ldc, first);
+        }
+      }
+    }
+  }
+}
+
+// How the destination's panels are divided: enough tasks for many threads, a product that fits beside the scratch.
+int64_t panels_per_task(const Problem& p) {
+  const int64_t panels = div_up(p.dst_c, kPanel);
+  const int64_t wanted = div_up(16, p.tiles);
+  const int64_t fit = most(1, 2 * kScratchFloats / (p.tile_pixels * kPanel));
+  return most(1, least(fit, div_up(panels, wanted)));
+}
+
+// --- statistics ---------------------------------------------------------------------------------------------------------------------
+
+// Mean and sum of squared deviations of `rows` rows: two visits of values that are in cache.
+void column_stats(const float* c, int64_t ldc, int64_t rows, int64_t columns, float* mean, float* m2) {
+  const float inverse = 1.f / static_cast<float>(rows);
+  int64_t n = 0;
+  for (; n + kLanes <= columns; n += kLanes) {
+    vec sum{}, squares{};
+    for (int64_t m = 0; m < rows; ++m) sum += load(c + m * ldc + n);
+    const vec average = sum * inverse;
+    for (int64_t m = 0; m < rows; ++m) {
+      const vec d = load(c + m * ldc + n) - average;
+      squares += d * d;
+    }
+    store(mean + n, average);
+    store(m2 + n, squares);
+  }
+  for (; n < columns; ++n) {
+    float sum = 0.f, squares = 0.f;
+    for (int64_t m = 0; m < rows; ++m) sum += c[m * ldc + n];
+    const float average = sum * inverse;
+    for (int64_t m = 0; m < rows; ++m) {
+      const float d = c[m * ldc + n] - average;
+      squares += d * d;
+    }
+    mean[n] = average;
+    m2[n] = squares;
+  }
+}
+
+int64_t pixels_of(const Problem& p, int64_t tile) { return (least(p.rows(), (tile + 1) * p.tile_rows) - tile * p.tile_rows) * p.w.grid; }
+
+// Chan, Golub and LeVeque (1983): merge (count, mean, M2) of the tiles, in order.
+void merge_stats(const Problem& p, const float* partial, float* mean, float* m2, Parallel parallel) {
+  const int64_t channels = p.dst_c, blocks = div_up(channels, 64);
+  run_parallel(parallel, blocks, [&](int64_t b) {
+    for (int64_t n = b * 64; n < least(channels, b * 64 + 64); ++n) {
+      double count = 0, average = 0, squares = 0;
+      for (int64_t t = 0; t < p.tiles; ++t) {
+        const double extra = static_cast<double>(pixels_of(p, t)), total = count + extra;
+        const double delta = partial[t * 2 * channels + n] - average;
+        average += delta * extra / total;
+        squares += partial[(t * 2 + 1) * channels + n] + delta * delta * count * extra / total;
+        count = total;
+      }
+      mean[n] = static_cast<float>(average);
+      m2[n] = static_cast<float>(squares);
+    }
+  });
+}
+
+// --- forward ------------------------------------------------------------------------------------------------------------------------
+
+void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool in_place) {
+  const bool epilogue = a.out_scale != nullptr || a.residual.data != nullptr || a.out_relu;
+  if (in_place && !epilogue && a.bias == nullptr) return;
+  for (int64_t m = 0; m < where.pixels; ++m) {
+    float* v = c + m * ldc;
+    if (a.bias != nullptr)
+      for (int64_t n = 0; n < columns; ++n) v[n] += a.bias[first + n];
+    if (a.out_scale != nullptr) {
+      const float* scale = a.out_scale + first;
+      const float* shift = a.out_shift + first;
+      for (int64_t n = 0; n < columns; ++n) v[n] = scale[n] * v[n] + shift[n];
+    }
+    if (a.residual.data != nullptr) {
+      const float* r = a.residual.data + where.pixel[m] * a.residual.stride + first;
+      if (a.residual_scale != nullptr) {
+        const float* scale = a.residual_scale + first;
+        const float* shift = a.residual_shift + first;
+        for (int64_t n = 0; n < columns; ++n) v[n] += scale[n] * r[n] + shift[n];
+      } else {
+        for (int64_t n = 0; n < columns; ++n) v[n] += r[n];
+      }
+    }
+    if (a.out_relu)
+      for (int64_t n = 0; n < columns; ++n) v[n] = v[n] <= 0.f ? 0.f : v[n];
+    if (!in_place) std::memcpy(a.out.data + where.pixel[m] * a.out.stride + first, v, columns * sizeof(float));
+  }
+}
+
+void forward(const ForwardArgs& a, Parallel parallel) {
+  const Geometry2d& g = a.g;
+  Problem p{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
+            forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+            g.batch, g.in_c, g.out_c, g.out_h, g.out_w, 0, 0, 0, 0, 0, 0};
+  p.plan();
+  const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
+  Buffer packed, partial;
+  float* weights = packed.get(round_up(p.dst_c, kLanes) * p.depth());
+  run_parallel(parallel, panels, [&](int64_t i) { pack_panel(p, a.weight, a.weight.si, a.weight.so, i, weights); });
+  float* stats = a.mean == nullptr ? nullptr : partial.get(p.tiles * 2 * p.dst_c);
+  const bool in_place = p.dst_c % kLanes == 0;
+  run_parallel(parallel, p.tiles * parts, [&](int64_t task) {
+    const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
+    const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
+    const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
+    // output pixels of a tile are consecutive rows of the map
+    float* c = in_place ? a.out.data + tile * p.tile_pixels * a.out.stride + first : scratch_c.get(p.tile_pixels * ldc);
+    Tile where;
+    multiply_tile(p, a.x, tile, weights, begin, end, c, ldc, &where);
+    finish_forward(a, where, first, columns, c, ldc, in_place);
+    if (stats != nullptr) column_stats(c, ldc, where.pixels, columns, stats + tile * 2 * p.dst_c + first, stats + (tile * 2 + 1) * p.dst_c + first);
+  });
+  if (stats != nullptr) merge_stats(p, stats, a.mean, a.m2, parallel);
+}
+
+// --- input gradient -----------------------------------------------------------------------------------------------------------------
+
+template <int V>
+void dgrad_columns(const DgradArgs& a, const Tile& where, int64_t n, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
+  vec scale[V], shift[V], mean[V], invstd[V], s0[V], s1[V];
+  const bool mask = a.scale != nullptr && a.relu, sums = sum_dz != nullptr;
+  for (int j = 0; j < V; ++j) {
+    const int64_t at = n + j * kLanes;
+    scale[j] = a.scale ? load(a.scale + at) : vec{};
+    shift[j] = a.scale ? load(a.shift + at) : vec{};
+    mean[j] = sums ? load(a.mean + at) : vec{};
+    invstd[j] = sums ? load(a.invstd + at) : vec{};
+    s0[j] = s1[j] = vec{};
+  }
+  for (int64_t m = 0; m < where.pixels; ++m) {
+    const int64_t pixel = where.pixel[m];
+    for (int j = 0; j < V; ++j) {
+      const int64_t at = n + j * kLanes;
+      vec dz = load(c + m * ldc + j * kLanes);
+      if (mask || sums) {
+        const vec x = load(a.x.data + pixel * a.x.stride + at);
+        if (mask) {
+          const vec z = scale[j] * x + shift[j];
+          dz = z <= 0.f ? vec{} : dz;
+        }
+        s0[j] += dz;
+        s1[j] += dz * ((x - mean[j]) * invstd[j]);
+      }
+      float* out = a.dx.data + pixel * a.dx.stride + at;
+      if (a.scaled) dz *= scale[j];
+      if (a.accumulate) dz += load(out);
+      else if (a.base.data != nullptr) dz += load(a.base.data + pixel * a.base.stride + at);
+      store(out, dz);
+    }
+  }
+  if (!sums) return;
+  for (int j = 0; j < V; ++j) {
+    store(sum_dz + j * kLanes, s0[j]);
+    store(sum_dz_xhat + j * kLanes, s1[j]);
+  }
+}
+
+void dgrad_column(const DgradArgs& a, const Tile& where, int64_t n, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
+  float s0 = 0.f, s1 = 0.f;
+  for (int64_t m = 0; m < where.pixels; ++m) {
+    const int64_t pixel = where.pixel[m];
+    float dz = c[m * ldc];
+    if (a.scale != nullptr && a.relu && a.scale[n] * a.x.data[pixel * a.x.stride + n] + a.shift[n] <= 0.f) dz = 0.f;
+    if (sum_dz != nullptr) {
+      s0 += dz;
+      s1 += dz * ((a.x.data[pixel * a.x.stride + n] - a.mean[n]) * a.invstd[n]);
+    }
+    float* out = a.dx.data + pixel * a.dx.stride + n;
+    if (a.scaled) dz *= a.scale[n];
+    if (a.accumulate) dz += *out;
+    else if (a.base.data != nullptr) dz += a.base.data[pixel * a.base.stride + n];
+    *out = dz;
+  }
+  if (sum_dz == nullptr) return;
+  *sum_dz = s0;
+  *sum_dz_xhat = s1;
+}
+
+void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
+  int64_t n = 0;
+  const auto at = [&](float* p) { return p == nullptr ? nullptr : p + n; };
+  for (; n + 2 * kLanes <= columns; n += 2 * kLanes) dgrad_columns<2>(a, where, first + n, c + n, ldc, at(sum_dz), at(sum_dz_xhat));
+  for (; n + kLanes <= columns; n += kLanes) dgrad_columns<1>(a, where, first + n, c + n, ldc, at(sum_dz), at(sum_dz_xhat));
+  for (; n < columns; ++n) dgrad_column(a, where, first + n, c + n, ldc, at(sum_dz), at(sum_dz_xhat));
+}
+
+void dgrad(const DgradArgs& a, Parallel parallel) {
+  const Geometry2d& g = a.g;
+  const int64_t phases = g.stride_h * g.stride_w;
+  Problem problems[16];
+  int64_t tiles = 0, first_tile[17] = {0};
+  for (int64_t i = 0; i < phases; ++i) {
+    Problem& p = problems[i];
+    p = Problem{dgrad_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h, i / g.stride_w),
+                dgrad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w, i % g.stride_w),
+                g.batch, g.out_c, g.in_c, g.in_h, g.in_w, 0, 0, 0, 0, 0, 0};
+    if (p.h.grid > 0 && p.w.grid > 0) {
+      p.plan();
+      tiles += p.tiles;
+    }
+    first_tile[i + 1] = tiles;
+  }
+  const int64_t panels = div_up(g.in_c, kPanel);
+  Buffer partial;
+  float* sums = a.sum_dz == nullptr ? nullptr : partial.get(tiles * 2 * g.in_c);
+  for (int64_t i = 0; i < phases; ++i) {
+    const Problem& p = problems[i];
+    if (first_tile[i + 1] == first_tile[i]) continue;
+    const int64_t each = panels_per_task(p), parts = div_up(panels, each);
+    Buffer packed;
+    float* weights = packed.get(round_up(p.dst_c, kLanes) * p.depth());
+    run_parallel(parallel, panels, [&](int64_t panel) { pack_panel(p, a.weight, a.weight.so, a.weight.si, panel, weights); });
+    run_parallel(parallel, p.tiles * parts, [&](int64_t task) {
+      const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
+      const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
+      const int64_t ldc = round_up(columns, kLanes);
+      float* c = scratch_c.get(p.tile_pixels * ldc);
+      Tile where;
+      multiply_tile(p, a.grad, tile, weights, begin, end, c, ldc, &where);
+      float* own = sums == nullptr ? nullptr : sums + (first_tile[i] + tile) * 2 * g.in_c + first;
+      finish_dgrad(a, where, first, columns, c, ldc, own, own == nullptr ? nullptr : own + g.in_c);
+    });
+  }
+  if (sums == nullptr) return;
+  run_parallel(parallel, div_up(g.in_c, 64), [&](int64_t b) {
+    for (int64_t n = b * 64; n < least(g.in_c, b * 64 + 64); ++n) {
+      double s0 = 0, s1 = 0;
+      for (int64_t t = 0; t < tiles; ++t) {
+        s0 += sums[t * 2 * g.in_c + n];
+        s1 += sums[(t * 2 + 1) * g.in_c + n];
+      }
+      a.sum_dz[n] = static_cast<float>(s0);
+      a.sum_dz_xhat[n] = static_cast<float>(s1);
+    }
+  });
+}
+
+// --- weight gradient ----------------------------------------------------------------------------------------------------------------
+
+void wgrad(const WgradArgs& a, Parallel parallel) {
+  const Geometry2d& g = a.g;
+  Problem p{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
+            forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+            g.batch, g.in_c, g.out_c, g.out_h, g.out_w, 0, 0, 0, 0, 0, 0};
+  p.plan();
+  // groups of tiles sum into a partial of their own; their number follows from the shape alone
+  const int64_t size = p.depth() * round_up(p.dst_c, kLanes);
+  const int64_t pixels = p.rows() * p.w.grid;
+  const int64_t groups = least(p.tiles, most(1, least(16, least(pixels / 1024, (int64_t(1) << 23) / size))));
+  const int64_t group_tiles = div_up(p.tiles, groups);
+  const int64_t panels = div_up(p.dst_c, kPanel), chunks = p.chunks();
+  const int64_t each = most(1, least(most(1, kScratchFloats / (p.tile_pixels * kPanel)), div_up(panels, div_up(8, groups * chunks))));
+  const int64_t parts = div_up(panels, each);
+  Buffer partial;
+  float* sums = partial.get(groups * size);
+  run_parallel(parallel, groups * chunks * parts, [&](int64_t task) {
+    const int64_t group = task / (chunks * parts), begin = task % parts * each, end = least(panels, begin + each);
+    const Chunk chunk = p.chunk_at(task / parts % chunks);
+    const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first, ldg = round_up(columns, kLanes);
+    float* scratch = scratch_a.get(p.scratch_pixels * p.chunk);
+    float* gradient = scratch_b.get(p.tile_pixels * ldg);
+    Segment segments[kMaxSegments];
+    const int count = make_segments(p, chunk, int64_t(1) << 40, segments);
+    for (int64_t tile = group * group_tiles; tile < least(p.tiles, (group + 1) * group_tiles); ++tile) {
+      const bool fresh = tile == group * group_tiles;
+      load_tile(p, a.x, tile, chunk, scratch);
+      const Tile where = locate(p, tile, chunk.width);
+      for (int64_t m = 0; m < where.pixels; ++m) {
+        load_pixel(a.grad, where.pixel[m], first, columns, gradient + m * ldg);
+        for (int64_t n = columns; n < ldg; ++n) gradient[m * ldg + n] = 0.f;
+      }
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t width = panel_width(p.dst_c, panel);
+        const int vectors = static_cast<int>(width / kLanes);
+        const float* values = gradient + (panel - begin) * kPanel;
+        float* to = sums + group * size + panel * kPanel * p.depth();
+        for (int i = 0; i < count; ++i) {
+          const int64_t block = even_block(segments[i].depth, rows_for(vectors));
+          for (int64_t k = 0; k < segments[i].depth; k += block) {
+            const int64_t rows = least(block, segments[i].depth - k);
+            kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, where.pixels, values, ldg,
+                                           to + (segments[i].row + k) * width, width, fresh);
+          }
+        }
+      }
+    }
+  });
+  const int64_t used = div_up(p.tiles, group_tiles);
+  // add the partials in order, and lay them out as the weight is
+  run_parallel(parallel, panels * chunks, [&](int64_t task) {
+    const int64_t panel = task / chunks, first = panel * kPanel, width = panel_width(p.dst_c, panel);
+    const int64_t valid = least(width, p.dst_c - first);
+    const Chunk chunk = p.chunk_at(task % chunks);
+    const float* from = sums + first * p.depth() + chunk.row * width;
+    for (int i = 0; i < p.h.taps; ++i) {
+      for (int j = 0; j < p.w.taps; ++j) {
+        float* to = a.dweight.data + i * a.dweight.sh + j * a.dweight.sw + chunk.first * a.dweight.si + first * a.dweight.so;
+        for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
+          float block[kLanes][kPanel];
+          const int64_t rows = least(kLanes, chunk.width - c0);
+          for (int64_t c = 0; c < rows; ++c) {
+            const float* line = from + ((int64_t(i) * p.w.taps + j) * chunk.width + c0 + c) * width;
+            for (int64_t n = 0; n < width; ++n) block[c][n] = line[n];
+            for (int64_t k = 1; k < used; ++k)
+              for (int64_t n = 0; n < width; ++n) block[c][n] += line[k * size + n];
+          }
+          int64_t n = 0;
+          if (a.dweight.si == 1 && rows == kLanes)
+            for (; n + kLanes <= valid; n += kLanes) transpose(block[0] + n, kPanel, to + n * a.dweight.so + c0, a.dweight.so);
+          for (; n < valid; ++n)
+            for (int64_t c = 0; c < rows; ++c) to[n * a.dweight.so + (c0 + c) * a.dweight.si] = block[c][n];
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace FUSEDRES_CAPABILITY
+}  // namespace fusedres
