@@ -13,6 +13,7 @@ ReLU works in place.
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 import platform
@@ -86,6 +87,11 @@ def account(name: str, a: dict, result) -> tuple[str, int, int, int, int]:
     return "C-sized", 0, 0, 0, 1
 
 
+@functools.cache
+def _signature(name: str) -> inspect.Signature:
+    return inspect.signature(getattr(eager, name))
+
+
 class Recorder:
     """A backend that forwards every primitive to ``inner`` and records the call."""
 
@@ -93,7 +99,7 @@ class Recorder:
         self._inner, self._calls, self.name = inner, calls, inner.name
 
     def __getattr__(self, name: str):
-        function, signature = getattr(self._inner, name), inspect.signature(getattr(eager, name))
+        function, signature = getattr(self._inner, name), _signature(name)
 
         def recorded(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "parallel.h"
+
 namespace fusedres {
 
 struct Map {
@@ -74,9 +76,6 @@ struct WgradArgs {
   Source x;
   Weight dweight;
 };
-
-// Runs body(context, begin, end) over a partition of [0, n); results never depend on the partition.
-using Parallel = void (*)(int64_t n, void (*body)(void*, int64_t, int64_t), void* context);
 
 struct ConvKernels {
   void (*forward)(const ForwardArgs&, Parallel);

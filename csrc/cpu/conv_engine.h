@@ -111,8 +111,15 @@ struct Indices {
 thread_local Buffer scratch_a, scratch_b, scratch_c;
 thread_local Indices scratch_base, scratch_pixel;
 
+// Runs body(i) for i in [0, n); work on fewer than kSerial values is done by the caller, because waking the threads costs microseconds.
+constexpr int64_t kSerial = 16 * 1024;
+
 template <class F>
-void run_parallel(Parallel parallel, int64_t n, F&& body) {
+void run_parallel(Parallel parallel, int64_t n, int64_t values, F&& body) {
+  if (n == 1 || values < kSerial) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
   parallel(n, [](void* context, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))(i);
   }, &body);
@@ -203,7 +210,10 @@ struct Problem {
   void plan() {
     scratch_w = w.taps ? w.scratch_size(w.grid) : 0;
     tile_rows = most(1, kTilePixels / w.grid);
-    tile_rows = most(1, least(tile_rows, div_up(rows(), 4)));
+    // few tiles must be shared out evenly; where the destination has many panels, those make tasks, too
+    const int64_t multiple = dst_c >= 4 * kPanel ? 2 : 4;
+    tiles = div_up(rows(), tile_rows);
+    if (tiles < 16) tile_rows = div_up(rows(), least(rows(), round_up(tiles, multiple)));
     tiles = div_up(rows(), tile_rows);
     tile_pixels = tile_rows * w.grid;
     // a tile that spans images loads the border of each
@@ -527,7 +537,7 @@ int64_t pixels_of(const Problem& p, int64_t tile) { return (least(p.rows(), (til
 // Chan, Golub and LeVeque (1983): merge (count, mean, M2) of the tiles, in order.
 void merge_stats(const Problem& p, const float* partial, float* mean, float* m2, Parallel parallel) {
   const int64_t channels = p.dst_c, blocks = div_up(channels, 64);
-  run_parallel(parallel, blocks, [&](int64_t b) {
+  run_parallel(parallel, blocks, p.tiles * channels, [&](int64_t b) {
     for (int64_t n = b * 64; n < least(channels, b * 64 + 64); ++n) {
       double count = 0, average = 0, squares = 0;
       for (int64_t t = 0; t < p.tiles; ++t) {
@@ -582,10 +592,10 @@ void forward(const ForwardArgs& a, Parallel parallel) {
   const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
   Buffer packed, partial;
   float* weights = packed.get(round_up(p.dst_c, kLanes) * p.depth());
-  run_parallel(parallel, panels, [&](int64_t i) { pack_panel(p, a.weight, a.weight.si, a.weight.so, i, weights); });
+  run_parallel(parallel, panels, p.dst_c * p.depth(), [&](int64_t i) { pack_panel(p, a.weight, a.weight.si, a.weight.so, i, weights); });
   float* stats = a.mean == nullptr ? nullptr : partial.get(p.tiles * 2 * p.dst_c);
   const bool in_place = p.dst_c % kLanes == 0;
-  run_parallel(parallel, p.tiles * parts, [&](int64_t task) {
+  run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
     const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
     const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
@@ -695,8 +705,8 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
     const int64_t each = panels_per_task(p), parts = div_up(panels, each);
     Buffer packed;
     float* weights = packed.get(round_up(p.dst_c, kLanes) * p.depth());
-    run_parallel(parallel, panels, [&](int64_t panel) { pack_panel(p, a.weight, a.weight.so, a.weight.si, panel, weights); });
-    run_parallel(parallel, p.tiles * parts, [&](int64_t task) {
+    run_parallel(parallel, panels, p.dst_c * p.depth(), [&](int64_t panel) { pack_panel(p, a.weight, a.weight.so, a.weight.si, panel, weights); });
+    run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
       const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
       const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
       const int64_t ldc = round_up(columns, kLanes);
@@ -708,7 +718,7 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
     });
   }
   if (sums == nullptr) return;
-  run_parallel(parallel, div_up(g.in_c, 64), [&](int64_t b) {
+  run_parallel(parallel, div_up(g.in_c, 64), tiles * g.in_c, [&](int64_t b) {
     for (int64_t n = b * 64; n < least(g.in_c, b * 64 + 64); ++n) {
       double s0 = 0, s1 = 0;
       for (int64_t t = 0; t < tiles; ++t) {
@@ -732,14 +742,16 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
   // groups of tiles sum into a partial of their own; their number follows from the shape alone
   const int64_t size = p.depth() * round_up(p.dst_c, kLanes);
   const int64_t pixels = p.rows() * p.w.grid;
-  const int64_t groups = least(p.tiles, most(1, least(16, least(pixels / 1024, (int64_t(1) << 23) / size))));
-  const int64_t group_tiles = div_up(p.tiles, groups);
   const int64_t panels = div_up(p.dst_c, kPanel), chunks = p.chunks();
-  const int64_t each = most(1, least(most(1, kScratchFloats / (p.tile_pixels * kPanel)), div_up(panels, div_up(8, groups * chunks))));
+  int64_t groups = most(1, least(16, least(pixels / 512, (int64_t(1) << 22) / size)));
+  const int64_t each = most(1, least(kScratchFloats / (p.tile_pixels * kPanel), div_up(panels, div_up(8, groups * chunks))));
   const int64_t parts = div_up(panels, each);
+  // a small map: more groups rather than idle threads, down to groups that still outweigh their partials
+  groups = least(p.tiles, most(groups, least(div_up(8, chunks * parts), most(1, pixels / 96))));
+  const int64_t group_tiles = div_up(p.tiles, groups);
   Buffer partial;
   float* sums = partial.get(groups * size);
-  run_parallel(parallel, groups * chunks * parts, [&](int64_t task) {
+  run_parallel(parallel, groups * chunks * parts, pixels * p.dst_c * 8, [&](int64_t task) {
     const int64_t group = task / (chunks * parts), begin = task % parts * each, end = least(panels, begin + each);
     const Chunk chunk = p.chunk_at(task / parts % chunks);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first, ldg = round_up(columns, kLanes);
@@ -771,9 +783,9 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
       }
     }
   });
-  const int64_t used = div_up(p.tiles, group_tiles);
+  const int64_t used_groups = div_up(p.tiles, group_tiles);
   // add the partials in order, and lay them out as the weight is
-  run_parallel(parallel, panels * chunks, [&](int64_t task) {
+  run_parallel(parallel, panels * chunks, used_groups * size, [&](int64_t task) {
     const int64_t panel = task / chunks, first = panel * kPanel, width = panel_width(p.dst_c, panel);
     const int64_t valid = least(width, p.dst_c - first);
     const Chunk chunk = p.chunk_at(task % chunks);
@@ -787,7 +799,7 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
           for (int64_t c = 0; c < rows; ++c) {
             const float* line = from + ((int64_t(i) * p.w.taps + j) * chunk.width + c0 + c) * width;
             for (int64_t n = 0; n < width; ++n) block[c][n] = line[n];
-            for (int64_t k = 1; k < used; ++k)
+            for (int64_t k = 1; k < used_groups; ++k)
               for (int64_t n = 0; n < width; ++n) block[c][n] += line[k * size + n];
           }
           int64_t n = 0;
