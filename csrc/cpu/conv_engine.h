@@ -461,10 +461,57 @@ const Kernels& kernels() {
 // Splits `total` into the fewest blocks of at most `limit`, as even as can be: a last block of one row would run at a sixth of the rate.
 inline int64_t even_block(int64_t total, int64_t limit) { return div_up(total, div_up(total, limit)); }
 
+// --- prefetch -----------------------------------------------------------------------------------------------------------------------
+
+// Lines of maps that will be needed soon, asked for a few at a time between register kernels, so that memory works while the FMA units do.
+struct Prefetch {
+  struct Range {
+    const float* data;
+    int64_t stride, pixels, lines;  // lines: of a pixel
+  };
+  Range ranges[4];
+  int count = 0, current = 0;
+  int64_t pixel = 0, line = 0, total = 0;
+
+  // Channels [first, first + width) of pixels [begin, end).
+  void add(const Map& map, int64_t begin, int64_t end, int64_t first, int64_t width) {
+    if (map.data == nullptr || end <= begin) return;
+    ranges[count++] = {map.data + begin * map.stride + first, map.stride, end - begin, div_up(width, 16)};
+    total += (end - begin) * div_up(width, 16);
+  }
+  void issue(int64_t lines) {
+    while (lines > 0 && current < count) {
+      const Range& r = ranges[current];
+      __builtin_prefetch(r.data + pixel * r.stride + line * 16, 0, 2);
+      --lines;
+      if (++line < r.lines) continue;
+      line = 0;
+      if (++pixel < r.pixels) continue;
+      pixel = 0;
+      ++current;
+    }
+  }
+};
+
+// The source pixels that tile `tile` loads, as one range: a tile's rows are consecutive, also across images.
+void prefetch_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, Prefetch* prefetch) {
+  if (tile >= p.tiles) return;
+  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows) - 1;
+  const auto line = [&](int64_t row, int64_t offset) {
+    const int64_t y = row % p.h.grid * p.h.step + offset;
+    return (row / p.h.grid * p.h.src_size + most(0, least(p.h.src_size, y))) * p.w.src_size;
+  };
+  const int64_t from = line(begin, p.h.low), to = line(end, p.h.low + p.h.span);
+  prefetch->add(s.map, from, to, chunk.first, chunk.width);
+  if (s.q != nullptr) prefetch->add(s.second, from, to, chunk.first, chunk.width);
+}
+
 // --- the product of a tile ----------------------------------------------------------------------------------------------------------
 
-// c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`.
-void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float* packed, int64_t first_panel, int64_t last_panel, float* c, int64_t ldc, Tile* where) {
+// c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`. `epilogue(where, &prefetch)`
+// may name what the epilogue of this tile will read.
+template <class F>
+void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float* packed, int64_t first_panel, int64_t last_panel, float* c, int64_t ldc, Tile* where, F&& epilogue) {
   Segment segments[kMaxSegments];
   if (p.chunks() == 0) {
     *where = locate(p, tile, 1);
@@ -477,6 +524,11 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
     load_tile(p, s, tile, chunk, scratch);
     *where = locate(p, tile, chunk.width);
     const int count = make_segments(p, chunk, kSegment, segments);
+    Prefetch prefetch;
+    const bool last = k + 1 == p.chunks();
+    if (last) epilogue(*where, &prefetch);
+    prefetch_tile(p, s, last ? tile + 1 : tile, p.chunk_at(last ? 0 : k + 1), &prefetch);
+    const int64_t calls = (last_panel - first_panel) * count * div_up(where->pixels, rows_for(kPanelVectors)), lines = div_up(prefetch.total, calls);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t width = panel_width(p.dst_c, panel);
       const int vectors = static_cast<int>(width / kLanes);
@@ -488,6 +540,7 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
           const int64_t rows = least(block, where->pixels - m);
           kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m, weights + segments[i].row * width, segments[i].depth,
                                             c + m * ldc + (panel - first_panel) * kPanel, ldc, first);
+          prefetch.issue(lines);
         }
       }
     }
@@ -504,25 +557,36 @@ int64_t panels_per_task(const Problem& p) {
 
 // --- statistics ---------------------------------------------------------------------------------------------------------------------
 
-// Mean and sum of squared deviations of `rows` rows: two visits of values that are in cache.
-void column_stats(const float* c, int64_t ldc, int64_t rows, int64_t columns, float* mean, float* m2) {
+// Mean and sum of squared deviations of `rows` rows: two visits of values that are in cache, several vectors at once, because one chain of
+// additions would wait for itself.
+template <int V>
+void stats_block(const float* c, int64_t ldc, int64_t rows, float* mean, float* m2) {
   const float inverse = 1.f / static_cast<float>(rows);
-  int64_t n = 0;
-  for (; n + kLanes <= columns; n += kLanes) {
-    vec sum{}, squares{};
-    for (int64_t m = 0; m < rows; ++m) sum += load(c + m * ldc + n);
-    const vec average = sum * inverse;
-    for (int64_t m = 0; m < rows; ++m) {
-      const vec d = load(c + m * ldc + n) - average;
-      squares += d * d;
+  vec average[V], squares[V];
+  for (int j = 0; j < V; ++j) average[j] = squares[j] = vec{};
+  for (int64_t m = 0; m < rows; ++m)
+    for (int j = 0; j < V; ++j) average[j] += load(c + m * ldc + j * kLanes);
+  for (int j = 0; j < V; ++j) average[j] *= inverse;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int j = 0; j < V; ++j) {
+      const vec d = load(c + m * ldc + j * kLanes) - average[j];
+      squares[j] += d * d;
     }
-    store(mean + n, average);
-    store(m2 + n, squares);
   }
+  for (int j = 0; j < V; ++j) {
+    store(mean + j * kLanes, average[j]);
+    store(m2 + j * kLanes, squares[j]);
+  }
+}
+
+void column_stats(const float* c, int64_t ldc, int64_t rows, int64_t columns, float* mean, float* m2) {
+  int64_t n = 0;
+  for (; n + 4 * kLanes <= columns; n += 4 * kLanes) stats_block<4>(c + n, ldc, rows, mean + n, m2 + n);
+  for (; n + kLanes <= columns; n += kLanes) stats_block<1>(c + n, ldc, rows, mean + n, m2 + n);
   for (; n < columns; ++n) {
     float sum = 0.f, squares = 0.f;
     for (int64_t m = 0; m < rows; ++m) sum += c[m * ldc + n];
-    const float average = sum * inverse;
+    const float average = sum / static_cast<float>(rows);
     for (int64_t m = 0; m < rows; ++m) {
       const float d = c[m * ldc + n] - average;
       squares += d * d;
@@ -602,7 +666,9 @@ void forward(const ForwardArgs& a, Parallel parallel) {
     // output pixels of a tile are consecutive rows of the map
     float* c = in_place ? a.out.data + tile * p.tile_pixels * a.out.stride + first : scratch_c.get(p.tile_pixels * ldc);
     Tile where;
-    multiply_tile(p, a.x, tile, weights, begin, end, c, ldc, &where);
+    multiply_tile(p, a.x, tile, weights, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
+      prefetch->add(a.residual, t.pixel[0], t.pixel[t.pixels - 1] + 1, first, columns);
+    });
     finish_forward(a, where, first, columns, c, ldc, in_place);
     if (stats != nullptr) column_stats(c, ldc, where.pixels, columns, stats + tile * 2 * p.dst_c + first, stats + (tile * 2 + 1) * p.dst_c + first);
   });
@@ -611,73 +677,81 @@ void forward(const ForwardArgs& a, Parallel parallel) {
 
 // --- input gradient -----------------------------------------------------------------------------------------------------------------
 
-template <int V>
-void dgrad_columns(const DgradArgs& a, const Tile& where, int64_t n, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
-  vec scale[V], shift[V], mean[V], invstd[V], s0[V], s1[V];
-  const bool mask = a.scale != nullptr && a.relu, sums = sum_dz != nullptr;
-  for (int j = 0; j < V; ++j) {
-    const int64_t at = n + j * kLanes;
-    scale[j] = a.scale ? load(a.scale + at) : vec{};
-    shift[j] = a.scale ? load(a.shift + at) : vec{};
-    mean[j] = sums ? load(a.mean + at) : vec{};
-    invstd[j] = sums ? load(a.invstd + at) : vec{};
-    s0[j] = s1[j] = vec{};
+// The epilogue of `R` pixels over all columns: rows are read along memory, and per-channel vectors once for all R. The sums of the tile
+// accumulate in place, without the factor invstd.
+template <int R, bool kMask, bool kSums, bool kOld, bool kScaled>
+void dgrad_rows(const DgradArgs& a, const int64_t* pixel, int64_t first, int64_t columns, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
+  const float *x[R], *old[R];
+  float* out[R];
+  for (int i = 0; i < R; ++i) {
+    x[i] = kMask || kSums ? a.x.data + pixel[i] * a.x.stride + first : nullptr;
+    out[i] = a.dx.data + pixel[i] * a.dx.stride + first;
+    old[i] = !kOld ? nullptr : a.accumulate ? out[i] : a.base.data + pixel[i] * a.base.stride + first;
   }
-  for (int64_t m = 0; m < where.pixels; ++m) {
-    const int64_t pixel = where.pixel[m];
-    for (int j = 0; j < V; ++j) {
-      const int64_t at = n + j * kLanes;
-      vec dz = load(c + m * ldc + j * kLanes);
-      if (mask || sums) {
-        const vec x = load(a.x.data + pixel * a.x.stride + at);
-        if (mask) {
-          const vec z = scale[j] * x + shift[j];
-          dz = z <= 0.f ? vec{} : dz;
-        }
-        s0[j] += dz;
-        s1[j] += dz * ((x - mean[j]) * invstd[j]);
+  const float* scale = kMask || kScaled ? a.scale + first : nullptr;
+  const float* shift = kMask ? a.shift + first : nullptr;
+  const float* mean = kSums ? a.mean + first : nullptr;
+  int64_t n = 0;
+  for (; n + kLanes <= columns; n += kLanes) {
+    vec s0 = kSums ? load(sum_dz + n) : vec{}, s1 = kSums ? load(sum_dz_xhat + n) : vec{};
+    const vec gamma = kMask || kScaled ? load(scale + n) : vec{}, beta = kMask ? load(shift + n) : vec{}, center = kSums ? load(mean + n) : vec{};
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      vec dz = load(c + i * ldc + n);
+      const vec value = kMask || kSums ? load(x[i] + n) : vec{};
+      if constexpr (kMask) dz = gamma * value + beta <= 0.f ? vec{} : dz;
+      if constexpr (kSums) {
+        s0 += dz;
+        s1 += dz * (value - center);
       }
-      float* out = a.dx.data + pixel * a.dx.stride + at;
-      if (a.scaled) dz *= scale[j];
-      if (a.accumulate) dz += load(out);
-      else if (a.base.data != nullptr) dz += load(a.base.data + pixel * a.base.stride + at);
-      store(out, dz);
+      if constexpr (kScaled) dz *= gamma;
+      if constexpr (kOld) dz += load(old[i] + n);
+      store(out[i] + n, dz);
+    }
+    if constexpr (kSums) {
+      store(sum_dz + n, s0);
+      store(sum_dz_xhat + n, s1);
     }
   }
-  if (!sums) return;
-  for (int j = 0; j < V; ++j) {
-    store(sum_dz + j * kLanes, s0[j]);
-    store(sum_dz_xhat + j * kLanes, s1[j]);
+  for (; n < columns; ++n) {
+    for (int i = 0; i < R; ++i) {
+      float dz = c[i * ldc + n];
+      if (kMask && scale[n] * x[i][n] + shift[n] <= 0.f) dz = 0.f;
+      if (kSums) {
+        sum_dz[n] += dz;
+        sum_dz_xhat[n] += dz * (x[i][n] - mean[n]);
+      }
+      if (kScaled) dz *= scale[n];
+      if (kOld) dz += old[i][n];
+      out[i][n] = dz;
+    }
   }
 }
 
-void dgrad_column(const DgradArgs& a, const Tile& where, int64_t n, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
-  float s0 = 0.f, s1 = 0.f;
-  for (int64_t m = 0; m < where.pixels; ++m) {
-    const int64_t pixel = where.pixel[m];
-    float dz = c[m * ldc];
-    if (a.scale != nullptr && a.relu && a.scale[n] * a.x.data[pixel * a.x.stride + n] + a.shift[n] <= 0.f) dz = 0.f;
-    if (sum_dz != nullptr) {
-      s0 += dz;
-      s1 += dz * ((a.x.data[pixel * a.x.stride + n] - a.mean[n]) * a.invstd[n]);
-    }
-    float* out = a.dx.data + pixel * a.dx.stride + n;
-    if (a.scaled) dz *= a.scale[n];
-    if (a.accumulate) dz += *out;
-    else if (a.base.data != nullptr) dz += a.base.data[pixel * a.base.stride + n];
-    *out = dz;
-  }
-  if (sum_dz == nullptr) return;
-  *sum_dz = s0;
-  *sum_dz_xhat = s1;
+template <bool kMask, bool kSums, bool kOld, bool kScaled>
+void dgrad_tile(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
+  int64_t m = 0;
+  for (; m + 4 <= where.pixels; m += 4) dgrad_rows<4, kMask, kSums, kOld, kScaled>(a, where.pixel + m, first, columns, c + m * ldc, ldc, sum_dz, sum_dz_xhat);
+  for (; m < where.pixels; ++m) dgrad_rows<1, kMask, kSums, kOld, kScaled>(a, where.pixel + m, first, columns, c + m * ldc, ldc, sum_dz, sum_dz_xhat);
+}
+
+using DgradTile = void (*)(const DgradArgs&, const Tile&, int64_t, int64_t, const float*, int64_t, float*, float*);
+
+template <bool kMask, bool kSums>
+DgradTile dgrad_tile_for(bool old, bool scaled) {
+  if (old) return scaled ? dgrad_tile<kMask, kSums, true, true> : dgrad_tile<kMask, kSums, true, false>;
+  return scaled ? dgrad_tile<kMask, kSums, false, true> : dgrad_tile<kMask, kSums, false, false>;
 }
 
 void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
-  int64_t n = 0;
-  const auto at = [&](float* p) { return p == nullptr ? nullptr : p + n; };
-  for (; n + 2 * kLanes <= columns; n += 2 * kLanes) dgrad_columns<2>(a, where, first + n, c + n, ldc, at(sum_dz), at(sum_dz_xhat));
-  for (; n + kLanes <= columns; n += kLanes) dgrad_columns<1>(a, where, first + n, c + n, ldc, at(sum_dz), at(sum_dz_xhat));
-  for (; n < columns; ++n) dgrad_column(a, where, first + n, c + n, ldc, at(sum_dz), at(sum_dz_xhat));
+  const bool mask = a.scale != nullptr && a.relu, sums = sum_dz != nullptr, old = a.accumulate || a.base.data != nullptr;
+  if (sums) {
+    std::memset(sum_dz, 0, columns * sizeof(float));
+    std::memset(sum_dz_xhat, 0, columns * sizeof(float));
+  }
+  const DgradTile tile = mask ? (sums ? dgrad_tile_for<true, true>(old, a.scaled) : dgrad_tile_for<true, false>(old, a.scaled))
+                              : (sums ? dgrad_tile_for<false, true>(old, a.scaled) : dgrad_tile_for<false, false>(old, a.scaled));
+  tile(a, where, first, columns, c, ldc, sum_dz, sum_dz_xhat);
 }
 
 void dgrad(const DgradArgs& a, Parallel parallel) {
@@ -712,7 +786,12 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
       const int64_t ldc = round_up(columns, kLanes);
       float* c = scratch_c.get(p.tile_pixels * ldc);
       Tile where;
-      multiply_tile(p, a.grad, tile, weights, begin, end, c, ldc, &where);
+      multiply_tile(p, a.grad, tile, weights, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
+        if (phases > 1) return;  // its pixels are not side by side
+        const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
+        prefetch->add(a.x, from, to, first, columns);
+        prefetch->add(a.accumulate ? a.dx : a.base, from, to, first, columns);
+      });
       float* own = sums == nullptr ? nullptr : sums + (first_tile[i] + tile) * 2 * g.in_c + first;
       finish_dgrad(a, where, first, columns, c, ldc, own, own == nullptr ? nullptr : own + g.in_c);
     });
@@ -726,7 +805,7 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
         s1 += sums[(t * 2 + 1) * g.in_c + n];
       }
       a.sum_dz[n] = static_cast<float>(s0);
-      a.sum_dz_xhat[n] = static_cast<float>(s1);
+      a.sum_dz_xhat[n] = static_cast<float>(s1 * a.invstd[n]);
     }
   });
 }
@@ -767,6 +846,14 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
         load_pixel(a.grad, where.pixel[m], first, columns, gradient + m * ldg);
         for (int64_t n = columns; n < ldg; ++n) gradient[m * ldg + n] = 0.f;
       }
+      Prefetch prefetch;
+      if (tile + 1 < least(p.tiles, (group + 1) * group_tiles)) {
+        prefetch_tile(p, a.x, tile + 1, chunk, &prefetch);
+        const int64_t from = (tile + 1) * p.tile_pixels, to = least(pixels, from + p.tile_pixels);
+        prefetch.add(a.grad.map, from, to, first, columns);
+        if (a.grad.q != nullptr) prefetch.add(a.grad.second, from, to, first, columns);
+      }
+      const int64_t calls = (end - begin) * count * div_up(segments[0].depth, rows_for(kPanelVectors)), lines = div_up(prefetch.total, calls);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t width = panel_width(p.dst_c, panel);
         const int vectors = static_cast<int>(width / kLanes);
@@ -778,6 +865,7 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
             const int64_t rows = least(block, segments[i].depth - k);
             kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, where.pixels, values, ldg,
                                            to + (segments[i].row + k) * width, width, fresh);
+            prefetch.issue(lines);
           }
         }
       }

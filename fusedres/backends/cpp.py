@@ -83,7 +83,9 @@ def conv_forward(x, affine, act, weight, bias, geometry, **epilogue) -> Tensor:
     return _convolutions.conv_forward(_passes(), x, affine, act, weight, bias, geometry, **epilogue)
 
 
-def conv_backward(grad, raw, coeff, x, affine, saved, act, weight, geometry, **epilogue) -> tuple[Tensor | None, Tensor | None]:
+def conv_backward(
+    grad, raw, coeff, x, affine, saved, act, weight, geometry, **epilogue
+) -> tuple[Tensor | None, Tensor | None]:
     """See :func:`fusedres.backends.eager.conv_backward`."""
     return _convolutions.conv_backward(_passes(), grad, raw, coeff, x, affine, saved, act, weight, geometry, **epilogue)
 
@@ -163,7 +165,10 @@ def pool_forward(
     stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`fusedres.backends.eager.pool_forward`."""
-    shape = (*x.shape[:2], *((x.shape[2 + i] + 2 * pool.padding[i] - pool.kernel[i]) // pool.stride[i] + 1 for i in (0, 1)))
+    shape = (
+        *x.shape[:2],
+        *((x.shape[2 + i] + 2 * pool.padding[i] - pool.kernel[i]) // pool.stride[i] + 1 for i in (0, 1)),
+    )
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     index = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) if pool.kind == "max" else None
@@ -212,7 +217,12 @@ def bn_coefficients(
 
 
 def bn_frozen(
-    weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float, dtype: torch.dtype
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fusedres.backends.eager.bn_frozen`."""
     shape = (2, running_mean.numel())
@@ -222,7 +232,13 @@ def bn_frozen(
 
 
 def bn_backward(
-    sums: Tensor, count: int, weight: Tensor | None, saved: Tensor, training: bool, coeff: Tensor, accumulate: bool = False
+    sums: Tensor,
+    count: int,
+    weight: Tensor | None,
+    saved: Tensor,
+    training: bool,
+    coeff: Tensor,
+    accumulate: bool = False,
 ) -> None:
     """See :func:`fusedres.backends.eager.bn_backward`."""
     _bn_backward(sums, count, weight, saved, training, coeff, accumulate)
