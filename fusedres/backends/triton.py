@@ -1,14 +1,13 @@
 """Fused Triton kernels: pending forms applied where a map is loaded, statistics and sums reduced where it is written.
 
-The contracts are those of :mod:`fusedres.backends.eager`. Serves GPUs, and CPU tensors through Triton's interpreter (for tests: set
-TRITON_INTERPRET=1 before the first import). For each convolution a plan chooses between the fused kernel and the vendor's convolution between
-this module's passes; :class:`use_plan` overrides it.
+The contracts are those of :mod:`fusedres.backends.eager`. Serves GPUs, and CPU tensors through Triton's interpreter
+(for tests: set TRITON_INTERPRET=1 before the first import). For each convolution a plan chooses between the fused
+kernel and the vendor's convolution between this module's passes; :class:`use_plan` overrides it.
 """
 
 from __future__ import annotations
 
 import sys
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -23,22 +22,26 @@ from ..kernels.pool import pool_backward, pool_forward
 from . import vendor
 
 __all__ = [
-    "bn_backward", "bn_coefficients", "bn_frozen", "conv_backward", "conv_forward", "dgrad_epilogue", "grad_affine", "join_backward",
-    "join_forward", "name", "pool_backward", "pool_forward", "statistics", "supports", "use_plan",
+    "bn_backward", "bn_coefficients", "bn_frozen", "conv_backward", "conv_forward", "dgrad_epilogue", "grad_affine",
+    "join_backward", "join_forward", "name", "pool_backward", "pool_forward", "statistics", "supports", "use_plan",
 ]  # fmt: skip
 
 name = "triton"
 
 PLANS = ("fused", "vendor", "auto")
-_plan: ContextVar[str] = ContextVar("fusedres_triton_plan", default="auto")
+_plan = "auto"
 
-# A 1x1 convolution of C to K channels does C * K / (C + K) multiply-adds for each value it moves. Below this many it is limited by memory
-# on every GPU from sm_80 on, and the arithmetic of the prologue and epilogue hides behind the loads.
+# A 1x1 convolution of C to K channels does C * K / (C + K) multiply-adds for each value it moves. Below this many it is
+# limited by memory on every GPU from sm_80 on, and the arithmetic of the prologue and epilogue hides behind the loads.
 MEMORY_BOUND = 256
 
 
 class use_plan:
-    """Choose how convolutions run inside a ``with``: ``"fused"``, ``"vendor"``, or ``"auto"`` (the default, see :func:`_is_fused`)."""
+    """Choose how convolutions run inside a ``with``: ``"fused"``, ``"vendor"`` or ``"auto"`` (see :func:`_is_fused`).
+
+    For the whole process, as use_backend: autograd runs the backward of CUDA tensors on threads of its own, which a
+    context variable would not reach.
+    """
 
     def __init__(self, plan: str) -> None:
         if plan not in PLANS:
@@ -46,23 +49,24 @@ class use_plan:
         self._chosen = plan
 
     def __enter__(self) -> None:
-        self._token = _plan.set(self._chosen)
+        global _plan
+        self._previous, _plan = _plan, self._chosen
 
     def __exit__(self, *exc: object) -> None:
-        _plan.reset(self._token)
+        global _plan
+        _plan = self._previous
 
 
 def _is_fused(x: Tensor, weight: Tensor, geometry) -> bool:
     """Whether this convolution runs as the fused kernel.
 
-    The automatic choice is a static guess, measured on no GPU, that prefers not to lose: fused where the saved passes are certain to
-    outweigh a slower product, which is a dense 1x1 convolution of stride 1 in 16 bits, limited by memory, all of whose accesses are 128 bits
-    wide. Everything else is the vendor's: float32 because eager's may use TF32 and the kernels' product is IEEE. Under interpretation
-    always fused, since that is what is to be tested.
+    The automatic choice is a static guess, measured on no GPU, that prefers not to lose: fused where the saved passes
+    are certain to outweigh a slower product, which is a dense 1x1 convolution of stride 1 in 16 bits, limited by
+    memory, all of whose accesses are 128 bits wide. Everything else is the vendor's: float32 because eager's may use
+    TF32 and the kernels' product is IEEE. Under interpretation always fused, since that is what is to be tested.
     """
-    plan = _plan.get()
-    if plan != "auto":
-        return plan == "fused"
+    if _plan != "auto":
+        return _plan == "fused"
     if INTERPRETED:
         return True
     outputs, channels, *kernel = weight.shape
@@ -129,8 +133,9 @@ def conv_backward(
     target = {"dx": dx, "base": base, "accumulate": accumulate, "scaled": scaled, "sums": sums}
     if not _is_fused(x, weight, geometry):
         return vendor.conv_backward(
-            _passes(), grad, raw, coeff, x, affine, saved, act, weight, geometry, need_dx=need_dx, need_dw=need_dw, **target
-        )
+            _passes(), grad, raw, coeff, x, affine, saved, act, weight, geometry,
+            need_dx=need_dx, need_dw=need_dw, **target,
+        )  # fmt: skip
     dweight = _wgrad.conv_wgrad(grad, raw, coeff, x, affine, act, weight, geometry) if need_dw else None
     dinput = None
     if need_dx:
@@ -139,12 +144,12 @@ def conv_backward(
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where this backend serves maps of ``dtype`` on ``device``, else the reason in words that complete a sentence."""
+    """None where this backend serves maps of ``dtype`` on ``device``, else the reason, to complete a sentence."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"its kernels compute in float16, bfloat16 and float32, not {dtype}"
     if device.type == "cpu":
         if not INTERPRETED:
-            return "its kernels run on GPUs (on CPU tensors only for tests, with TRITON_INTERPRET=1 set before the first import)"
+            return "its kernels run on GPUs (on CPU tensors for tests only, where TRITON_INTERPRET=1 is set at import)"
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return f"its kernels run on GPUs, not on {device.type}"

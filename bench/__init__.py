@@ -1,0 +1,14 @@
+"""The harness: throughput, memory and parity of converted models and of their parts, beside what they replace.
+
+python -m bench.models --help      whole models: contenders interleaved in one run, a table and JSON records
+python -m bench.report --help      those records as a picture and a Markdown page
+python -m bench.demo --help        the main job on photographs: convert, check every gradient, measure, report
+python -m bench.roofline --help    primitive by primitive against the machine's limits
+pytest bench/                      single blocks and primitives
+"""
+
+import os
+
+# PyTorch's profiler, which measures the peak memory, announces every start on stderr; read when torch is imported
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

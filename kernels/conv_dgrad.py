@@ -1,0 +1,203 @@
+"""Convolution input gradient as an implicit GEMM by gather: rows are input pixels, K runs over (output channel, tap).
+
+Reads grad and, where the gradient is pending, the convolution's raw output (N*HO*WO*K values each), the weight
+(K*C*R*S), and for the epilogue x and base (N*H*W*C each); writes dx (N*H*W*C) into a map or channel slice, and with
+sums [2, tiles, C] float32 partials. The pending gradient p * grad + q * raw + r is formed between load and product. The
+epilogue rebuilds the activation's mask from x, reduces sum dz and sum dz * xhat, and adds scale * dz to what is there.
+
+A strided convolution splits the input pixels by their residue (h mod stride, w mod stride): within a residue every
+pixel meets the same taps, so that no product with a zero is computed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_forward import ConvConfig
+from .helpers import (
+    affine,
+    align,
+    aligned,
+    block,
+    empty_map,
+    is_relu,
+    is_wide,
+    launch,
+    mask_gradient,
+    offsets,
+    pitch_or_zero,
+    stages,
+    vector,
+    vectors,
+)
+from .reduce import merge
+
+
+def dgrad_config(
+    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
+) -> ConvConfig:
+    """128 x 64: the epilogue's x, base and sums live beside the accumulator, which at 128 x 128 leaves no registers."""
+    block_m, block_n = block(rows, 16, 128), block(channels, 16, 64)
+    block_k = block(outputs, 16, 128 // itemsize)
+    warps = 8 if block_m * block_n >= 128 * 64 else 4
+    step = (block_m * (2 if pending else 1) + block_n) * block_k * itemsize
+    return ConvConfig(block_m, block_n, block_k, warps, stages(step, device))
+
+
+@triton.jit
+def first_tap(phase, EXTENT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr):
+    """The first tap t for which ``phase - t * DILATION`` is a multiple of STRIDE; EXTENT where there is none."""
+    first = EXTENT
+    for i in tl.static_range(EXTENT):
+        # -t * DILATION, made positive for the remainder
+        first = tl.where((phase + (EXTENT - 1 - i) * DILATION * (STRIDE - 1)) % STRIDE == 0, EXTENT - 1 - i, first)
+    return first
+
+
+@triton.jit
+def conv_dgrad_kernel(
+    grad, grad_pitch, raw, raw_pitch, p, q, r, weight, x, x_pitch, scale, shift, mean, invstd,
+    base, base_pitch, dx, dx_pitch, partials,
+    N, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STEP_R: tl.constexpr,
+    STEP_S: tl.constexpr, RELU: tl.constexpr, SCALED: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (i, group, residue): one tile of dx. C and K are those of a group; a residue's taps are STEP_R, STEP_S
+    apart."""
+    STRIDE_H: tl.constexpr = GEOMETRY.stride[0]
+    STRIDE_W: tl.constexpr = GEOMETRY.stride[1]
+    C = aligned(C, ALIGN_C)
+    K = aligned(K, ALIGN_K)
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    tile_m = tl.program_id(0) // tiles_n
+    c = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_c = c < C
+    first_k = tl.program_id(1) * K
+    # the pixels of this residue are a map of HR x WR
+    top = tl.program_id(2) // STRIDE_W
+    left = tl.program_id(2) % STRIDE_W
+    HR = (H - top + STRIDE_H - 1) // STRIDE_H
+    WR = (W - left + STRIDE_W - 1) // STRIDE_W
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = m < N * HR * WR
+    i_w = m % tl.maximum(WR, 1)
+    i_h = m // tl.maximum(WR, 1) % tl.maximum(HR, 1)
+    i_n = m // tl.maximum(HR * WR, 1)
+    row = (i_n * H + i_h * STRIDE_H + top) * W + i_w * STRIDE_W + left
+    pixel = (i_n * HO + i_h) * WO + i_w
+    top += GEOMETRY.padding[0]
+    left += GEOMETRY.padding[1]
+    first_r = first_tap(top, R, STRIDE_H, GEOMETRY.dilation[0])
+    first_s = first_tap(left, S, STRIDE_W, GEOMETRY.dilation[1])
+    taps_s = tl.cdiv(S - first_s, STEP_S)
+    taps = tl.cdiv(R - first_r, STEP_R) * taps_s
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in range(tl.cdiv(K, BLOCK_K) * taps):
+        tap = i % taps
+        k = i // taps * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_k = k < K
+        tap_r = first_r + tap // taps_s * STEP_R
+        tap_s = first_s + tap % taps_s * STEP_S
+        # both divisions are exact: that is what chose the taps
+        dh = (top - tap_r * GEOMETRY.dilation[0]) // STRIDE_H
+        dw = (left - tap_s * GEOMETRY.dilation[1]) // STRIDE_W
+        inside = valid & (i_h + dh >= 0) & (i_h + dh < HO) & (i_w + dw >= 0) & (i_w + dw < WO)
+        mask = inside[:, None] & in_k[None, :]
+        from_pixel = pixel + (dh * WO + dw)
+        g = tl.load(grad + offsets(from_pixel, grad_pitch, first_k + k, ALIGN_K, WIDE), mask=mask, other=0.0)
+        if p is not None:
+            z = affine(g, vector(p, first_k + k, in_k, 1.0), vector(r, first_k + k, in_k, 0.0))
+            if raw is not None:
+                y = tl.load(raw + offsets(from_pixel, raw_pitch, first_k + k, ALIGN_K, WIDE), mask=mask, other=0.0)
+                z += y.to(tl.float32) * vector(q, first_k + k, in_k, 0.0)[None, :]
+            # r must not leak into pixels that do not exist
+            g = tl.where(mask, z, 0.0).to(grad.dtype.element_ty)
+        b_at = ((first_k + k) * (R * S) + tap_r * S + tap_s)[:, None] * C + c[None, :]
+        b = tl.load(weight + b_at, mask=in_k[:, None] & in_c[None, :], other=0.0)
+        acc = tl.dot(g, b, acc, input_precision="ieee")
+    c += tl.program_id(1) * C
+    mask = valid[:, None] & in_c[None, :]
+    if x is not None:
+        values = tl.load(x + offsets(row, x_pitch, c, ALIGN_C, WIDE), mask=mask, other=0.0).to(tl.float32)
+        scales = vector(scale, c, in_c, 1.0)
+        acc = mask_gradient(acc, affine(values, scales, vector(shift, c, in_c, 0.0)), RELU)
+        if partials is not None:
+            acc = tl.where(valid[:, None], acc, 0.0)
+            xhat = (values - vector(mean, c, in_c, 0.0)[None, :]) * vector(invstd, c, in_c, 0.0)[None, :]
+            tiles = tl.num_programs(0) // tiles_n
+            part = tl.program_id(2) * tiles + tile_m
+            parts = tl.num_programs(2) * tiles
+            all_c = C * tl.num_programs(1)
+            tl.store(partials + part * all_c + c, tl.sum(acc, 0), mask=in_c)
+            tl.store(partials + (parts + part) * all_c + c, tl.sum(acc * xhat, 0), mask=in_c)
+    if SCALED:
+        acc *= vector(scale, c, in_c, 1.0)[None, :]
+    if base is not None:
+        acc += tl.load(base + offsets(row, base_pitch, c, ALIGN_C, WIDE), mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx + offsets(row, dx_pitch, c, ALIGN_C, WIDE), acc.to(dx.dtype.element_ty), mask=mask)
+
+
+def conv_dgrad(
+    grad: Tensor,
+    raw: Tensor | None,
+    coeff: Tensor | None,
+    x: Tensor,
+    affine: Tensor | None,
+    saved: Tensor | None,
+    act: str,
+    weight: Tensor,
+    geometry,
+    *,
+    dx: Tensor | None = None,
+    base: Tensor | None = None,
+    accumulate: bool = False,
+    scaled: bool = False,
+    sums: Tensor | None = None,
+) -> Tensor:
+    """``dx = [base | dx if accumulate | 0] + (scale if scaled else 1) * dz``, and dz's sums, as conv_backward says."""
+    batch, all_channels, height, width = x.shape
+    all_outputs, channels, *kernel = weight.shape
+    if dx is None:
+        dx = empty_map(x.shape, x)
+    base = dx if accumulate else base
+    raw = None if coeff is None else raw
+    relu = is_relu(act)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    outputs, residues = all_outputs // geometry.groups, geometry.stride[0] * geometry.stride[1]
+    # residue (0, 0) has the most pixels
+    rows = batch * triton.cdiv(height, geometry.stride[0]) * triton.cdiv(width, geometry.stride[1])
+    config = dgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
+    tiles = triton.cdiv(rows, config.BLOCK_M)
+    partials = None
+    if sums is not None:
+        partials = torch.empty(2, residues * tiles, all_channels, dtype=torch.float32, device=x.device)
+    p, q, r = (None, None, None) if coeff is None else coeff.unbind(0)
+    scale, shift = vectors(affine)
+    mean, invstd = vectors(None if sums is None else saved)
+    # without a mask and sums the epilogue needs nothing of x
+    operand = x if relu or sums is not None else None
+    grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch = (pitch_or_zero(t) for t in (grad, raw, operand, base, dx))
+    launch(
+        conv_dgrad_kernel, (tiles * triton.cdiv(channels, config.BLOCK_N), geometry.groups, residues), x.device,
+        grad=grad, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, weight=weight, x=operand,
+        x_pitch=x_pitch, scale=scale, shift=shift, mean=mean, invstd=invstd, base=base, base_pitch=base_pitch, dx=dx,
+        dx_pitch=dx_pitch, partials=partials, N=batch, H=height, W=width, HO=grad.shape[2], WO=grad.shape[3],
+        C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], STEP_R=_tap_step(geometry, 0),
+        STEP_S=_tap_step(geometry, 1), RELU=relu, SCALED=scaled, ALIGN_C=align(channels, x_pitch, base_pitch,
+        dx_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch), WIDE=is_wide(grad, raw, x, base, dx),
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )  # fmt: skip
+    if sums is not None:
+        merge(partials, sums)
+    return dx
+
+
+def _tap_step(geometry, dimension: int) -> int:
+    """The distance of the taps that an input pixel meets."""
+    return geometry.stride[dimension] // math.gcd(geometry.stride[dimension], geometry.dilation[dimension])

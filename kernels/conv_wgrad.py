@@ -1,0 +1,148 @@
+"""Convolution weight gradient: dW[k, r, s, c] = sum over output pixels of g[pixel, k] * a[pixel at tap (r, s), c].
+
+Reads grad and, where the gradient is pending, the convolution's raw output (N*HO*WO*K values each, once per tile of C
+and tap), x (N*H*W*C, once per tile of K and tap); both pending forms are applied between load and product. The pixels
+are split among programs, each of which writes its share as float32: partials [splits, K*R*S*C], summed in a fixed order
+by a second kernel, which writes dW in the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv_forward import ConvConfig
+from .helpers import (
+    activate,
+    affine,
+    align,
+    aligned,
+    block,
+    is_relu,
+    is_wide,
+    launch,
+    offsets,
+    pitch,
+    pitch_or_zero,
+    rows_of,
+    stages,
+    vector,
+    vectors,
+)
+from .reduce import merge
+
+PROGRAMS = 512  # about two waves of the largest GPUs; a constant, so that results do not depend on the device
+
+
+def wgrad_config(
+    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
+) -> ConvConfig:
+    """BLOCK_M of K by BLOCK_N of C, BLOCK_K pixels a step."""
+    block_m, block_n = block(outputs, 16, 128), block(channels, 16, 128)
+    block_k = block(rows, 16, 128 // itemsize)
+    warps = 8 if block_m * block_n >= 64 * 128 else 4
+    step = (block_m * (2 if pending else 1) + block_n) * block_k * itemsize
+    return ConvConfig(block_m, block_n, block_k, warps, stages(step, device))
+
+
+@triton.jit
+def conv_wgrad_kernel(
+    grad, grad_pitch, raw, raw_pitch, p, q, r, x, x_pitch, scale, shift, out,
+    rows, chunk, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, RELU: tl.constexpr,
+    ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program (i, split, group): one tile of dW at one tap, from ``chunk`` pixels. C and K are those of one group."""
+    STRIDE_H: tl.constexpr = GEOMETRY.stride[0]
+    STRIDE_W: tl.constexpr = GEOMETRY.stride[1]
+    PAD_H: tl.constexpr = GEOMETRY.padding[0]
+    PAD_W: tl.constexpr = GEOMETRY.padding[1]
+    POINTWISE: tl.constexpr = R * S * STRIDE_H * STRIDE_W == 1 and PAD_H + PAD_W == 0
+    C = aligned(C, ALIGN_C)
+    K = aligned(K, ALIGN_K)
+    # taps run fastest: programs side by side read the same pixels
+    tap = tl.program_id(0) % (R * S)
+    tile = tl.program_id(0) // (R * S)
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    k = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_k, in_c = k < K, c < C
+    first_k = tl.program_id(2) * K
+    first_c = tl.program_id(2) * C
+    ps, qs = vector(p, first_k + k, in_k, 1.0), vector(q, first_k + k, in_k, 0.0)
+    rs = vector(r, first_k + k, in_k, 0.0)
+    scales, shifts = vector(scale, first_c + c, in_c, 1.0), vector(shift, first_c + c, in_c, 0.0)
+    dh = tap // S * GEOMETRY.dilation[0] - PAD_H
+    dw = tap % S * GEOMETRY.dilation[1] - PAD_W
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(first + chunk, rows)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        valid = m < last
+        g_mask = valid[:, None] & in_k[None, :]
+        g = tl.load(grad + offsets(m, grad_pitch, first_k + k, ALIGN_K, WIDE), mask=g_mask, other=0.0)
+        if p is not None:
+            z = affine(g, ps, rs)
+            if raw is not None:
+                y = tl.load(raw + offsets(m, raw_pitch, first_k + k, ALIGN_K, WIDE), mask=g_mask, other=0.0)
+                z += y.to(tl.float32) * qs[None, :]
+            g = tl.where(valid[:, None], z, 0.0).to(grad.dtype.element_ty)
+        pixel, inside = m, valid
+        if not POINTWISE:
+            h = m // WO % HO * STRIDE_H + dh
+            w = m % WO * STRIDE_W + dw
+            pixel = (m // WO // HO * H + h) * W + w
+            inside = valid & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        a_mask = inside[:, None] & in_c[None, :]
+        a = tl.load(x + offsets(pixel, x_pitch, first_c + c, ALIGN_C, WIDE), mask=a_mask, other=0.0)
+        if RELU or scale is not None:
+            z = activate(affine(a, scales, shifts), RELU)
+            # the padding's zeros come after the affine
+            a = tl.where(inside[:, None], z, 0.0).to(x.dtype.element_ty)
+        acc = tl.dot(tl.trans(g), a, acc, input_precision="ieee")
+    size = tl.num_programs(2).to(tl.int64) * K * C * (R * S)
+    at = ((first_k + k) * (R * S) + tap)[:, None] * C + c[None, :]
+    tl.store(out + tl.program_id(1) * size + at, acc.to(out.dtype.element_ty), mask=in_k[:, None] & in_c[None, :])
+
+
+def conv_wgrad(
+    grad: Tensor,
+    raw: Tensor | None,
+    coeff: Tensor | None,
+    x: Tensor,
+    affine: Tensor | None,
+    act: str,
+    weight: Tensor,
+    geometry,
+) -> Tensor:
+    """The gradient of ``weight``, in its shape and dtype, channels_last."""
+    all_outputs, channels, *kernel = weight.shape
+    outputs, rows = all_outputs // geometry.groups, rows_of(grad)
+    raw = None if coeff is None else raw
+    dw = torch.empty_like(weight, memory_format=torch.channels_last)
+    flat = dw.permute(0, 2, 3, 1).view(1, -1)
+    config = wgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
+    tiles = triton.cdiv(outputs, config.BLOCK_M) * triton.cdiv(channels, config.BLOCK_N) * kernel[0] * kernel[1]
+    # a split has at least 8 steps, or its share of partials costs more than it brings
+    splits = max(1, min(PROGRAMS // (tiles * geometry.groups), triton.cdiv(rows, 8 * config.BLOCK_K)))
+    chunk = triton.cdiv(triton.cdiv(rows, splits), config.BLOCK_K) * config.BLOCK_K
+    splits = triton.cdiv(rows, chunk)
+    partials = torch.empty(1, splits, flat.shape[1], dtype=torch.float32, device=x.device) if splits > 1 else flat
+    p, q, r = (None, None, None) if coeff is None else coeff.unbind(0)
+    scale, shift = vectors(affine)
+    grad_pitch, raw_pitch, x_pitch = pitch(grad), pitch_or_zero(raw), pitch(x)
+    launch(
+        conv_wgrad_kernel, (tiles, splits, geometry.groups), x.device,
+        grad=grad, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, x=x, x_pitch=x_pitch,
+        scale=scale, shift=shift, out=partials, rows=rows, chunk=chunk, H=x.shape[2], W=x.shape[3], HO=grad.shape[2],
+        WO=grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], RELU=is_relu(act),
+        ALIGN_C=align(channels, x_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch), WIDE=is_wide(grad, raw, x),
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        merge(partials, flat)
+    return dw
