@@ -123,7 +123,9 @@ class Shapes:
         shape = Conv(weight, bias, geometry).out_shape(tuple(x.shape))
         return out if out is not None else x.new_empty(shape)
 
-    def conv_backward(self, grad, raw, coeff, x, affine, saved, act, weight, geometry, *, need_dx=True, need_dw=True, dx=None, **rest):
+    def conv_backward(
+        self, grad, raw, coeff, x, affine, saved, act, weight, geometry, *, need_dx=True, need_dw=True, dx=None, **rest
+    ):
         dx = (dx if dx is not None else x.new_empty(x.shape)) if need_dx else None
         return dx, torch.empty_like(weight) if need_dw else None
 
@@ -171,7 +173,11 @@ class EagerTraffic(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
         maps = [t for t in flat if isinstance(t, Tensor) and t.dim() == 4]
-        outs = [t for t in (result if isinstance(result, (list, tuple)) else (result,)) if isinstance(t, Tensor) and t.dim() == 4]
+        outs = [
+            t
+            for t in (result if isinstance(result, (list, tuple)) else (result,))
+            if isinstance(t, Tensor) and t.dim() == 4
+        ]
         name = func.overloadpacket.__name__
         if func.is_view or "detach" in name or name.startswith(("empty", "t.", "view", "new_")):
             return result
@@ -269,7 +275,9 @@ def measured(args, console: Console) -> dict:
             f"{seconds / total:.1%}", f"{moved / seconds / 1e9:.1f}", f"{flops / seconds / 1e9:.0f}",
         )  # fmt: skip
     inside = sum(row[1] for row in rows.values())
-    table.add_row("outside the primitives", "", f"{(total - inside) * 1e3:.1f}", "", "", f"{1 - inside / total:.1%}", "", "")
+    table.add_row(
+        "outside the primitives", "", f"{(total - inside) * 1e3:.1f}", "", "", f"{1 - inside / total:.1%}", "", ""
+    )
     console.print(table)
     names = ("calls", "seconds", "floor_seconds", "bytes", "flops")
     return {
@@ -298,11 +306,25 @@ def counted(args, console: Console) -> dict:
         row[1] += call.read + call.written
         row[2] += call.flops
         row[3] += max((call.read + call.written) / bandwidth, call.flops / rate)
-    table = Table(title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule")
-    for head in ("primitive", "launches", "MB per image", "GFLOP per image", f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)"):
+    table = Table(
+        title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule"
+    )
+    for head in (
+        "primitive",
+        "launches",
+        "MB per image",
+        "GFLOP per image",
+        f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)",
+    ):
         table.add_column(head, justify="left" if head == "primitive" else "right")
     for label, (kernels, moved, flops, floor) in sorted(rows.items(), key=lambda item: -item[1][1]):
-        table.add_row(label, str(kernels), f"{moved / args.batch / 1e6:.1f}", f"{flops / args.batch / 1e9:.2f}", f"{floor * 1e3:.2f}")
+        table.add_row(
+            label,
+            str(kernels),
+            f"{moved / args.batch / 1e6:.1f}",
+            f"{flops / args.batch / 1e9:.2f}",
+            f"{floor * 1e3:.2f}",
+        )
     console.print(table)
     ours = sum(row[1] for row in rows.values())
     launches = sum(row[0] for row in rows.values())
@@ -327,7 +349,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu",), default="cpu", help="what a measured run uses")
     parser.add_argument("--count", action="store_true", help="count on meta tensors instead of measuring")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s for counted floors (an H200's copy)")
-    parser.add_argument("--rate", type=float, default=790, help="TFLOP/s for counted floors (an H200's bfloat16 product)")
+    parser.add_argument(
+        "--rate", type=float, default=790, help="TFLOP/s for counted floors (an H200's bfloat16 product)"
+    )
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
     args.resolution = args.resolution or (224 if args.count else 160)

@@ -330,7 +330,9 @@ class FusedHead(_NormPoolKind):
             x = self.features.run_children(x, children[:-1])
         else:
             x = _in_a_row(x, children[:-1])
-        x = self.fused_forward(x, lambda x: torch.relu(children[-1](x)).mean((2, 3), keepdim=True), part=tuple(x.shape[2:]))
+        x = self.fused_forward(
+            x, lambda x: torch.relu(children[-1](x)).mean((2, 3), keepdim=True), part=tuple(x.shape[2:])
+        )
         return self.classifier(torch.flatten(x, 1))
 
 

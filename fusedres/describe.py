@@ -172,7 +172,9 @@ def check_conv(c: Conv, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]
     if c.weight.device != like.device or c.weight.dtype != like.dtype:
         raise Unsupported(f"its input is {like.dtype} on {like.device}, a weight {c.weight.dtype} on {c.weight.device}")
     if shape[1] != c.weight.shape[1] * c.geometry.groups:
-        raise Unsupported(f"a convolution expects {c.weight.shape[1] * c.geometry.groups} channels and finds {shape[1]}")
+        raise Unsupported(
+            f"a convolution expects {c.weight.shape[1] * c.geometry.groups} channels and finds {shape[1]}"
+        )
     out = c.out_shape(shape)
     if min(out[2:]) < 1:
         raise Unsupported("a kernel larger than its padded input")
@@ -185,7 +187,9 @@ def check_norm(n: Norm, shape: tuple[int, ...], like: Tensor) -> None:
         if tensor is None:
             continue
         if tensor.numel() != shape[1] or tensor.device != like.device:
-            raise Unsupported(f"a BatchNorm of {tensor.numel()} channels on {tensor.device} meets {shape[1]} on {like.device}")
+            raise Unsupported(
+                f"a BatchNorm of {tensor.numel()} channels on {tensor.device} meets {shape[1]} on {like.device}"
+            )
         if tensor.dtype not in (like.dtype, torch.float32):
             raise Unsupported(f"a BatchNorm in {tensor.dtype} meets {like.dtype}")
     if n.training and shape[0] * shape[2] * shape[3] == 1:

@@ -354,7 +354,12 @@ def bn_coefficients(
 
 
 def bn_frozen(
-    weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float, dtype: torch.dtype
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """``(affine, saved)`` in accum ``dtype`` of a BatchNorm that normalises by its running statistics. C-sized."""
     saved = torch.stack([running_mean.to(dtype), torch.rsqrt(running_var.to(dtype) + eps)])
@@ -368,7 +373,13 @@ def _affine_of(saved: Tensor, weight: Tensor | None, bias: Tensor | None) -> Ten
 
 
 def bn_backward(
-    sums: Tensor, count: int, weight: Tensor | None, saved: Tensor, training: bool, coeff: Tensor, accumulate: bool = False
+    sums: Tensor,
+    count: int,
+    weight: Tensor | None,
+    saved: Tensor,
+    training: bool,
+    coeff: Tensor,
+    accumulate: bool = False,
 ) -> None:
     """The pending form of the gradient of raw, from the ``sums`` over ``count`` rows: writes ``coeff``. C-sized.
 

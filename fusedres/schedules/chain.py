@@ -4,9 +4,9 @@
     y     = act(BN_n(raw_n) + shortcut),  shortcut = x | BN_d(conv_d(x)) | nothing
 
 One schedule for the basic block (2 units), the bottleneck (3), the plain conv-BN-act (1) and the stem (1 and a pool). He et al. 2015
-(arXiv 1512.03385), figures 2 and 5. Kept for backward: x, every raw, and C-sized vectors; the join's mask is rebuilt from its operands, so
-that y is not kept. With ``recompute`` the raws of 1x1 convolutions are not kept either: backward runs those convolutions again, from what is
-kept, without statistics.
+(arXiv 1512.03385), figures 2 and 5. Kept for backward: x, every raw, and C-sized vectors; the join's mask is rebuilt from its operands,
+so that y is not kept. With ``recompute`` the raws of 1x1 convolutions are not kept either: backward runs those convolutions again, from
+what is kept, without statistics.
 """
 
 from __future__ import annotations
@@ -140,7 +140,12 @@ class ChainFunction(torch.autograd.Function):
         backend, chain, need = ctx.backend, ctx.chain, ctx.needs_input_grad[2:]
         n, total = len(chain.units), len(chain.all_units)
         x, index, *rest = ctx.saved_tensors
-        raws, affines, saveds, tensors = rest[:total], rest[total : 2 * total], rest[2 * total : 3 * total], rest[3 * total :]
+        raws, affines, saveds, tensors = (
+            rest[:total],
+            rest[total : 2 * total],
+            rest[2 * total : 3 * total],
+            rest[3 * total :],
+        )
         if torch.is_grad_enabled():
             return None, None, *double_backward(backend, lambda *t: reference(chain, *t), (x, *tensors), grad)
 

@@ -94,7 +94,17 @@ class NormPoolFunction(torch.autograd.Function):
                 dims = [0, *range(2, grad.dim())]
                 dbias = grad.sum(dims, dtype=affine.dtype).to(bias.dtype)
             dpooled, dweight = backend.conv_backward(
-                grad, None, None, pooled, None, None, "none", weight, block.conv.geometry, need_dx=below, need_dw=need[3]
+                grad,
+                None,
+                None,
+                pooled,
+                None,
+                None,
+                "none",
+                weight,
+                block.conv.geometry,
+                need_dx=below,
+                need_dw=need[3],
             )
         dx = dgamma = dbeta = None
         if any(need[:3]):
