@@ -129,7 +129,7 @@ def _panel(axes: Axes, rows: Sequence[Row], bars: Sequence[tuple], colours: dict
     longest = max((span[1] if span else value or 0 for value, _, span in bars), default=0) or 1
     axes.set_title(title, loc="left", fontsize=10, color=INK, pad=8)
     # room for the labels behind the longest bar
-    axes.set_xlim(0, longest * 1.62)
+    axes.set_xlim(0, longest * 1.75)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     gap = longest * 0.025
     for y, (row, (value, label, span)) in enumerate(zip(rows, bars, strict=True)):
@@ -162,7 +162,7 @@ def draw(records: Sequence[dict], heading: str) -> Figure:
     rows, colours = list(_rows(records)), _colours(records)
     ratios = any(r["ratio_to_eager"] is not None for r in records)
     panels = {
-        "Speed relative to eager (line: range over rounds)" if ratios else "Images per second": [
+        "Speed relative to eager, range over rounds" if ratios else "Images per second": [
             (None, "", None) if row.record is None else _speed(row, ratios) for row in rows
         ]
     }
@@ -171,7 +171,7 @@ def draw(records: Sequence[dict], heading: str) -> Figure:
         if any(r[what] is not None for r in records):
             panels[title] = [(None, "", None) if row.record is None else _memory(row, what) for row in rows]
 
-    figure = Figure(figsize=(1.6 + 3.7 * len(panels), 1.25 + 0.235 * len(rows)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2.2 + 3.8 * len(panels), 1.25 + 0.235 * len(rows)), dpi=150, layout="constrained")
     figure.get_layout_engine().set(wspace=0.03, h_pad=0.08)
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, bars) in zip(grid, panels.items(), strict=True):
