@@ -278,7 +278,7 @@ def draw() -> Figure:
                 top -= between
             else:
                 ratio = moved(d, d.fused) / moved(d, d.eager)
-                say(x, zero + 0.46, f"{ratio:.2f}x the bytes", fontsize=15, weight="bold", color=READ, va="bottom")
+                say(x, zero + 0.46, f"{ratio:.2f}x the bytes", fontsize=12, weight="bold", color=READ, va="bottom")
                 for column, (p, theirs) in enumerate(zip(passes, d.eager, strict=True)):
                     if p and p.name != theirs.name:
                         say(left + (column + 0.5) * step, top - 0.05, p.name, fontsize=8, ha="center")
