@@ -3,8 +3,8 @@
     pytest bench/test_blocks.py --benchmark-only
 
 Small enough to run in seconds; the shapes are those of an early stage, at a batch and a resolution that ``FUSEDRES_BENCH_BATCH`` and
-``FUSEDRES_BENCH_SIZE`` override. Contenders run one after another here: on a machine that does other work too, compare minima, or use bench.models, which lets them
-take turns.
+``FUSEDRES_BENCH_SIZE`` override. Contenders run one after another here: on a machine that does other work too,
+compare minima, or use bench.models, which lets them take turns.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
 sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
 
-from bench import memory, models, report, roofline  # noqa: E402
+from bench import memory, models, parity, report, roofline  # noqa: E402
 
 FIELDS = {
     "model", "mode", "contender", "device", "dtype", "amp", "batch", "resolution", "rounds", "images_per_s", "ratio_to_eager",
@@ -35,14 +35,19 @@ def broken(model: nn.Module) -> nn.Module:
 def measured(tmp_path_factory) -> Path:
     """The JSON of a tiny run with a contender that fails."""
     path = tmp_path_factory.mktemp("records") / "models.json"
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "EAGER_RUNS", 2)
         patch.setitem(models.CONTENDERS, "broken", models.Contender(broken))
         status = models.main(
             [
                 *("--models", "resnet18", "--contenders", "eager", "fused", "broken", "--device", "cpu", "--quick"),
                 *("--batch", "2", "--resolution", "32", "--rounds", "2", "--json", str(path)),
+                # one thread: other tests may run beside this one
+                *("--threads", "1"),
             ]
         )
+    torch.set_num_threads(threads)
     assert status == 0
     return path
 
