@@ -1,0 +1,34 @@
+# Every target sets up .venv first: once, and again when the sources of the package's build change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# the newest set that the package is tested with; the package itself runs on torch 2.11 and newer
+TORCH := torch==2.14.1 torchvision==0.29.1
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m bench.demo --out demo
+
+# the script pytest, not python -m pytest, which would put the checkout's kernels/ on the path
+test: $(VENV)/installed
+	$(BIN)/pytest -n 2 -m "not slow"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench.models --json results/models.json \
+		--contenders eager compile compile-freezing fused fused-recompute memory_efficient
+	$(BIN)/python -m bench.report results/models.json --out results
+
+$(VENV)/installed: Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH) "setuptools>=77,<82" wheel ninja
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info fusedres/*.so
