@@ -9,6 +9,9 @@
 //
 // Partial statistics and sums are kept per tile and merged in tile order in double: the result depends on shapes alone, not on threads.
 //
+// Large 3 x 3 convolutions of stride 1 go the same way by Winograd's algorithm: the scratch is transformed, the register kernel runs for each
+// of 16 positions, and the result is transformed back before the epilogue.
+//
 // No template of the standard library is instantiated here: such functions are shared between translation units at link time, and a copy
 // compiled for AVX-512 could be the one that an older machine runs.
 #include <cstdint>
@@ -37,6 +40,7 @@ constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int kMaxTaps = 16;                     // per dimension; larger kernels go to the vendor
 constexpr int64_t kTilePixels = 160;             // enough rows to amortise a pass over the packed weights
 constexpr int64_t kScratchFloats = 64 * 1024;    // 256 KiB, a quarter of a current L2
+constexpr int64_t kWinogradFloats = 160 * 1024;  // the transformed operand of a tile
 constexpr int64_t kSegment = 384;                // depth of one kernel call: its weights stay in L2, mostly L1
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -77,6 +81,8 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
   for (int i = 0; i < kLanes; ++i) store(dst + i * dst_stride, rows[i]);
 }
 
+#include "conv_winograd.h"
+
 // Uninitialised floats, freed with the owner; aligned for whole vectors.
 struct Buffer {
   float* data = nullptr;
@@ -108,7 +114,7 @@ struct Indices {
   }
 };
 
-thread_local Buffer scratch_a, scratch_b, scratch_c;
+thread_local Buffer scratch_a, scratch_b, scratch_c, scratch_v, scratch_m;
 thread_local Indices scratch_base, scratch_pixel;
 
 // Runs body(i) for i in [0, n); work on fewer than kSerial values is done by the caller, because waking the threads costs microseconds.
@@ -196,24 +202,38 @@ struct Chunk {
 struct Problem {
   Axis h, w;
   int64_t batch, src_c, dst_c, dst_h, dst_w;
-  int64_t tile_rows, tiles, tile_pixels, scratch_pixels, chunk;
-  int64_t scratch_w;
+  // the plan
+  int64_t tile_rows = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
+  bool winograd = false;
 
   int64_t rows() const { return batch * h.grid; }
-  int64_t depth() const { return int64_t(h.taps) * w.taps * src_c; }
+  int64_t taps() const { return winograd ? kPositions : int64_t(h.taps) * w.taps; }
+  int64_t depth() const { return taps() * src_c; }
   int64_t chunks() const { return depth() ? div_up(src_c, chunk) : 0; }
   Chunk chunk_at(int64_t i) const {
     const int64_t first = i * chunk;
-    return {first, least(chunk, src_c - first), int64_t(h.taps) * w.taps * first};
+    return {first, least(chunk, src_c - first), taps() * first};
+  }
+
+  // Whether Winograd's 16 products per 2 x 2 outputs, with their transforms, are cheaper than 36: not where the map is so small that
+  // transforming the weights outweighs it. In multiplications per pair of channels.
+  bool winograd_pays() const {
+    if (h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() || !w.consecutive()) return false;
+    if (src_c % kLanes != 0 || w.grid > 128) return false;
+    const double tiles = static_cast<double>(batch * div_up(h.grid, 2) * div_up(w.grid, 2));
+    const double transforms = 4.0 / static_cast<double>(src_c) + 4.0 / static_cast<double>(dst_c);
+    return 16 * tiles * (1 + transforms) + 100 < 9.0 * static_cast<double>(rows() * w.grid);
   }
 
   void plan() {
+    winograd = winograd_pays();
     scratch_w = w.taps ? w.scratch_size(w.grid) : 0;
     tile_rows = most(1, kTilePixels / w.grid);
     // few tiles must be shared out evenly; where the destination has many panels, those make tasks, too
     const int64_t multiple = dst_c >= 4 * kPanel ? 2 : 4;
     tiles = div_up(rows(), tile_rows);
     if (tiles < 16) tile_rows = div_up(rows(), least(rows(), round_up(tiles, multiple)));
+    if (winograd) tile_rows = round_up(tile_rows, 2);
     tiles = div_up(rows(), tile_rows);
     tile_pixels = tile_rows * w.grid;
     // a tile that spans images loads the border of each
@@ -223,7 +243,7 @@ struct Problem {
       const int64_t extra = h.taps == 1 ? 0 : (h.span - 1) + (h.step > 1 ? h.step - 1 : 0);
       const int64_t in_rows = (h.taps == 1 ? tile_rows : tile_rows * h.step) + extra * least(images, tile_rows);
       scratch_pixels = in_rows * scratch_w;
-      const int64_t fit = most(1, kScratchFloats / scratch_pixels);
+      const int64_t fit = winograd ? kWinogradFloats / (4 * tile_pixels) : kScratchFloats / scratch_pixels;
       const int64_t pieces = div_up(src_c, least(512, most(64, fit)));
       chunk = pieces == 1 ? src_c : round_up(div_up(src_c, pieces), kLanes);
     } else {
@@ -260,6 +280,35 @@ Tile locate(const Problem& p, int64_t tile, int64_t width) {
     row += count;
   }
   return {m, base, pixel};
+}
+
+// Winograd's patches of a tile: 2 x 2 output pixels and the 4 x 4 source pixels under them. Where a tile's rows or columns end on an odd one,
+// the patch's second row or column is not an output; what it reads of the source then is repeated, and never reaches an output.
+struct Patch {
+  int64_t index, row, last_row, column;  // row and column in the scratch
+  int64_t pixel;                         // of the tile, the first of the four
+  bool second_row, second_column;
+};
+
+template <class F>
+void each_patch(const Problem& p, int64_t tile, F&& f) {
+  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  int64_t index = 0, pixel = 0, scratch_row = 0;
+  for (int64_t row = begin; row < end;) {
+    const int64_t count = least(end - row, p.h.grid - row % p.h.grid), in_rows = p.h.scratch_size(count);
+    for (int64_t i = 0; i < count; i += 2)
+      for (int64_t j = 0; j < p.w.grid; j += 2)
+        f(Patch{index++, scratch_row + i, scratch_row + in_rows - 1, j, pixel + i * p.w.grid + j, i + 1 < count, j + 1 < p.w.grid});
+    scratch_row += in_rows;
+    pixel += count * p.w.grid;
+    row += count;
+  }
+}
+
+int64_t patches_of(const Problem& p, int64_t tile) {
+  int64_t count = 0;
+  each_patch(p, tile, [&](const Patch&) { ++count; });
+  return count;
 }
 
 // --- prologue -----------------------------------------------------------------------------------------------------------------------
@@ -318,6 +367,62 @@ void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, flo
   }
 }
 
+// The loaded scratch of a tile, transformed: positions `step` floats apart, patches `width`.
+void transform_input(const Problem& p, int64_t tile, const float* scratch, int64_t width, float* to, int64_t step) {
+  each_patch(p, tile, [&](const Patch& patch) {
+    const float* source[4][4];
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j)
+        source[i][j] = scratch + (least(patch.row + i, patch.last_row) * p.scratch_w + least(patch.column + j, p.scratch_w - 1)) * width;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      vec d[4][4], v[4][4];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = load(source[i / 4][i % 4] + c);
+      both_axes(d, v, input_line);
+      store_positions(v, to + patch.index * width + c, step);
+    }
+  });
+}
+
+// The products of a tile, transformed back to its pixels.
+void transform_output(const Problem& p, int64_t tile, const float* from, int64_t width, int64_t step, float* c, int64_t ldc) {
+  each_patch(p, tile, [&](const Patch& patch) {
+    float* to = c + patch.pixel * ldc;
+    for (int64_t n = 0; n < width; n += kLanes) {
+      vec m[4][4], y[2][2];
+      load_positions(from + patch.index * width + n, step, m);
+      both_axes(m, y, output_line);
+      store(to + n, y[0][0]);
+      if (patch.second_column) store(to + ldc + n, y[0][1]);
+      if (patch.second_row) {
+        store(to + p.w.grid * ldc + n, y[1][0]);
+        if (patch.second_column) store(to + (p.w.grid + 1) * ldc + n, y[1][1]);
+      }
+    }
+  });
+}
+
+// The output gradients of a tile (rows of `width`), transformed for the weight gradient.
+void transform_gradient(const Problem& p, int64_t tile, const float* gradient, int64_t width, float* to, int64_t step) {
+  each_patch(p, tile, [&](const Patch& patch) {
+    const float* from = gradient + patch.pixel * width;
+    for (int64_t n = 0; n < width; n += kLanes) {
+      vec dy[2][2] = {}, v[4][4];
+      dy[0][0] = load(from + n);
+      if (patch.second_column) dy[0][1] = load(from + width + n);
+      if (patch.second_row) {
+        dy[1][0] = load(from + p.w.grid * width + n);
+        if (patch.second_column) dy[1][1] = load(from + (p.w.grid + 1) * width + n);
+      }
+      both_axes(dy, v, gradient_line);
+      store_positions(v, to + patch.index * width + n, step);
+    }
+  });
+}
+
+// Between positions: their distance in cache is no power of two, which would put all 16 into the same few sets.
+int64_t position_step(int64_t patches, int64_t width) { return patches * width + kLanes; }
+
 // Consecutive columns of the kernel are consecutive in the scratch: they make one deep segment.
 int make_segments(const Problem& p, Chunk chunk, int64_t deepest, Segment* segments) {
   int count = 0;
@@ -372,6 +477,44 @@ void pack_panel(const Problem& p, const Weight& w, int64_t source_stride, int64_
   }
 }
 
+// As pack_panel, for Winograd: within a panel the rows are chunk, position, channel. src_c is a multiple of kLanes.
+void pack_winograd(const Problem& p, const Weight& w, int64_t source_stride, int64_t destination_stride, int64_t panel, float* packed) {
+  const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel), valid = least(width, p.dst_c - first);
+  float* dst = packed + first * p.depth();
+  for (int64_t k = 0; k < p.chunks(); ++k) {
+    const Chunk chunk = p.chunk_at(k);
+    for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
+      for (int64_t n0 = 0; n0 < width; n0 += kLanes) {
+        float taps[9][kLanes][kLanes] = {};
+        const int64_t columns = least(kLanes, valid - n0);
+        for (int t = 0; t < 9; ++t) {
+          const float* src = w.data + p.h.kernel[t / 3] * w.sh + p.w.kernel[t % 3] * w.sw + (chunk.first + c0) * source_stride + (first + n0) * destination_stride;
+          if (source_stride == 1 && columns == kLanes) {
+            transpose(src, destination_stride, taps[t][0], kLanes);
+          } else {
+            for (int64_t c = 0; c < kLanes; ++c)
+              for (int64_t n = 0; n < columns; ++n) taps[t][c][n] = src[c * source_stride + n * destination_stride];
+          }
+        }
+        for (int64_t c = 0; c < kLanes; ++c) {
+          vec g[3][3], u[4][4];
+#pragma GCC unroll 9
+          for (int t = 0; t < 9; ++t) g[t / 3][t % 3] = load(taps[t][c]);
+          both_axes(g, u, weight_line);
+          store_positions(u, dst + (c0 + c) * width + n0, chunk.width * width);
+        }
+      }
+    }
+    dst += kPositions * chunk.width * width;
+  }
+}
+
+void pack_weights(const Problem& p, const Weight& w, int64_t source_stride, int64_t destination_stride, float* packed, Parallel parallel) {
+  run_parallel(parallel, div_up(p.dst_c, kPanel), p.dst_c * p.depth(), [&](int64_t panel) {
+    (p.winograd ? pack_winograd : pack_panel)(p, w, source_stride, destination_stride, panel, packed);
+  });
+}
+
 // --- register kernels ---------------------------------------------------------------------------------------------------------------
 
 // c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors]
@@ -400,12 +543,13 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
 
 using Multiply = void (*)(const float*, const int64_t*, const float*, int64_t, float*, int64_t, bool);
 
-// c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors]
+// c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors]. The sum starts at zero and joins c at the
+// end: one chain of additions over all tiles would round several times worse.
 template <int R, int V>
 __attribute__((noinline)) void outer(const float* scratch, const int64_t* base, int64_t pixels, const float* g, int64_t ldg, float* c, int64_t ldc, bool first) {
   vec acc[R][V];
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < V; ++j) acc[i][j] = first ? vec{} : load(c + i * ldc + j * kLanes);
+    for (int j = 0; j < V; ++j) acc[i][j] = vec{};
   for (int64_t m = 0; m < pixels; ++m) {
     const float* a = scratch + base[m];
     vec values[V];
@@ -419,7 +563,7 @@ __attribute__((noinline)) void outer(const float* scratch, const int64_t* base, 
     }
   }
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+    for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, first ? acc[i][j] : acc[i][j] + load(c + i * ldc + j * kLanes));
 }
 
 using Outer = void (*)(const float*, const int64_t*, int64_t, const float*, int64_t, float*, int64_t, bool);
@@ -508,6 +652,36 @@ void prefetch_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk,
 
 // --- the product of a tile ----------------------------------------------------------------------------------------------------------
 
+// Chunk `k` of a tile's product by Winograd's algorithm: products of all positions add up over the chunks, and the last one writes c.
+void multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* scratch, const float* packed, int64_t first_panel, int64_t last_panel, float* c, int64_t ldc, Prefetch* prefetch) {
+  const Chunk chunk = p.chunk_at(k);
+  const int64_t patches = patches_of(p, tile), step = position_step(patches, chunk.width);
+  float* transformed = scratch_v.get(kPositions * step);
+  transform_input(p, tile, scratch, chunk.width, transformed, step);
+  int64_t* base = scratch_base.get(patches);
+  for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
+  // with a single chunk, one panel's products at a time
+  const bool single = p.chunks() == 1, last = k + 1 == p.chunks();
+  const int64_t room = kPositions * position_step(patches, kPanel);
+  float* products = scratch_m.get(single ? room : room * (last_panel - first_panel));
+  const int64_t calls = (last_panel - first_panel) * kPositions * div_up(patches, rows_for(kPanelVectors)), lines = div_up(prefetch->total, calls);
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const int64_t width = panel_width(p.dst_c, panel), product_step = position_step(patches, width);
+    const int vectors = static_cast<int>(width / kLanes);
+    const float* weights = packed + panel * kPanel * p.depth() + chunk.row * width;
+    float* product = products + (single ? 0 : (panel - first_panel) * room);
+    const int64_t block = even_block(patches, rows_for(vectors));
+    for (int position = 0; position < kPositions; ++position) {
+      for (int64_t m = 0; m < patches; m += block) {
+        kernels().multiply[vectors][least(block, patches - m)](transformed + position * step, base + m, weights + position * chunk.width * width,
+                                                               chunk.width, product + position * product_step + m * width, width, k == 0);
+        prefetch->issue(lines);
+      }
+    }
+    if (last) transform_output(p, tile, product, width, product_step, c + (panel - first_panel) * kPanel, ldc);
+  }
+}
+
 // c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`. `epilogue(where, &prefetch)`
 // may name what the epilogue of this tile will read.
 template <class F>
@@ -523,11 +697,15 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
     const Chunk chunk = p.chunk_at(k);
     load_tile(p, s, tile, chunk, scratch);
     *where = locate(p, tile, chunk.width);
-    const int count = make_segments(p, chunk, kSegment, segments);
     Prefetch prefetch;
     const bool last = k + 1 == p.chunks();
     if (last) epilogue(*where, &prefetch);
     prefetch_tile(p, s, last ? tile + 1 : tile, p.chunk_at(last ? 0 : k + 1), &prefetch);
+    if (p.winograd) {
+      multiply_winograd(p, tile, k, scratch, packed, first_panel, last_panel, c, ldc, &prefetch);
+      continue;
+    }
+    const int count = make_segments(p, chunk, kSegment, segments);
     const int64_t calls = (last_panel - first_panel) * count * div_up(where->pixels, rows_for(kPanelVectors)), lines = div_up(prefetch.total, calls);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t width = panel_width(p.dst_c, panel);
@@ -551,7 +729,8 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
 int64_t panels_per_task(const Problem& p) {
   const int64_t panels = div_up(p.dst_c, kPanel);
   const int64_t wanted = div_up(16, p.tiles);
-  const int64_t fit = most(1, 2 * kScratchFloats / (p.tile_pixels * kPanel));
+  const int64_t each = p.winograd && p.chunks() > 1 ? 4 : 1;  // products of all positions live side by side
+  const int64_t fit = most(1, 2 * kScratchFloats / (p.tile_pixels * kPanel * each));
   return most(1, least(fit, div_up(panels, wanted)));
 }
 
@@ -651,12 +830,12 @@ void forward(const ForwardArgs& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   Problem p{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
             forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
-            g.batch, g.in_c, g.out_c, g.out_h, g.out_w, 0, 0, 0, 0, 0, 0};
+            g.batch, g.in_c, g.out_c, g.out_h, g.out_w};
   p.plan();
   const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
   Buffer packed, partial;
   float* weights = packed.get(round_up(p.dst_c, kLanes) * p.depth());
-  run_parallel(parallel, panels, p.dst_c * p.depth(), [&](int64_t i) { pack_panel(p, a.weight, a.weight.si, a.weight.so, i, weights); });
+  pack_weights(p, a.weight, a.weight.si, a.weight.so, weights, parallel);
   float* stats = a.mean == nullptr ? nullptr : partial.get(p.tiles * 2 * p.dst_c);
   const bool in_place = p.dst_c % kLanes == 0;
   run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
@@ -763,7 +942,7 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
     Problem& p = problems[i];
     p = Problem{dgrad_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h, i / g.stride_w),
                 dgrad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w, i % g.stride_w),
-                g.batch, g.out_c, g.in_c, g.in_h, g.in_w, 0, 0, 0, 0, 0, 0};
+                g.batch, g.out_c, g.in_c, g.in_h, g.in_w};
     if (p.h.grid > 0 && p.w.grid > 0) {
       p.plan();
       tiles += p.tiles;
@@ -779,7 +958,7 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
     const int64_t each = panels_per_task(p), parts = div_up(panels, each);
     Buffer packed;
     float* weights = packed.get(round_up(p.dst_c, kLanes) * p.depth());
-    run_parallel(parallel, panels, p.dst_c * p.depth(), [&](int64_t panel) { pack_panel(p, a.weight, a.weight.so, a.weight.si, panel, weights); });
+    pack_weights(p, a.weight, a.weight.so, a.weight.si, weights, parallel);
     run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
       const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
       const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
@@ -812,34 +991,116 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
 
 // --- weight gradient ----------------------------------------------------------------------------------------------------------------
 
+// Where a weight gradient's sums lie: per group of tiles, panel by panel, within a panel by Problem::chunk_at, tap (or position), channel.
+struct WgradPlan {
+  Problem p;
+  int64_t panels, parts, each;  // panels, and how they are divided into tasks
+  int64_t groups, group_tiles;  // each group of tiles sums into a partial of its own
+  int64_t size() const { return p.depth() * round_up(p.dst_c, kLanes); }
+  int64_t used_groups() const { return div_up(p.tiles, group_tiles); }
+
+  // Follows from the shape alone.
+  explicit WgradPlan(const Problem& problem) : p(problem) {
+    p.plan();
+    // Winograd's sums are 16/9 as large: those of a task have to stay in cache from tile to tile
+    if (p.winograd) p.chunk = least(p.chunk, kPanel);
+    const int64_t pixels = p.rows() * p.w.grid, chunks = p.chunks();
+    panels = div_up(p.dst_c, kPanel);
+    groups = most(1, least(16, least(pixels / 512, (int64_t(1) << 22) / size())));
+    each = p.winograd ? 1 : most(1, least(kScratchFloats / (p.tile_pixels * kPanel), div_up(panels, div_up(8, groups * chunks))));
+    parts = div_up(panels, each);
+    // a small map: more groups rather than idle threads, down to groups that still outweigh their partials
+    groups = least(p.tiles, most(groups, least(div_up(8, chunks * parts), most(1, pixels / 96))));
+    group_tiles = div_up(p.tiles, groups);
+  }
+};
+
+// The products of one tile: panels [begin, end) of one chunk, added to the sums of a group unless they are `fresh`. `gradient` holds the
+// tile's output gradients, `ldg` floats a pixel.
+void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient, int64_t ldg, int64_t begin, int64_t end, float* sums, bool fresh, Prefetch* prefetch) {
+  const Problem& p = plan.p;
+  Segment segments[kMaxSegments];
+  const int count = make_segments(p, chunk, int64_t(1) << 40, segments);
+  const int64_t calls = (end - begin) * count * div_up(segments[0].depth, rows_for(kPanelVectors)), lines = div_up(prefetch->total, calls);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t width = panel_width(p.dst_c, panel);
+    const int vectors = static_cast<int>(width / kLanes);
+    const float* values = gradient + (panel - begin) * kPanel;
+    float* to = sums + panel * kPanel * p.depth();
+    for (int i = 0; i < count; ++i) {
+      const int64_t block = even_block(segments[i].depth, rows_for(vectors));
+      for (int64_t k = 0; k < segments[i].depth; k += block) {
+        const int64_t rows = least(block, segments[i].depth - k);
+        kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, where.pixels, values, ldg,
+                                       to + (segments[i].row + k) * width, width, fresh);
+        prefetch->issue(lines);
+      }
+    }
+  }
+}
+
+// As outer_tile, for one panel, by Winograd's algorithm.
+void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const float* scratch, const float* gradient, int64_t panel, float* sums, bool fresh, Prefetch* prefetch) {
+  const Problem& p = plan.p;
+  const int64_t patches = patches_of(p, tile), width = panel_width(p.dst_c, panel);
+  const int64_t step = position_step(patches, chunk.width), gradient_step = position_step(patches, width);
+  float* transformed = scratch_v.get(kPositions * step);
+  float* gradients = scratch_m.get(kPositions * gradient_step);
+  transform_input(p, tile, scratch, chunk.width, transformed, step);
+  transform_gradient(p, tile, gradient, width, gradients, gradient_step);
+  int64_t* base = scratch_base.get(patches);
+  for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
+  const int vectors = static_cast<int>(width / kLanes);
+  const int64_t block = even_block(chunk.width, rows_for(vectors));
+  const int64_t lines = div_up(prefetch->total, kPositions * div_up(chunk.width, block));
+  float* to = sums + panel * kPanel * p.depth() + chunk.row * width;
+  for (int position = 0; position < kPositions; ++position, to += chunk.width * width) {
+    for (int64_t k = 0; k < chunk.width; k += block) {
+      kernels().outer[vectors][least(block, chunk.width - k)](transformed + position * step + k, base, patches, gradients + position * gradient_step,
+                                                              width, to + k * width, width, fresh);
+      prefetch->issue(lines);
+    }
+  }
+}
+
+// The sums of all groups, in order, of `rows` channels from `line` on; `width` floats a row.
+void add_groups(const WgradPlan& plan, const float* line, int64_t rows, int64_t width, float* to) {
+  for (int64_t c = 0; c < rows; ++c) {
+    const float* from = line + c * width;
+    float* row = to + c * kPanel;
+    for (int64_t n = 0; n < width; ++n) row[n] = from[n];
+    for (int64_t k = 1; k < plan.used_groups(); ++k)
+      for (int64_t n = 0; n < width; ++n) row[n] += from[k * plan.size() + n];
+  }
+}
+
+// A block of `rows` source and `valid` destination channels, laid out as the weight is.
+void store_weights(const Weight& w, const float* block, int64_t rows, int64_t valid, float* to) {
+  int64_t n = 0;
+  if (w.si == 1 && rows == kLanes)
+    for (; n + kLanes <= valid; n += kLanes) transpose(block + n, kPanel, to + n * w.so, w.so);
+  for (; n < valid; ++n)
+    for (int64_t c = 0; c < rows; ++c) to[n * w.so + c * w.si] = block[c * kPanel + n];
+}
+
 void wgrad(const WgradArgs& a, Parallel parallel) {
   const Geometry2d& g = a.g;
-  Problem p{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
-            forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
-            g.batch, g.in_c, g.out_c, g.out_h, g.out_w, 0, 0, 0, 0, 0, 0};
-  p.plan();
-  // groups of tiles sum into a partial of their own; their number follows from the shape alone
-  const int64_t size = p.depth() * round_up(p.dst_c, kLanes);
-  const int64_t pixels = p.rows() * p.w.grid;
-  const int64_t panels = div_up(p.dst_c, kPanel), chunks = p.chunks();
-  int64_t groups = most(1, least(16, least(pixels / 512, (int64_t(1) << 22) / size)));
-  const int64_t each = most(1, least(kScratchFloats / (p.tile_pixels * kPanel), div_up(panels, div_up(8, groups * chunks))));
-  const int64_t parts = div_up(panels, each);
-  // a small map: more groups rather than idle threads, down to groups that still outweigh their partials
-  groups = least(p.tiles, most(groups, least(div_up(8, chunks * parts), most(1, pixels / 96))));
-  const int64_t group_tiles = div_up(p.tiles, groups);
+  const WgradPlan plan(Problem{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
+                               forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+                               g.batch, g.in_c, g.out_c, g.out_h, g.out_w});
+  const Problem& p = plan.p;
+  const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
   Buffer partial;
-  float* sums = partial.get(groups * size);
-  run_parallel(parallel, groups * chunks * parts, pixels * p.dst_c * 8, [&](int64_t task) {
-    const int64_t group = task / (chunks * parts), begin = task % parts * each, end = least(panels, begin + each);
+  float* sums = partial.get(plan.groups * plan.size());
+  run_parallel(parallel, plan.groups * chunks * parts, pixels * p.dst_c * 8, [&](int64_t task) {
+    const int64_t group = task / (chunks * parts), begin = task % parts * plan.each, end = least(panels, begin + plan.each);
     const Chunk chunk = p.chunk_at(task / parts % chunks);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first, ldg = round_up(columns, kLanes);
+    const int64_t stop = least(p.tiles, (group + 1) * plan.group_tiles);
     float* scratch = scratch_a.get(p.scratch_pixels * p.chunk);
     float* gradient = scratch_b.get(p.tile_pixels * ldg);
-    Segment segments[kMaxSegments];
-    const int count = make_segments(p, chunk, int64_t(1) << 40, segments);
-    for (int64_t tile = group * group_tiles; tile < least(p.tiles, (group + 1) * group_tiles); ++tile) {
-      const bool fresh = tile == group * group_tiles;
+    for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
+      const bool fresh = tile == group * plan.group_tiles;
       load_tile(p, a.x, tile, chunk, scratch);
       const Tile where = locate(p, tile, chunk.width);
       for (int64_t m = 0; m < where.pixels; ++m) {
@@ -847,56 +1108,45 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
         for (int64_t n = columns; n < ldg; ++n) gradient[m * ldg + n] = 0.f;
       }
       Prefetch prefetch;
-      if (tile + 1 < least(p.tiles, (group + 1) * group_tiles)) {
+      if (tile + 1 < stop) {
         prefetch_tile(p, a.x, tile + 1, chunk, &prefetch);
         const int64_t from = (tile + 1) * p.tile_pixels, to = least(pixels, from + p.tile_pixels);
         prefetch.add(a.grad.map, from, to, first, columns);
         if (a.grad.q != nullptr) prefetch.add(a.grad.second, from, to, first, columns);
       }
-      const int64_t calls = (end - begin) * count * div_up(segments[0].depth, rows_for(kPanelVectors)), lines = div_up(prefetch.total, calls);
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t width = panel_width(p.dst_c, panel);
-        const int vectors = static_cast<int>(width / kLanes);
-        const float* values = gradient + (panel - begin) * kPanel;
-        float* to = sums + group * size + panel * kPanel * p.depth();
-        for (int i = 0; i < count; ++i) {
-          const int64_t block = even_block(segments[i].depth, rows_for(vectors));
-          for (int64_t k = 0; k < segments[i].depth; k += block) {
-            const int64_t rows = least(block, segments[i].depth - k);
-            kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, where.pixels, values, ldg,
-                                           to + (segments[i].row + k) * width, width, fresh);
-            prefetch.issue(lines);
-          }
-        }
-      }
+      float* own = sums + group * plan.size();
+      if (p.winograd) outer_winograd(plan, tile, chunk, scratch, gradient, begin, own, fresh, &prefetch);
+      else outer_tile(plan, chunk, where, scratch, gradient, ldg, begin, end, own, fresh, &prefetch);
     }
   });
-  const int64_t used_groups = div_up(p.tiles, group_tiles);
-  // add the partials in order, and lay them out as the weight is
-  run_parallel(parallel, panels * chunks, used_groups * size, [&](int64_t task) {
+  run_parallel(parallel, panels * chunks, plan.used_groups() * plan.size(), [&](int64_t task) {
     const int64_t panel = task / chunks, first = panel * kPanel, width = panel_width(p.dst_c, panel);
     const int64_t valid = least(width, p.dst_c - first);
     const Chunk chunk = p.chunk_at(task % chunks);
     const float* from = sums + first * p.depth() + chunk.row * width;
-    for (int i = 0; i < p.h.taps; ++i) {
-      for (int j = 0; j < p.w.taps; ++j) {
-        float* to = a.dweight.data + i * a.dweight.sh + j * a.dweight.sw + chunk.first * a.dweight.si + first * a.dweight.so;
-        for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
-          float block[kLanes][kPanel];
-          const int64_t rows = least(kLanes, chunk.width - c0);
-          for (int64_t c = 0; c < rows; ++c) {
-            const float* line = from + ((int64_t(i) * p.w.taps + j) * chunk.width + c0 + c) * width;
-            for (int64_t n = 0; n < width; ++n) block[c][n] = line[n];
-            for (int64_t k = 1; k < used_groups; ++k)
-              for (int64_t n = 0; n < width; ++n) block[c][n] += line[k * size + n];
-          }
-          int64_t n = 0;
-          if (a.dweight.si == 1 && rows == kLanes)
-            for (; n + kLanes <= valid; n += kLanes) transpose(block[0] + n, kPanel, to + n * a.dweight.so + c0, a.dweight.so);
-          for (; n < valid; ++n)
-            for (int64_t c = 0; c < rows; ++c) to[n * a.dweight.so + (c0 + c) * a.dweight.si] = block[c][n];
+    const auto place = [&](int i, int j, int64_t c) {
+      return a.dweight.data + i * a.dweight.sh + j * a.dweight.sw + (chunk.first + c) * a.dweight.si + first * a.dweight.so;
+    };
+    for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
+      const int64_t rows = least(kLanes, chunk.width - c0);
+      float block[kPositions][kLanes][kPanel];
+      if (!p.winograd) {
+        for (int t = 0; t < p.h.taps * p.w.taps; ++t) {
+          add_groups(plan, from + (t * chunk.width + c0) * width, rows, width, block[0][0]);
+          store_weights(a.dweight, block[0][0], rows, valid, place(t / p.w.taps, t % p.w.taps, c0));
+        }
+        continue;
+      }
+      for (int t = 0; t < kPositions; ++t) add_groups(plan, from + (t * chunk.width + c0) * width, rows, width, block[t][0]);
+      for (int64_t c = 0; c < rows; ++c) {
+        for (int64_t n = 0; n < width; n += kLanes) {
+          vec u[4][4], dw[3][3];
+          load_positions(block[0][c] + n, kLanes * kPanel, u);
+          both_axes(u, dw, weight_gradient_line);
+          for (int t = 0; t < 9; ++t) store(block[t][c] + n, dw[t / 3][t % 3]);
         }
       }
+      for (int t = 0; t < 9; ++t) store_weights(a.dweight, block[t][0], rows, valid, place(t / 3, t % 3, c0));
     }
   });
 }
