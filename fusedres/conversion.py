@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .blocks import FusedBlock, FusedSequential, conv_runs, fused_class, is_converted
-from .describe import Unsupported
+from . import structure
+from .blocks import FusedBlock, FusedResidual, FusedSequential, conv_runs, fused_class, is_converted
+from .describe import Unsupported, layout, module_parts
 
 
 def _torchvision(module: str, name: str) -> type | None:
@@ -39,7 +40,7 @@ _FAMILIES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The kind of fused block that ``module`` can become, None where it is none."""
+    """The kind of fused block that ``module`` can become by its class, None where it is none."""
     if isinstance(module, FusedBlock):
         return type(module).kind
     if "forward" in module.__dict__:
@@ -50,17 +51,48 @@ def kind_of(module: nn.Module) -> str | None:
     return "sequential" if _is_sequential(module) else None
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """``(path, module, kind)``; what stands inside a residual or dense block belongs to that block."""
+def plans_of(module: nn.Module) -> dict[bool, structure.Plan] | None:
+    """The plans by which ``module`` can become a residual block, None where its structure is no such block's."""
+    if "forward" in module.__dict__:
+        return None
+    plans = structure.read(module)
+    if plans is None:
+        return None
+    for training, plan in plans.items():
+        try:
+            layout(module, plan, training)
+        except Unsupported as reason:
+            # a hook waits today and may be gone tomorrow; what is no block stays none
+            if not reason.passing:
+                return None
+    return plans
+
+
+def _inside(module: nn.Module, kind: str) -> Iterator[nn.Module]:
+    """What belongs to a block and is not converted on its own."""
+    if kind == FusedResidual.kind:
+        for plan in module._fusedres_plans.values():
+            yield from module_parts(module, plan)
+    elif kind not in ("resnet stem", "densenet head", "sequential"):
+        yield from (m for m in module.modules() if m is not module)
+
+
+def _candidates(model: nn.Module, read: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+    """``(path, module, kind)``; what stands inside a residual or dense block belongs to that block. With ``read`` modules that no kind
+    knows are read for their structure, and those that have a plan get it."""
     inside: set[int] = set()
+    blocks = structure.blocks(model) if read else set()
     for path, module in model.named_modules():
         if id(module) in inside:
             continue
         kind = kind_of(module)
+        if id(module) in blocks and kind in (None, FusedResidual.kind):
+            plans = plans_of(module)
+            if plans is not None:
+                module.__dict__["_fusedres_plans"], kind = plans, FusedResidual.kind
         if kind is None:
             continue
-        if kind in ("basic block", "bottleneck", "dense block", "transition"):
-            inside.update(id(m) for m in module.modules() if m is not module)
+        inside.update(id(m) for m in _inside(module, kind))
         yield path, module, kind
 
 
@@ -75,7 +107,7 @@ def convert(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert expects a torch.nn.Module, found {type(model).__name__}")
-    for _, module, kind in list(_candidates(model)):
+    for _, module, kind in list(_candidates(model, read=True)):
         if not isinstance(module, FusedBlock):
             module.__class__ = fused_class(kind, type(module))
         module._fusedres_recompute = recompute
@@ -88,7 +120,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise TypeError(f"revert expects a torch.nn.Module, found {type(model).__name__}")
     for module in model.modules():
         if is_converted(module):
-            for name in ("_fusedres_last", "_fusedres_recompute"):
+            for name in ("_fusedres_last", "_fusedres_recompute", "_fusedres_plans"):
                 module.__dict__.pop(name, None)
             module.__class__ = module.original_class()
     return model

@@ -33,6 +33,7 @@ from .common import (
     empty_map,
     frozen,
     gradient_of,
+    map_bias_gradient,
     new_stats,
     norm_tensors,
     reference_conv,
@@ -165,7 +166,7 @@ class DenseFunction(torch.autograd.Function):
             sums2 = channel_empty(2, mid.shape[1], mid)
             coeff2 = channel_empty(3, mid.shape[1], mid)
             if wanted[7]:
-                grads[at + 7] = _slice_bias_gradient(own, own_raw, own_coeff, tensors[at + 7])
+                grads[at + 7] = map_bias_gradient(own, tensors[at + 7], own_raw, own_coeff)
             dz2, grads[at + 6] = backend.conv_backward(
                 own, own_raw, own_coeff, mid, affine2, saved2, layer.norm2.act, tensors[at + 6], layer.conv2.geometry,
                 need_dw=wanted[6], sums=sums2,
@@ -190,16 +191,6 @@ class DenseFunction(torch.autograd.Function):
             end = start
         dx = backend.grad_affine(gathered[:, :first], buffer[:, :first], coeff[:, :first]) if need[0] else None
         return None, None, None, dx, *grads
-
-
-def _slice_bias_gradient(grad: Tensor, raw: Tensor | None, coeff: Tensor | None, bias: Tensor) -> Tensor:
-    """The gradient of a bias that writes a slice (no BatchNorm of its own follows): a sum over the slice's gradient."""
-    dims = [0, *range(2, grad.dim())]
-    total = grad.sum(dims, dtype=torch.promote_types(grad.dtype, torch.float32))
-    if coeff is not None:
-        rows = count(grad)
-        total = coeff[0] * total + coeff[1] * raw.sum(dims, dtype=total.dtype) + rows * coeff[2]
-    return total.to(bias.dtype)
 
 
 def reference(layers: tuple[Layer, ...], x: Tensor, *tensors: Tensor | None) -> Tensor:
