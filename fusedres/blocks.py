@@ -154,9 +154,10 @@ def check_dense(layers: tuple[dense.Layer, ...], x: Tensor) -> None:
     shape = tuple(x.shape)
     for layer in layers:
         describe.check_norm(layer.norm1, shape, x)
-        mid = describe.check_conv(layer.conv1, shape, x)
-        describe.check_norm(layer.norm2, mid, x)
-        out = describe.check_conv(layer.conv2, mid, x)
+        mid = out = describe.check_conv(layer.conv1, shape, x)
+        if layer.conv2 is not None:
+            describe.check_norm(layer.norm2, mid, x)
+            out = describe.check_conv(layer.conv2, mid, x)
         if out[2:] != shape[2:] or mid[2:] != shape[2:]:
             raise Unsupported(f"a layer changes the spatial size from {shape[2:]} to {out[2:]}")
         shape = (shape[0], shape[1] + out[1], *shape[2:])
@@ -239,8 +240,7 @@ class FusedResidual(_ChainKind):
         x = run(join, x, None if source is x else source)
         for piece in found.tail:
             x = run(piece, x)
-        # the first reason why a piece did not run fused says more than the last piece's success
-        self.__dict__["_fusedres_last"] = next((o for o in outcomes if o.startswith("original")), outcomes[-1])
+        self.__dict__["_fusedres_last"] = first_reason(outcomes)
         return x
 
 
@@ -355,30 +355,80 @@ def _in_a_row(x: Tensor, children: list[nn.Module]) -> Tensor:
 
 
 class FusedDenseBlock(FusedBlock):
-    """A DenseNet block: a ModuleDict of layers, in one buffer."""
+    """A DenseNet block: layers that each read everything before them, in one buffer; with dropout in them, layer by layer."""
 
     kind = "dense block"
+    #: the plans of the layers by mode, where they put their channels behind their input's by themselves (a Sequential of layers)
+    _fusedres_layers: dict[str, dict[bool, structure.Plan]] | None = None
+
+    def layers(self) -> list[list[describe.Token]]:
+        """What every layer does to what it reads; raises Unsupported."""
+        plans = self._fusedres_layers
+        if plans is None:
+            found = [describe.dense_layer(layer) for layer in self.values()]
+        elif plans.keys() != self._modules.keys():
+            raise Unsupported("it has changed since it was converted; fusedres.convert reads it anew")
+        else:
+            found = [describe.dense_layer(child, plans[name][child.training]) for name, child in self.named_children()]
+        if not found:
+            raise Unsupported("it has no layers")
+        return found
 
     def describe_block(self, dtype, part=None):
+        if isinstance(part, describe.Piece):
+            return describe.chain(part, dtype)
         layers, norms = [], []
-        for layer in self.values():
-            if describe.hooked(layer):
-                raise Unsupported("a hook is registered on a layer")
-            described, found = describe.dense_layer(layer, dtype)
-            layers.append(described)
-            norms += found
-        if not layers:
-            raise Unsupported("it has no layers")
+        for found in self.layers() if part is None else part:
+            if describe.in_buffer(found):
+                described, inside = describe.layer(found, dtype)
+                layers.append(described)
+            else:
+                chains = [describe.chain(piece, dtype) for piece in describe.row(found) if piece.is_chain]
+                inside = [norm for _, of_chain in chains for norm in of_chain]
+            norms += inside
         return tuple(layers), norms
 
     def check_block(self, description, x):
-        check_dense(description, x)
+        check = check_chain if isinstance(description, chain.Chain) else check_dense
+        check(description, x)
 
     def run_block(self, backend, description, x):
+        if isinstance(description, chain.Chain):
+            return chain.run(backend, description, x)[0]
         return carry(*dense.run(backend, description, x, self._fusedres_recompute))
 
     def forward(self, init_features: Tensor) -> Tensor:
-        return self.fused_forward(init_features, super(FusedBlock, self).forward)
+        original = super(FusedBlock, self).forward
+        try:
+            self.check_world()
+            layers = self.layers()
+            pieces = None if all(map(describe.in_buffer, layers)) else [describe.row(found) for found in layers]
+        except Unsupported as reason:
+            self.__dict__["_fusedres_last"] = f"original modules: {reason}"
+            return original(init_features)
+        if pieces is None:
+            return self.fused_forward(init_features, original, layers)
+        return self.in_pieces(init_features, pieces)
+
+    def in_pieces(self, x: Tensor, layers: list[list[describe.Piece]]) -> Tensor:
+        """The output where layers are split: each reads a concatenation, as in the original."""
+        features, outcomes = [x], []
+        for pieces in layers:
+            h = torch.cat(features, 1)
+            for piece in pieces:
+                if piece.is_chain:
+                    h = self.fused_forward(h, piece.original, piece)
+                    outcomes.append(self._fusedres_last)
+                else:
+                    h = piece.original(h)
+            features.append(h)
+        self.__dict__["_fusedres_last"] = first_reason(outcomes)
+        return torch.cat(features, 1)
+
+
+def first_reason(outcomes: list[str]) -> str:
+    """Of the outcomes of a block's pieces, the first reason why one did not run fused, which says more than another's success."""
+    return next((outcome for outcome in outcomes if outcome.startswith("original")), outcomes[-1])
 
 
 def carry(x: Tensor, stats: Tensor | None) -> Tensor:
@@ -407,9 +457,17 @@ class FusedTransition(_NormPoolKind):
     """A DenseNet transition: norm-relu-conv(1x1)-pool(mean), the mean taken first."""
 
     kind = "transition"
+    #: the plans by mode, where it is no Sequential
+    _fusedres_plans: dict[bool, structure.Plan] | None = None
 
     def describe_block(self, dtype, part=None):
-        return describe.transition(self, dtype)
+        plan = (
+            structure.Plan(tuple(self._modules))
+            if self._fusedres_plans is None
+            else self._fusedres_plans[self.training]
+        )
+        describe.check_stamps(self, plan)
+        return describe.transition(describe.tokens(self, plan.main), dtype)
 
 
 class FusedHead(_NormPoolKind):

@@ -10,13 +10,22 @@ import torch
 from torch import nn
 
 from . import structure
-from .blocks import FusedBlock, FusedResidual, FusedSequential, conv_runs, fused_class, is_converted
-from .describe import Unsupported, layout, module_parts
+from .blocks import (
+    FusedBlock,
+    FusedDenseBlock,
+    FusedResidual,
+    FusedSequential,
+    FusedTransition,
+    conv_runs,
+    fused_class,
+    is_converted,
+)
+from .describe import Hooked, Unsupported, is_transition, layout, module_parts, tokens
 
 
-def _torchvision(module: str, name: str) -> type | None:
+def _class(module: str, name: str) -> type | None:
     # a model of torchvision's can only be given where torchvision is loaded
-    return getattr(sys.modules.get(f"torchvision.models.{module}"), name, None)
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _has_own(cls: type, base: type | None, *methods: str) -> bool:
@@ -28,14 +37,17 @@ def _is_sequential(module: nn.Module) -> bool:
     return _has_own(type(module), nn.Sequential, "forward") and bool(conv_runs(list(module)))
 
 
-# kind, where its class stands in torchvision, and the methods that the fused forward replaces
+#: where a module keeps what has been read of its structure
+_PLANS = ("_fusedres_plans", "_fusedres_layers")
+
+# kind, where its class stands, and the methods that the fused forward replaces
 _FAMILIES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("basic block", "resnet", "BasicBlock", ("forward",)),
-    ("bottleneck", "resnet", "Bottleneck", ("forward",)),
-    ("resnet stem", "resnet", "ResNet", ("forward", "_forward_impl")),
-    ("dense block", "densenet", "_DenseBlock", ("forward",)),
-    ("transition", "densenet", "_Transition", ("forward",)),
-    ("densenet head", "densenet", "DenseNet", ("forward",)),
+    ("basic block", "torchvision.models.resnet", "BasicBlock", ("forward",)),
+    ("bottleneck", "torchvision.models.resnet", "Bottleneck", ("forward",)),
+    ("resnet stem", "torchvision.models.resnet", "ResNet", ("forward", "_forward_impl")),
+    ("dense block", "torchvision.models.densenet", "_DenseBlock", ("forward",)),
+    ("densenet head", "torchvision.models.densenet", "DenseNet", ("forward",)),
+    ("dense block", "timm.models.densenet", "DenseBlock", ("forward",)),
 )
 
 
@@ -46,26 +58,54 @@ def kind_of(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return None
     for kind, file, name, methods in _FAMILIES:
-        if _has_own(type(module), _torchvision(file, name), *methods):
+        if _has_own(type(module), _class(file, name), *methods):
             return kind
+    if _is_transition(module):
+        return FusedTransition.kind
     return "sequential" if _is_sequential(module) else None
 
 
-def plans_of(module: nn.Module) -> dict[bool, structure.Plan] | None:
-    """The plans by which ``module`` can become a residual block, None where its structure is no such block's."""
+def _is_transition(module: nn.Module) -> bool:
+    if not _has_own(type(module), nn.Sequential, "forward") or len(module) not in (3, 4):
+        return False
+    try:
+        return is_transition(tokens(module, tuple(module._modules)))
+    except Unsupported:
+        return False
+
+
+def _structure(module: nn.Module) -> tuple[str, dict] | None:
+    """``(kind, attributes)`` of a module whose structure is that of a block, None where it is not."""
     if "forward" in module.__dict__:
         return None
+    if _has_own(type(module), nn.Sequential, "forward"):
+        layers: dict[str, dict[bool, structure.Plan]] = {}
+        for name, child in module.named_children():
+            layers[name] = structure.read(child) or {}
+            if not layers[name] or not all(plan.dense for plan in layers[name].values()):
+                return None
+        return (FusedDenseBlock.kind, {"_fusedres_layers": layers}) if layers else None
     plans = structure.read(module)
-    if plans is None:
+    if plans is None or any(plan.dense for plan in plans.values()):
         return None
+    rows = all(plan.shortcut is None for plan in plans.values())
     for training, plan in plans.items():
         try:
             layout(module, plan, training)
-        except Unsupported as reason:
-            # a hook waits today and may be gone tomorrow; what is no block stays none
-            if not reason.passing:
-                return None
-    return plans
+            rows = rows and is_transition(tokens(module, plan.main))
+        except Hooked:
+            rows = False
+        except Unsupported:
+            return None
+    return FusedTransition.kind if rows else FusedResidual.kind, {"_fusedres_plans": plans}
+
+
+def _may_be_read(module: nn.Module, kind: str | None, blocks: set[int]) -> bool:
+    if isinstance(module, FusedBlock):
+        return not module.__dict__.keys().isdisjoint(_PLANS)  # convert again reads again
+    if kind == "sequential" or kind is None and _has_own(type(module), nn.Sequential, "forward"):
+        return all(id(child) in blocks for child in module)  # a row of dense layers has any length
+    return kind is None and id(module) in blocks
 
 
 def _inside(module: nn.Module, kind: str) -> Iterator[nn.Module]:
@@ -86,10 +126,11 @@ def _candidates(model: nn.Module, read: bool = False) -> Iterator[tuple[str, nn.
         if id(module) in inside:
             continue
         kind = kind_of(module)
-        if id(module) in blocks and kind in (None, FusedResidual.kind):
-            plans = plans_of(module)
-            if plans is not None:
-                module.__dict__["_fusedres_plans"], kind = plans, FusedResidual.kind
+        if read and _may_be_read(module, kind, blocks):
+            found = _structure(module)
+            if found is not None and (found[0] == kind or not isinstance(module, FusedBlock)):
+                kind, attributes = found
+                module.__dict__.update(attributes)
         if kind is None:
             continue
         inside.update(id(m) for m in _inside(module, kind))
@@ -120,7 +161,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise TypeError(f"revert expects a torch.nn.Module, found {type(model).__name__}")
     for module in model.modules():
         if is_converted(module):
-            for name in ("_fusedres_last", "_fusedres_recompute", "_fusedres_plans"):
+            for name in ("_fusedres_last", "_fusedres_recompute", *_PLANS):
                 module.__dict__.pop(name, None)
             module.__class__ = module.original_class()
     return model

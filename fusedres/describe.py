@@ -24,17 +24,17 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Unsupported(Exception):
-    """A block that runs its original modules; the message says why, for ``report``. ``passing``: it may end any time, as a hook does."""
+    """A block that runs its original modules; the message says why, for ``report``."""
 
-    def __init__(self, reason: str, passing: bool = False) -> None:
-        super().__init__(reason)
-        self.passing = passing
+
+class Hooked(Unsupported):
+    """It does so because of a hook, which may be removed at any time."""
 
 
 def unhooked(module: nn.Module) -> None:
     """Check that no hook waits on ``module``."""
     if hooked(module):
-        raise Unsupported(f"a hook is registered on its {type(module).__name__}", passing=True)
+        raise Hooked(f"a hook is registered on its {type(module).__name__}")
 
 
 def hooked(module: nn.Module) -> bool:
@@ -82,7 +82,9 @@ def norm(module: nn.Module, act: str) -> Norm:
         plain(module, nn.BatchNorm2d)
     else:
         plain(module, type(module))
-        plain(inside[1], nn.ReLU, nn.Identity)
+        if not at_rest(inside[0]) or hooked(inside[0]):
+            raise Unsupported(f"{type(inside[0]).__name__} inside a BatchNorm")
+        act = "relu" if "relu" in (activation(inside[1]), act) else "none"
     training = module.training or (module.running_mean is None and module.running_var is None)
     tracking = training and module.training and module.track_running_stats and module.running_mean is not None
     momentum = module.momentum
@@ -167,6 +169,9 @@ _ACTIVATIONS = tuple(
 )
 
 
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+
+
 def _foreign_activation(module: nn.Module) -> bool:
     # timm's own activations hold nothing and stand in modules of that name
     return isinstance(module, _ACTIVATIONS) or ".activations" in type(module).__module__
@@ -182,14 +187,12 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
         yield Token("conv", (module,), module)
     elif inside is not None:
         drop, act = inside
+        if _foreign_activation(act):
+            raise Unsupported(f"found {type(act).__name__} where ReLU or Identity is expected")
         if at_rest(drop) and type(act) in (nn.ReLU, nn.Identity):
             yield Token("norm", (module,), module, activation(act))
-        elif _foreign_activation(act):
-            raise Unsupported(f"{type(act).__name__} behind a BatchNorm")
         else:
-            yield Token("norm", (functools.partial(nn.BatchNorm2d.forward, module),), module, "none")
-            yield from _tokens_of(drop)
-            yield from _tokens_of(act)
+            yield Token("other", (module,), module)
     elif isinstance(module, nn.BatchNorm2d):
         yield Token("norm", (module,), module, "none")
     elif type(module) is nn.ReLU:
@@ -200,6 +203,8 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
         return
     elif _foreign_activation(module):
         yield Token("act", (module,), module, type(module).__name__)
+    elif isinstance(module, _NORMS):
+        raise Unsupported(f"found {type(module).__name__} where BatchNorm2d is expected")
     else:
         yield Token("other", (module,), module)
 
@@ -233,11 +238,13 @@ def _strides(step: Call) -> tuple[int, int] | None:
 
 def _zero_channels(step: Call) -> tuple[int, int] | None:
     """The channels before and behind of ``F.pad(x, (0, 0, 0, 0, front, back))``."""
+    if step.target is not F.pad:
+        return None
     names = ("input", "pad", "mode", "value")
     found = {**dict(zip(names, step.args, strict=False)), **dict(step.kwargs)}
     pad = tuple(found.get("pad") or ())
     plain = found.get("mode", "constant") == "constant" and not found.get("value")
-    if step.target is not F.pad or not plain or len(pad) not in (6, 8) or any(pad[:4]) or any(pad[6:]) or min(pad) < 0:
+    if not plain or len(pad) not in (6, 8) or any(pad[:4]) or any(pad[6:]) or min(pad) < 0:
         return None
     return pad[4], pad[5]
 
@@ -271,7 +278,7 @@ def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
             last = found[-1] if found else None
             if token.kind == "act" and last is not None and last.kind == "norm" and last.value == "none":
                 if token.value != "relu":
-                    raise Unsupported(f"{token.value} behind a BatchNorm")
+                    raise Unsupported(f"found {token.value} where ReLU or Identity is expected")
                 if token.module is not None:
                     plain(token.module, nn.ReLU)
                 found[-1] = replace(last, run=last.run + token.run, value="relu")
@@ -378,15 +385,20 @@ def module_parts(block: nn.Module, plan: Plan) -> Iterator[nn.Module]:
                 yield from module.modules()
 
 
-def layout(block: nn.Module, plan: Plan, training: bool | None = None) -> Layout:
-    """``block`` in the fewest pieces; raises Unsupported where none of them would be fused. ``training``: as if in that mode, by structure
-    alone."""
+def check_stamps(block: nn.Module, plan: Plan, training: bool | None = None) -> None:
+    """Check that ``block`` is still what its plan was read from, and that no hook waits on a module that the plan goes through."""
     for stamp in plan.stamps:
         module = block.get_submodule(stamp.path)
         if training is None and not stamp.fits(module, block.training):
             raise Unsupported("it has changed since it was converted; fusedres.convert reads it anew")
         if stamp.path:
             unhooked(module)
+
+
+def layout(block: nn.Module, plan: Plan, training: bool | None = None) -> Layout:
+    """``block`` in the fewest pieces; raises Unsupported where none of them would be fused. ``training``: as if in that mode, by structure
+    alone."""
+    check_stamps(block, plan, training)
     main = tokens(block, plan.main[plan.shared :])
     before = tokens(block, plan.main[: plan.shared])
     if plan.shortcut is None:
@@ -405,7 +417,7 @@ def _residual_layout(before: list[Token], main: list[Token], other: list[Token],
     act, tail = "none", behind
     if behind and behind[0].kind == "act":
         if behind[0].value != "relu":
-            raise Unsupported(f"{behind[0].value} behind the join")
+            raise Unsupported(f"found {behind[0].value} where ReLU or Identity is expected")
         act, tail = "relu", behind[1:]
         if behind[0].module is not None:
             plain(behind[0].module, nn.ReLU)
@@ -462,23 +474,63 @@ def stem(children: list[nn.Module | None], dtype) -> tuple[Chain, list[nn.Module
     return Chain((unit,), pool=window), [batch_norm]
 
 
-def dense_layer(layer: nn.Module, dtype) -> tuple[Layer, list[nn.Module]]:
-    """A DenseNet layer with bottleneck."""
+#: the forwards of dense layers whose children have the names below
+_DENSE_LAYERS = (
+    ("torchvision.models.densenet", "_DenseLayer"),
+    ("timm.models.densenet", "DenseLayer"),
+    ("fusedres.nn", "DenseLayer"),
+)
+_DENSE_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
+
+
+def dense_layer(layer: nn.Module, plan: Plan | None = None) -> list[Token]:
+    """What a dense layer does to what it reads: by its plan, or by the names of its children."""
+    unhooked(layer)
+    if plan is not None:
+        check_stamps(layer, plan)
+        return tokens(layer, plan.main)
+    known = (getattr(sys.modules.get(module), name, None) for module, name in _DENSE_LAYERS)
+    if "forward" in layer.__dict__ or type(layer).forward not in [k.forward for k in known if k is not None]:
+        raise Unsupported(f"a {type(layer).__name__} among its layers")
+    found = tokens(layer, tuple(name for name in _DENSE_NAMES if name in layer._modules))
     if layer.training and layer.drop_rate > 0:
-        raise Unsupported(f"dropout inside its layers (drop_rate {layer.drop_rate})")
-    norm1 = norm(layer.norm1, activation(layer.relu1))
-    norm2 = norm(layer.norm2, activation(layer.relu2))
-    return Layer(norm1, conv(layer.conv1, dtype), norm2, conv(layer.conv2, dtype)), [layer.norm1, layer.norm2]
+        found.append(Token("other", (functools.partial(F.dropout, p=layer.drop_rate, training=True),)))
+    return found
 
 
-def transition(block: nn.Module, dtype) -> tuple[NormPool, list[nn.Module]]:
-    """A DenseNet transition: norm, relu, conv (1x1), pool (mean)."""
-    convolution, window = conv(block.conv, dtype), pool(block.pool)
-    g = convolution.geometry
-    pointwise = convolution.weight.shape[2:] == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0)
-    if not pointwise or window.kind != "mean" or window.ceil:
+def in_buffer(found: list[Token]) -> bool:
+    """Whether a dense layer can write straight into the buffer: norm-act-conv, with or without norm-act-conv behind it."""
+    return [token.kind for token in found] in (["norm", "conv"], ["norm", "conv", "norm", "conv"])
+
+
+def layer(found: list[Token], dtype) -> tuple[Layer, list[nn.Module]]:
+    """``(the layer of the schedule, its BatchNorms)`` of what :func:`in_buffer` says yes to."""
+    parts = [norm(t.module, t.value) if t.kind == "norm" else conv(t.module, dtype) for t in found]
+    return Layer(*parts), [token.module for token in found if token.kind == "norm"]
+
+
+def row(found: list[Token]) -> list[Piece]:
+    """The fewest pieces for a row of tokens; raises Unsupported where none of them would be fused."""
+    pieces = _row(found)
+    if not any(piece.first is not None and piece.units for piece in pieces):
+        raise Unsupported("no convolution behind a BatchNorm")
+    return pieces
+
+
+def is_transition(found: list[Token]) -> bool:
+    """Whether a row is a DenseNet's transition: norm, act, conv (1x1), pool (mean)."""
+    return [token.kind for token in found] == ["norm", "conv", "pool"] and found[1].module.kernel_size == (1, 1)
+
+
+def transition(found: list[Token], dtype) -> tuple[NormPool, list[nn.Module]]:
+    """``(the transition of the schedule, its BatchNorm)``."""
+    if not is_transition(found):
+        raise Unsupported("a transition that is not a BatchNorm, a 1x1 convolution and a mean pool")
+    convolution, window = conv(found[1].module, dtype), found[2].value
+    plain(found[2].module, nn.AvgPool2d)
+    if convolution.geometry.stride != (1, 1) or convolution.geometry.padding != (0, 0) or window.ceil:
         raise Unsupported("a transition that is not a 1x1 convolution and a mean pool")
-    return NormPool(norm(block.norm, activation(block.relu)), window, convolution), [block.norm]
+    return NormPool(norm(found[0].module, found[0].value), window, convolution), [found[0].module]
 
 
 def check_map(x: Tensor, dtype: torch.dtype) -> None:

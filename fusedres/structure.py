@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 MOST_CONVOLUTIONS = 8
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PLAIN = (int, float, str, type(None), FunctionType, torch.dtype)
 # a function of constants that a name cannot find again would neither copy nor pickle
@@ -78,12 +79,14 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Plan:
-    """``behind(main(x) + shortcut(main[:shared](x)))``, each a row of steps; without a shortcut (None) just ``main(x)``."""
+    """``behind(main(x) + shortcut(main[:shared](x)))``, each a row of steps; without a shortcut (None) just ``main(x)``; a dense layer's
+    (``dense``): x and ``main(x)`` side by side."""
 
     main: tuple[Step, ...]
     shortcut: tuple[Step, ...] | None = None
     shared: int = 0
     behind: tuple[Step, ...] = ()
+    dense: bool = False
     stamps: tuple[Stamp, ...] = ()
 
 
@@ -113,7 +116,7 @@ def _is_row(module: nn.Module) -> bool:
             if next(holds, None) is not None:
                 return False
     plan = _trace(module)
-    return plan is not None and plan.shortcut is None
+    return plan is not None and plan.shortcut is None and not plan.dense
 
 
 class _Tracer(fx.Tracer):
@@ -190,6 +193,17 @@ def _convolutions(module: nn.Module, row) -> int:
     return sum(isinstance(step, str) and isinstance(module.get_submodule(step), nn.Conv2d) for _, step in row)
 
 
+def _concatenated(node: fx.Node, start: fx.Node) -> list[tuple[fx.Node, Step]] | None:
+    """The row whose channels a concatenation puts behind those of ``start``."""
+    found = {**dict(zip(("tensors", "dim"), node.args, strict=False)), **node.kwargs}
+    tensors = found.get("tensors")
+    if set(found) != {"tensors", "dim"} or found["dim"] != 1 or not isinstance(tensors, list | tuple):
+        return None
+    if len(tensors) != 2 or tensors[0] is not start or not isinstance(tensors[1], fx.Node):
+        return None
+    return _row(tensors[1], start)
+
+
 def _match(module: nn.Module, graph: fx.Graph) -> Plan | None:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     output = next(node for node in graph.nodes if node.op == "output").args[0]
@@ -205,6 +219,11 @@ def _match(module: nn.Module, graph: fx.Graph) -> Plan | None:
         join = found[0]
     if join is start:
         rows, plan = [behind], Plan(tuple(step for _, step in behind))
+    elif join.target in _CONCATENATIONS:
+        row = _concatenated(join, start)
+        if row is None or behind or join.meta["inside"]:
+            return None
+        rows, plan = [row], Plan(tuple(step for _, step in row), dense=True)
     else:
         if join.target not in _SUMS or len(join.args) != 2 or join.kwargs or join.meta["inside"]:
             return None
@@ -224,9 +243,8 @@ def _match(module: nn.Module, graph: fx.Graph) -> Plan | None:
     read: dict[fx.Node, int] = {}
     for source in (_unary(node)[0] for row in rows for node, _ in row):
         read[source] = read.get(source, 0) + 1
-    if join is not start:
-        for arg in join.args:
-            read[arg] = read.get(arg, 0) + 1
+    for arg in () if join is start else join.all_input_nodes:
+        read[arg] = read.get(arg, 0) + 1
     for row in rows:
         for node, step in row:
             source = _unary(node)[0]
@@ -257,7 +275,7 @@ def _trace(module: nn.Module) -> Plan | None:
     if plan is None:
         return None
     stamps = tuple(_stamp(path, m) for path, m in {"": module, **tracer.passed}.items())
-    return Plan(plan.main, plan.shortcut, plan.shared, plan.behind, stamps)
+    return replace(plan, stamps=stamps)
 
 
 def read(module: nn.Module) -> dict[bool, Plan] | None:
