@@ -58,6 +58,10 @@ class FusedBlock:
         """Run the schedule."""
         raise NotImplementedError
 
+    def label(self) -> str:
+        """What ``report`` calls the block."""
+        return self.kind
+
     def check_world(self) -> None:
         """Check what does not depend on the input; raises Unsupported."""
         if torch.compiler.is_compiling():
@@ -195,6 +199,17 @@ class FusedResidual(_ChainKind):
     def plan(self) -> structure.Plan:
         """The steps of the block as it stands."""
         return self._fusedres_plans[self.training]
+
+    def label(self):
+        if self._fusedres_plans is None:
+            return self.kind
+        plan = self.plan()
+        steps = [self.get_submodule(step) for step in plan.main if isinstance(step, str)]
+        if plan.shortcut is None:
+            return "conv-bn row"
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in steps)
+        name = {2: "basic block", 3: "bottleneck"}.get(convolutions, self.kind)
+        return f"pre-activation {name}" if steps and isinstance(steps[0], nn.BatchNorm2d) else name
 
     def layout(self) -> describe.Layout:
         """The pieces in which it runs; raises Unsupported."""

@@ -192,7 +192,7 @@ class Report(list[Row]):
         return "\n".join([*lines, f"{fused} of {len(self)} blocks fused"])
 
 
-def _static_reason(module: FusedBlock) -> str | None:
+def why_not_fused(module: FusedBlock) -> str | None:
     """Why ``module`` would not run fused as it stands, before any input is seen."""
     describers: list[Callable[[], object]] = [lambda: module.describe_block(None)]
     if isinstance(module, FusedSequential):
@@ -223,7 +223,7 @@ def report(model: nn.Module) -> Report:
         if not isinstance(module, FusedBlock):
             rows.append(Row(path, kind, False, "not converted: call fusedres.convert(model)"))
             continue
-        reason = _static_reason(module)
+        kind, reason = module.label(), why_not_fused(module)
         last = module._fusedres_last
         if reason is not None:
             rows.append(Row(path, kind, False, reason))
