@@ -373,7 +373,7 @@ class FusedDenseBlock(FusedBlock):
     """A DenseNet block: layers that each read everything before them, in one buffer; with dropout in them, layer by layer."""
 
     kind = "dense block"
-    #: the plans of the layers by mode, where they put their channels behind their input's by themselves (a Sequential of layers)
+    #: the plans of the layers by mode, where they put their channels behind their input's by themselves and end a Sequential
     _fusedres_layers: dict[str, dict[bool, structure.Plan]] | None = None
 
     def layers(self) -> list[list[describe.Token]]:
@@ -381,10 +381,11 @@ class FusedDenseBlock(FusedBlock):
         plans = self._fusedres_layers
         if plans is None:
             found = [describe.dense_layer(layer) for layer in self.values()]
-        elif plans.keys() != self._modules.keys():
+        elif list(plans) != list(self._modules)[-len(plans) :]:
             raise Unsupported("it has changed since it was converted; fusedres.convert reads it anew")
         else:
-            found = [describe.dense_layer(child, plans[name][child.training]) for name, child in self.named_children()]
+            children = ((self._modules[name], of_layer) for name, of_layer in plans.items())
+            found = [describe.dense_layer(child, of_layer[child.training]) for child, of_layer in children]
         if not found:
             raise Unsupported("it has no layers")
         return found
@@ -421,9 +422,14 @@ class FusedDenseBlock(FusedBlock):
         except Unsupported as reason:
             self.__dict__["_fusedres_last"] = f"original modules: {reason}"
             return original(init_features)
+        x = init_features
+        if self._fusedres_layers is not None:
+            children = list(self._modules.values())
+            before, rest = children[: -len(layers)], children[-len(layers) :]
+            x, original = describe.in_a_row(x, *before), functools.partial(_in_a_row, children=rest)
         if pieces is None:
-            return self.fused_forward(init_features, original, layers)
-        return self.in_pieces(init_features, pieces)
+            return self.fused_forward(x, original, layers)
+        return self.in_pieces(x, pieces)
 
     def in_pieces(self, x: Tensor, layers: list[list[describe.Piece]]) -> Tensor:
         """The output where layers are split: each reads a concatenation, as in the original."""

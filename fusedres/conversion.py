@@ -74,45 +74,58 @@ def _is_transition(module: nn.Module) -> bool:
         return False
 
 
+def _dense_layers(row: nn.Sequential) -> dict[str, dict[bool, structure.Plan]]:
+    """The plans of the dense layers at the end of a row."""
+    layers: dict[str, dict[bool, structure.Plan]] = {}
+    for name, child in reversed(list(row.named_children())):
+        plans = structure.read(child)
+        if plans is None or not all(plan.dense for plan in plans.values()):
+            break
+        layers[name] = plans
+    return dict(reversed(layers.items()))
+
+
 def _structure(module: nn.Module) -> tuple[str, dict] | None:
     """``(kind, attributes)`` of a module whose structure is that of a block, None where it is not."""
     if "forward" in module.__dict__:
         return None
     if _has_own(type(module), nn.Sequential, "forward"):
-        layers: dict[str, dict[bool, structure.Plan]] = {}
-        for name, child in module.named_children():
-            layers[name] = structure.read(child) or {}
-            if not layers[name] or not all(plan.dense for plan in layers[name].values()):
-                return None
+        layers = _dense_layers(module)
         return (FusedDenseBlock.kind, {"_fusedres_layers": layers}) if layers else None
     plans = structure.read(module)
     if plans is None or any(plan.dense for plan in plans.values()):
         return None
-    rows = all(plan.shortcut is None for plan in plans.values())
+    is_row = all(plan.shortcut is None for plan in plans.values())
+    transition = is_row
     for training, plan in plans.items():
         try:
             layout(module, plan, training)
-            rows = rows and is_transition(tokens(module, plan.main))
+            transition = transition and is_transition(tokens(module, plan.main))
         except Hooked:
-            rows = False
+            transition = False
         except Unsupported:
             return None
-    return FusedTransition.kind if rows else FusedResidual.kind, {"_fusedres_plans": plans}
+    if is_row and not transition and not any(isinstance(child, nn.Conv2d) for child in module.children()):
+        return None  # a network, maybe: its parts are rows themselves
+    return FusedTransition.kind if transition else FusedResidual.kind, {"_fusedres_plans": plans}
 
 
 def _may_be_read(module: nn.Module, kind: str | None, blocks: set[int]) -> bool:
     if isinstance(module, FusedBlock):
         return not module.__dict__.keys().isdisjoint(_PLANS)  # convert again reads again
     if kind == "sequential" or kind is None and _has_own(type(module), nn.Sequential, "forward"):
-        return all(id(child) in blocks for child in module)  # a row of dense layers has any length
+        return bool(module) and id(module[-1]) in blocks  # a row of dense layers has any length
     return kind is None and id(module) in blocks
 
 
 def _inside(module: nn.Module, kind: str) -> Iterator[nn.Module]:
     """What belongs to a block and is not converted on its own."""
-    if kind == FusedResidual.kind:
+    if "_fusedres_plans" in module.__dict__:
         for plan in module._fusedres_plans.values():
             yield from module_parts(module, plan)
+    elif kind == FusedDenseBlock.kind and "_fusedres_layers" in module.__dict__:
+        for name in module._fusedres_layers:
+            yield from module.get_submodule(name).modules()
     elif kind not in ("resnet stem", "densenet head", "sequential"):
         yield from (m for m in module.modules() if m is not module)
 

@@ -111,7 +111,7 @@ def _is_row(module: nn.Module) -> bool:
     calls alone (a lambda of slices and pads, a drop path at rest). Anything else is a step."""
     if "forward" in module.__dict__ or type(module).__module__.startswith("torch.nn.modules"):
         return False
-    if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+    if not _holds(module, nn.Conv2d):
         for holds in (module.children(), module.parameters(), module.buffers()):
             if next(holds, None) is not None:
                 return False
@@ -119,16 +119,24 @@ def _is_row(module: nn.Module) -> bool:
     return plan is not None and plan.shortcut is None and not plan.dense
 
 
-class _Tracer(fx.Tracer):
-    """Goes through rows inside the module; hooks do not fire."""
+def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether there is a ``kind`` inside ``module``, which is none itself."""
+    return not isinstance(module, kind) and any(isinstance(m, kind) for m in module.modules())
 
-    def __init__(self) -> None:
+
+class _Tracer(fx.Tracer):
+    """Goes through rows inside the module, or (``deep``) through whatever holds a BatchNorm; hooks do not fire."""
+
+    def __init__(self, deep: bool) -> None:
         super().__init__()
+        self._deep = deep
         self._inside: list[nn.Module] = []
         self.passed: dict[str, nn.Module] = {}
 
     def call_module(self, m, forward, args, kwargs):
-        if original_forward(m) is nn.Sequential.forward and "forward" not in m.__dict__ or _is_row(m):
+        if "forward" not in m.__dict__ and (
+            original_forward(m) is nn.Sequential.forward or self._deep and _holds(m, nn.BatchNorm2d) or _is_row(m)
+        ):
             self.passed[self.path_of_module(m)] = m
             self._inside.append(m)
             try:
@@ -189,8 +197,8 @@ def _in_place(module: nn.Module, step: Step) -> bool:
     return getattr(module.get_submodule(step), "inplace", False) is True
 
 
-def _convolutions(module: nn.Module, row) -> int:
-    return sum(isinstance(step, str) and isinstance(module.get_submodule(step), nn.Conv2d) for _, step in row)
+def _is_conv(module: nn.Module) -> Callable[[Step], bool]:
+    return lambda step: isinstance(step, str) and isinstance(module.get_submodule(step), nn.Conv2d)
 
 
 def _concatenated(node: fx.Node, start: fx.Node) -> list[tuple[fx.Node, Step]] | None:
@@ -232,7 +240,7 @@ def _match(module: nn.Module, graph: fx.Graph) -> Plan | None:
         sides = [_row(arg, start) for arg in join.args]
         if None in sides:
             return None
-        main, other = sorted(sides, key=lambda row: -_convolutions(module, row))
+        main, other = sorted(sides, key=lambda row: -sum(_is_conv(module)(step) for _, step in row))
         shared = 0
         while shared < min(len(main), len(other)) and main[shared][0] is other[shared][0]:
             shared += 1
@@ -265,17 +273,23 @@ def _stamp(path: str, module: nn.Module) -> Stamp:
 
 
 def _trace(module: nn.Module) -> Plan | None:
-    """The plan of ``module`` in its present mode, None where it has none."""
-    tracer = _Tracer()
-    try:
-        with torch.no_grad():
-            plan = _match(module, tracer.trace(_view(module)))
-    except Exception:  # a forward may do anything; what cannot be traced is left alone
-        return None
-    if plan is None:
-        return None
-    stamps = tuple(_stamp(path, m) for path, m in {"": module, **tracer.passed}.items())
-    return replace(plan, stamps=stamps)
+    """The plan of ``module`` in its present mode, None where it has none. Parts that are no rows are steps (an attention with BatchNorms
+    of its own), unless going through them, too, gives a plan (a body that returns two maps)."""
+    found = None
+    for deep in (False, True):
+        tracer = _Tracer(deep)
+        try:
+            with torch.no_grad():
+                plan = _match(module, tracer.trace(_view(module)))
+        except Exception:  # a forward may do anything; what cannot be traced is left alone
+            continue
+        if plan is not None:
+            stamps = tuple(_stamp(path, m) for path, m in {"": module, **tracer.passed}.items())
+            found = replace(plan, stamps=stamps)
+            steps = [step for step in (*plan.main, *(plan.shortcut or ())) if isinstance(step, str)]
+            if not any(_holds(module.get_submodule(step), nn.BatchNorm2d) for step in steps):
+                break
+    return found
 
 
 def read(module: nn.Module) -> dict[bool, Plan] | None:
