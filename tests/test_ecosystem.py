@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from collections.abc import Callable
 
@@ -54,7 +55,7 @@ def monai_densenet() -> nn.Module:
 def without_gradient(model: nn.Module, *parts: str) -> nn.Module:
     """``model`` without gradients of what a BatchNorm behind it removes: zero up to rounding, of which the rule makes nothing."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in name for part in parts))
+        parameter.requires_grad_(not any(re.search(part, name) for part in parts))
     return model
 
 
@@ -103,7 +104,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "pytorchcv-densenet40": (lambda: pytorchcv("densenet40_k12_cifar10"), (2, 3, 32, 32), 3),
     "pytorchcv-densenet40-bc": (lambda: pytorchcv("densenet40_k12_bc_cifar10"), (2, 3, 32, 32), 3),
     "pytorchcv-seresnet20": (lambda: pytorchcv("seresnet20_cifar10"), (2, 3, 32, 32), 9),
-    "pytorchcv-pyramidnet": (lambda: without_gradient(pytorchcv("pyramidnet110_a48_cifar10"), "init_block"), (2, 3, 32, 32), 54),
+    "pytorchcv-pyramidnet": (
+        lambda: without_gradient(pytorchcv("pyramidnet110_a48_cifar10"), "init_block", r"unit\d+\.bn\.bias"),
+        (2, 3, 32, 32),
+        54,
+    ),
     "monai-densenet": (monai_densenet, IMAGE, 3),
     "segmentation-resnet18": (lambda: segmentation("resnet18"), IMAGE, 8),
     "transformers-resnet": (transformers, IMAGE, 4),
@@ -126,3 +131,24 @@ def test_a_model_computes_the_same_converted(name, training):
     model = fusedres.convert(build())
     assert sum(isinstance(m, FusedBlock) for m in model.modules()) >= least
     compare(lambda: Output(build()), shape, torch.float64, "cpp", training, draws=1)
+
+
+#: one model of each of many of timm's files, residual or not
+SAMPLE = (
+    "convnext_atto", "cspresnet50", "dla34", "dpn48b", "efficientnet_b0", "ese_vovnet19b_dw", "gernet_s", "ghostnet_100",
+    "hardcorenas_a", "inception_v3", "legacy_xception", "mixnet_s", "mobilenetv3_small_100", "nf_resnet26", "rexnet_100", "repvgg_a0",
+    "res2net50_26w_4s", "resnetv2_50x1_bit", "selecsls42", "skresnet18", "tresnet_m", "vgg11_bn", "vit_tiny_patch16_224", "xception41",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_convert_never_raises(name):
+    library = pytest.importorskip("timm")
+    if not library.is_model(name):
+        pytest.skip("not in this version")
+    with torch.device("meta"):
+        model = library.create_model(name)
+    assert fusedres.convert(model) is model
+    str(fusedres.report(model))
+    fusedres.revert(model)
+    assert not any(isinstance(m, FusedBlock) for m in model.modules())
