@@ -7,6 +7,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,10 @@ def unhooked(module: nn.Module) -> None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a hook waits on ``module`` that running it fused would not fire."""
-    return any(getattr(module, name) for name in _HOOKS)
+    own = module.__dict__  # asked of every module at every call: past nn.Module's __getattr__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def plain(module: nn.Module, *types: type[nn.Module]) -> None:
@@ -49,6 +53,16 @@ def plain(module: nn.Module, *types: type[nn.Module]) -> None:
     unhooked(module)
     if "forward" in module.__dict__:
         raise Unsupported(f"the forward of its {type(module).__name__} is overridden")
+
+
+def child_of(module: nn.Module, path: str) -> nn.Module | None:
+    """What stands at ``path`` inside ``module``."""
+    try:
+        for name in path.split(".") if path else ():
+            module = module._modules[name]
+    except (KeyError, AttributeError):
+        raise Unsupported(f"it has no {path} any more; fusedres.convert reads it anew") from None
+    return module
 
 
 def global_hooks() -> bool:
@@ -148,8 +162,7 @@ def at_rest(module: nn.Module) -> bool:
     return type(module) is nn.Identity
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One step of a block as the schedules see it. ``kind``: conv, norm, act, pool, subsample or other. ``run``: the originals, in a row;
     ``module``: what is described when the schedule runs; ``value``: the activation behind a norm, a pool, a subsampling."""
 
@@ -263,6 +276,10 @@ def _call_token(step: Call) -> Token | None:
     return Token("other", (step,))
 
 
+#: what most steps are, exactly: told by one look-up
+_COMMON = {nn.Conv2d: ("conv", None), nn.BatchNorm2d: ("norm", "none"), nn.ReLU: ("act", "relu")}
+
+
 def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
     """What ``steps`` of ``block`` are: an activation belongs to the BatchNorm before it, a zero padding to the subsampling before it, and
     what does nothing is left out."""
@@ -272,8 +289,12 @@ def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
             token = _call_token(step)
             new = [] if token is None else [token]
         else:
-            module = block.get_submodule(step)
-            new = [] if module is None else _tokens_of(module)
+            module = child_of(block, step)
+            common = _COMMON.get(type(module))
+            if common is not None:
+                new = [Token(common[0], (module,), module, common[1])]
+            else:
+                new = [] if module is None else _tokens_of(module)
         for token in new:
             last = found[-1] if found else None
             if token.kind == "act" and last is not None and last.kind == "norm" and last.value == "none":
@@ -281,7 +302,7 @@ def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
                     raise Unsupported(f"found {token.value} where ReLU or Identity is expected")
                 if token.module is not None:
                     plain(token.module, nn.ReLU)
-                found[-1] = replace(last, run=last.run + token.run, value="relu")
+                found[-1] = last._replace(run=last.run + token.run, value="relu")
             elif (
                 token.kind == "subsample"
                 and last is not None
@@ -388,7 +409,7 @@ def module_parts(block: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 def check_stamps(block: nn.Module, plan: Plan, training: bool | None = None) -> None:
     """Check that ``block`` is still what its plan was read from, and that no hook waits on a module that the plan goes through."""
     for stamp in plan.stamps:
-        module = block.get_submodule(stamp.path)
+        module = child_of(block, stamp.path)
         if training is None and not stamp.fits(module, block.training):
             raise Unsupported("it has changed since it was converted; fusedres.convert reads it anew")
         if stamp.path:
