@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 MOST_CONVOLUTIONS = 8
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_ON_SHORTCUTS = (*RELUS, operator.getitem, F.pad, F.avg_pool2d, F.max_pool2d, F.dropout, F.dropout2d)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PLAIN = (int, float, str, type(None), FunctionType, torch.dtype)
@@ -245,6 +246,8 @@ def _match(module: nn.Module, graph: fx.Graph) -> Plan | None:
         while shared < min(len(main), len(other)) and main[shared][0] is other[shared][0]:
             shared += 1
         rows = [main, other[shared:], behind]
+        if any(isinstance(step, Call) and step.target not in _ON_SHORTCUTS for _, step in rows[1]):
+            return None  # what is added may be no map at all
         steps = [tuple(step for _, step in row) for row in rows]
         plan = Plan(steps[0], steps[1], shared, steps[2])
     # what is overwritten in place must be nobody else's

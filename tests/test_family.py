@@ -434,6 +434,11 @@ class Branching(PreAct):
         return super().forward(x) if x.sum() > 0 else x
 
 
+class AddsNoMap(PreAct):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv1(F.relu(self.bn1(x))) + 0 * x.sum()
+
+
 class Scaled(PreAct):
     def __init__(self, *args: int) -> None:
         super().__init__(*args)
@@ -443,7 +448,7 @@ class Scaled(PreAct):
         return self.conv1(F.relu(self.bn1(x))) * self.scale + x
 
 
-@pytest.mark.parametrize("kind", [InPlaceOnInput, Gated, TwoInputs, Branching, Scaled])
+@pytest.mark.parametrize("kind", [InPlaceOnInput, Gated, TwoInputs, Branching, AddsNoMap, Scaled])
 def test_what_is_no_such_structure_is_left_alone(kind):
     block = kind(5, 5)
     assert converted(block) == [] and type(block) is kind
