@@ -14,10 +14,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from . import describe, dispatch
+from . import describe, dispatch, structure
 from .describe import Unsupported
 from .schedules import chain, dense, norm_pool
-from .schedules.common import Norm
+from .schedules.common import Norm, Unit
 
 _STATS = "_fusedres_stats"
 
@@ -49,26 +49,35 @@ class FusedBlock:
         says which piece of the module is meant, where it has several."""
         raise NotImplementedError
 
-    def check_block(self, description, x: Tensor) -> None:
-        """Check the description against the input; raises Unsupported, or ValueError as torch would."""
+    def check_block(self, description, x: Tensor, *beside: Tensor) -> None:
+        """Check the description against the input (``beside``: other maps that it reads); raises Unsupported, or ValueError as torch
+        would."""
         raise NotImplementedError
 
-    def run_block(self, backend, description, x: Tensor) -> Tensor:
+    def run_block(self, backend, description, x: Tensor, *beside: Tensor) -> Tensor:
         """Run the schedule."""
         raise NotImplementedError
 
-    def _prepare(self, x: Tensor, part):
-        """``(backend, description, BatchNorms, input)``; raises Unsupported."""
+    def label(self) -> str:
+        """What ``report`` calls the block."""
+        return self.kind
+
+    def check_world(self) -> None:
+        """Check what does not depend on the input; raises Unsupported."""
         if torch.compiler.is_compiling():
             raise Unsupported("torch.compile traces the original modules")
         if torch.jit.is_tracing() or torch.jit.is_scripting():
             raise Unsupported("torch.jit traces the original modules")
         if describe.global_hooks():
             raise Unsupported("a global module hook is registered")
+
+    def _prepare(self, x: Tensor, part, *beside: Tensor):
+        """``(backend, description, BatchNorms, input)``; raises Unsupported."""
+        self.check_world()
         cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
         description, norms = self.describe_block(cast, part)
         x = self.cast_input(x, cast)
-        self.check_block(description, x)
+        self.check_block(description, x, *beside)
         backend = dispatch.resolve(x.device, x.dtype)
         if backend is None:
             raise Unsupported(f"no fused backend serves {x.dtype} on {x.device}")
@@ -80,18 +89,18 @@ class FusedBlock:
             raise Unsupported(f"its input is {x.dtype} under autocast to {cast}")
         return x
 
-    def fused_forward(self, x: Tensor, original, part=None) -> Tensor:
-        """The block's output: fused, or by ``original(x)`` where it cannot be."""
+    def fused_forward(self, x: Tensor, original, part=None, *beside: Tensor) -> Tensor:
+        """The block's output: fused, or by ``original(x, *beside)`` where it cannot be."""
         try:
-            backend, description, norms, prepared = self._prepare(x, part)
+            backend, description, norms, prepared = self._prepare(x, part, *beside)
         except Unsupported as reason:
             self.__dict__["_fusedres_last"] = f"original modules: {reason}"
-            return original(x)
+            return original(x, *beside)
         self.__dict__["_fusedres_last"] = backend.name
         describe.count_batches(*norms)
         autocast = _autocast_dtype(prepared) is not None
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            return self.run_block(backend, description, prepared)
+            return self.run_block(backend, description, prepared, *beside)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fused_forward(x, super().forward)
@@ -107,24 +116,40 @@ class FusedBlock:
         return (_rebuild, (type(self).kind, self.original_class()), *reduced[2:])
 
 
-def check_chain(description: chain.Chain, x: Tensor) -> None:
-    """Check a residual chain against its input."""
-    describe.check_map(x, description.units[0].conv.weight.dtype)
+def check_chain(description: chain.Chain, x: Tensor, source: Tensor | None = None) -> None:
+    """Check a residual chain against its input, and what its shortcut reads where that is another map."""
+    units, first, shortcut = description.units, description.first, description.shortcut
+    dtype = next((unit.conv.weight.dtype for unit in description.all_units), x.dtype)
+    describe.check_map(x, dtype)
     shape = tuple(x.shape)
-    for unit in description.units:
-        shape = describe.check_conv(unit.conv, shape, x)
-        describe.check_norm(unit.norm, shape, x)
-    if description.projection is not None:
-        other = describe.check_conv(description.projection.conv, tuple(x.shape), x)
-        describe.check_norm(description.projection.norm, other, x)
-        if other != shape:
-            raise Unsupported(f"its shortcut gives {other}, its main path {shape}")
-    elif description.identity and tuple(x.shape) != shape:
-        raise Unsupported(f"its identity shortcut has shape {tuple(x.shape)}, its main path {shape}")
+    if first is not None:
+        describe.check_norm(first, shape, x)
+    for unit in units:
+        shape = check_unit(unit, shape, x)
+    if shortcut is not None:
+        other = x if source is None else source
+        describe.check_map(other, dtype)
+        beside = shortcut.pooled(tuple(other.shape))
+        if shortcut.subsample is not None:
+            beside = shortcut.subsample.out_shape(beside)
+        if min(beside) < 1:
+            raise Unsupported("a pooling window larger than its input")
+        if shortcut.unit is not None:
+            beside = check_unit(shortcut.unit, beside, other)
+        if beside != shape:
+            raise Unsupported(f"its shortcut gives {beside}, its main path {shape}")
     if description.pool is not None:
         sizes = zip(shape[2:], description.pool.kernel, description.pool.padding, strict=True)
         if any(size + 2 * pad < kernel for size, kernel, pad in sizes):
             raise Unsupported("a pooling window larger than its input")
+
+
+def check_unit(unit: Unit, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
+    """Check a unit against its input; returns the shape of its output."""
+    shape = describe.check_conv(unit.conv, shape, like)
+    if unit.norm is not None:
+        describe.check_norm(unit.norm, shape, like)
+    return shape
 
 
 def check_dense(layers: tuple[dense.Layer, ...], x: Tensor) -> None:
@@ -133,9 +158,10 @@ def check_dense(layers: tuple[dense.Layer, ...], x: Tensor) -> None:
     shape = tuple(x.shape)
     for layer in layers:
         describe.check_norm(layer.norm1, shape, x)
-        mid = describe.check_conv(layer.conv1, shape, x)
-        describe.check_norm(layer.norm2, mid, x)
-        out = describe.check_conv(layer.conv2, mid, x)
+        mid = out = describe.check_conv(layer.conv1, shape, x)
+        if layer.conv2 is not None:
+            describe.check_norm(layer.norm2, mid, x)
+            out = describe.check_conv(layer.conv2, mid, x)
         if out[2:] != shape[2:] or mid[2:] != shape[2:]:
             raise Unsupported(f"a layer changes the spatial size from {shape[2:]} to {out[2:]}")
         shape = (shape[0], shape[1] + out[1], *shape[2:])
@@ -153,32 +179,124 @@ def check_norm_pool(block: norm_pool.NormPool, x: Tensor) -> None:
 
 
 class _ChainKind(FusedBlock):
-    def check_block(self, description, x):
-        check_chain(description, x)
+    def check_block(self, description, x, source=None):
+        check_chain(description, x, source)
 
-    def run_block(self, backend, description, x):
+    def run_block(self, backend, description, x, source=None):
         if self._fusedres_recompute:
             description = dataclasses.replace(description, recompute=True)
-        return chain.run(backend, description, x)
+        stats = None if description.first is None else carried_stats(x)
+        return carry(*chain.run(backend, description, x, source, stats))
 
 
-class FusedBasic(_ChainKind):
+class FusedResidual(_ChainKind):
+    """A block of which :mod:`fusedres.structure` knows a plan: one schedule, or several around what no schedule knows."""
+
+    kind = "residual block"
+    #: the plans by mode, read by convert; kinds whose names are known give their plan themselves
+    _fusedres_plans: dict[bool, structure.Plan] | None = None
+
+    def plan(self) -> structure.Plan:
+        """The steps of the block as it stands."""
+        return self._fusedres_plans[self.training]
+
+    def label(self):
+        if self._fusedres_plans is None:
+            return self.kind
+        plan = self.plan()
+        steps = [self.get_submodule(step) for step in plan.main if isinstance(step, str)]
+        if plan.shortcut is None:
+            return "conv-bn row"
+        convolutions = sum(isinstance(m, nn.Conv2d) for m in steps)
+        name = {2: "basic block", 3: "bottleneck"}.get(convolutions, self.kind)
+        return f"pre-activation {name}" if steps and isinstance(steps[0], nn.BatchNorm2d) else name
+
+    def layout(self) -> describe.Layout:
+        """The pieces in which it runs; raises Unsupported."""
+        return describe.layout(self, self.plan())
+
+    def describe_block(self, dtype, part=None):
+        if part is not None:
+            return describe.chain(part, dtype)
+        pieces = [describe.chain(piece, dtype) for piece in self.layout().pieces if piece.is_chain]
+        return [description for description, _ in pieces], [norm for _, norms in pieces for norm in norms]
+
+    def forward(self, x: Tensor) -> Tensor:
+        original = super(FusedBlock, self).forward
+        try:
+            self.check_world()
+            found = self.layout()
+        except Unsupported as reason:
+            self.__dict__["_fusedres_last"] = f"original modules: {reason}"
+            return original(x)
+        if len(found.pieces) == 1:
+            return self.fused_forward(x, original, part=found.body[0])
+        return self.in_pieces(x, found)
+
+    def in_pieces(self, x: Tensor, found: describe.Layout) -> Tensor:
+        """The output of a block that is split: chains fused, what stands between as it is."""
+        outcomes: list[str] = []
+
+        def run(piece: describe.Piece, x: Tensor, source: Tensor | None = None) -> Tensor:
+            if not piece.is_chain:
+                return piece.original(x)
+            x = self.fused_forward(x, piece.original, piece, *(() if source is None else (source,)))
+            outcomes.append(self._fusedres_last)
+            return x
+
+        for piece in found.head:
+            x = run(piece, x)
+        source = x
+        for piece in found.aside:
+            source = run(piece, source)
+        *body, join = found.body
+        for piece in body:
+            x = run(piece, x)
+        x = run(join, x, None if source is x else source)
+        for piece in found.tail:
+            x = run(piece, x)
+        self.__dict__["_fusedres_last"] = first_reason(outcomes)
+        return x
+
+
+class _FusedNamed(FusedResidual):
+    """A kind whose plan is known by the names of its children."""
+
+    main: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
+    shared = 0
+
+    def plan(self):
+        aside = () if self.downsample is None else ("downsample",)
+        return structure.Plan(self.main, aside, self.shared if aside else 0, self.behind)
+
+
+class FusedBasic(_FusedNamed):
     """conv1-bn1-relu-conv2-bn2, ``downsample``, add, relu."""
 
     kind = "basic block"
-
-    def describe_block(self, dtype, part=None):
-        return describe.residual(self, [(self.conv1, self.bn1), (self.conv2, self.bn2)], dtype)
+    main, behind = ("conv1", "bn1", "relu", "conv2", "bn2"), ("relu",)
 
 
-class FusedBottleneck(_ChainKind):
+class FusedBottleneck(_FusedNamed):
     """conv1-bn1-relu-conv2-bn2-relu-conv3-bn3, ``downsample``, add, relu."""
 
     kind = "bottleneck"
+    main, behind = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3"), ("relu",)
 
-    def describe_block(self, dtype, part=None):
-        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
-        return describe.residual(self, pairs, dtype)
+
+class FusedPreActBasic(_FusedNamed):
+    """bn1-relu-conv1-bn2-relu-conv2, ``downsample`` of the activated input, add."""
+
+    kind = "pre-activation basic block"
+    main, shared = ("bn1", "relu", "conv1", "bn2", "relu", "conv2"), 2
+
+
+class FusedPreActBottleneck(_FusedNamed):
+    """bn1-relu-conv1-bn2-relu-conv2-bn3-relu-conv3, ``downsample`` of the activated input, add."""
+
+    kind = "pre-activation bottleneck"
+    main, shared = ("bn1", "relu", "conv1", "bn2", "relu", "conv2", "bn3", "relu", "conv3"), 2
 
 
 class FusedStem(_ChainKind):
@@ -252,35 +370,94 @@ def _in_a_row(x: Tensor, children: list[nn.Module]) -> Tensor:
 
 
 class FusedDenseBlock(FusedBlock):
-    """A DenseNet block: a ModuleDict of layers, in one buffer."""
+    """A DenseNet block: layers that each read everything before them, in one buffer; with dropout in them, layer by layer."""
 
     kind = "dense block"
+    #: the plans of the layers by mode, where they put their channels behind their input's by themselves and end a Sequential
+    _fusedres_layers: dict[str, dict[bool, structure.Plan]] | None = None
+
+    def layers(self) -> list[list[describe.Token]]:
+        """What every layer does to what it reads; raises Unsupported."""
+        plans = self._fusedres_layers
+        if plans is None:
+            found = [describe.dense_layer(layer) for layer in self.values()]
+        elif list(plans) != list(self._modules)[-len(plans) :]:
+            raise Unsupported("it has changed since it was converted; fusedres.convert reads it anew")
+        else:
+            children = ((self._modules[name], of_layer) for name, of_layer in plans.items())
+            found = [describe.dense_layer(child, of_layer[child.training]) for child, of_layer in children]
+        if not found:
+            raise Unsupported("it has no layers")
+        return found
 
     def describe_block(self, dtype, part=None):
+        if isinstance(part, describe.Piece):
+            return describe.chain(part, dtype)
         layers, norms = [], []
-        for layer in self.values():
-            if describe.hooked(layer):
-                raise Unsupported("a hook is registered on a layer")
-            described, found = describe.dense_layer(layer, dtype)
-            layers.append(described)
-            norms += found
-        if not layers:
-            raise Unsupported("it has no layers")
+        for found in self.layers() if part is None else part:
+            if describe.in_buffer(found):
+                described, inside = describe.layer(found, dtype)
+                layers.append(described)
+            else:
+                chains = [describe.chain(piece, dtype) for piece in describe.row(found) if piece.is_chain]
+                inside = [norm for _, of_chain in chains for norm in of_chain]
+            norms += inside
         return tuple(layers), norms
 
     def check_block(self, description, x):
-        check_dense(description, x)
+        check = check_chain if isinstance(description, chain.Chain) else check_dense
+        check(description, x)
 
     def run_block(self, backend, description, x):
-        buffer, stats = dense.run(backend, description, x, self._fusedres_recompute)
-        if stats is not None and not buffer.is_inference():
-            # whoever normalises this very tensor next need not reduce it again; the version, which inference tensors do not have, tells
-            # whether it was changed since
-            setattr(buffer, _STATS, (buffer._version, stats))
-        return buffer
+        if isinstance(description, chain.Chain):
+            return chain.run(backend, description, x)[0]
+        return carry(*dense.run(backend, description, x, self._fusedres_recompute))
 
     def forward(self, init_features: Tensor) -> Tensor:
-        return self.fused_forward(init_features, super(FusedBlock, self).forward)
+        original = super(FusedBlock, self).forward
+        try:
+            self.check_world()
+            layers = self.layers()
+            pieces = None if all(map(describe.in_buffer, layers)) else [describe.row(found) for found in layers]
+        except Unsupported as reason:
+            self.__dict__["_fusedres_last"] = f"original modules: {reason}"
+            return original(init_features)
+        x = init_features
+        if self._fusedres_layers is not None:
+            children = list(self._modules.values())
+            before, rest = children[: -len(layers)], children[-len(layers) :]
+            x, original = describe.in_a_row(x, *before), functools.partial(_in_a_row, children=rest)
+        if pieces is None:
+            return self.fused_forward(x, original, layers)
+        return self.in_pieces(x, pieces)
+
+    def in_pieces(self, x: Tensor, layers: list[list[describe.Piece]]) -> Tensor:
+        """The output where layers are split: each reads a concatenation, as in the original."""
+        features, outcomes = [x], []
+        for pieces in layers:
+            h = torch.cat(features, 1)
+            for piece in pieces:
+                if piece.is_chain:
+                    h = self.fused_forward(h, piece.original, piece)
+                    outcomes.append(self._fusedres_last)
+                else:
+                    h = piece.original(h)
+            features.append(h)
+        self.__dict__["_fusedres_last"] = first_reason(outcomes)
+        return torch.cat(features, 1)
+
+
+def first_reason(outcomes: list[str]) -> str:
+    """Of the outcomes of a block's pieces, the first reason why one did not run fused, which says more than another's success."""
+    return next((outcome for outcome in outcomes if outcome.startswith("original")), outcomes[-1])
+
+
+def carry(x: Tensor, stats: Tensor | None) -> Tensor:
+    """``x`` with its statistics: whoever normalises this very tensor next need not reduce it again; the version, which inference tensors do
+    not have, tells whether it was changed since."""
+    if stats is not None and not x.is_inference():
+        setattr(x, _STATS, (x._version, stats))
+    return x
 
 
 def carried_stats(x: Tensor) -> Tensor | None:
@@ -301,9 +478,17 @@ class FusedTransition(_NormPoolKind):
     """A DenseNet transition: norm-relu-conv(1x1)-pool(mean), the mean taken first."""
 
     kind = "transition"
+    #: the plans by mode, where it is no Sequential
+    _fusedres_plans: dict[bool, structure.Plan] | None = None
 
     def describe_block(self, dtype, part=None):
-        return describe.transition(self, dtype)
+        plan = (
+            structure.Plan(tuple(self._modules))
+            if self._fusedres_plans is None
+            else self._fusedres_plans[self.training]
+        )
+        describe.check_stamps(self, plan)
+        return describe.transition(describe.tokens(self, plan.main), dtype)
 
 
 class FusedHead(_NormPoolKind):
@@ -340,7 +525,8 @@ class FusedHead(_NormPoolKind):
 KINDS: dict[str, type[FusedBlock]] = {
     kind.kind: kind
     for kind in (
-        FusedBasic, FusedBottleneck, FusedStem, FusedSequential, FusedDenseBlock, FusedTransition, FusedHead,
+        FusedResidual, FusedBasic, FusedBottleneck, FusedPreActBasic, FusedPreActBottleneck, FusedStem, FusedSequential,
+        FusedDenseBlock, FusedTransition, FusedHead,
     )
 }  # fmt: skip
 _classes: dict[tuple[str, type], type] = {}

@@ -9,13 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .blocks import FusedBlock, FusedSequential, conv_runs, fused_class, is_converted
-from .describe import Unsupported
+from . import structure
+from .blocks import (
+    FusedBlock,
+    FusedDenseBlock,
+    FusedResidual,
+    FusedSequential,
+    FusedTransition,
+    conv_runs,
+    fused_class,
+    is_converted,
+)
+from .describe import Hooked, Unsupported, is_transition, layout, module_parts, tokens
 
 
-def _torchvision(module: str, name: str) -> type | None:
+def _class(module: str, name: str) -> type | None:
     # a model of torchvision's can only be given where torchvision is loaded
-    return getattr(sys.modules.get(f"torchvision.models.{module}"), name, None)
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _has_own(cls: type, base: type | None, *methods: str) -> bool:
@@ -27,40 +37,116 @@ def _is_sequential(module: nn.Module) -> bool:
     return _has_own(type(module), nn.Sequential, "forward") and bool(conv_runs(list(module)))
 
 
-# kind, where its class stands in torchvision, and the methods that the fused forward replaces
+#: where a module keeps what has been read of its structure
+_PLANS = ("_fusedres_plans", "_fusedres_layers")
+
+# kind, where its class stands, and the methods that the fused forward replaces
 _FAMILIES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("basic block", "resnet", "BasicBlock", ("forward",)),
-    ("bottleneck", "resnet", "Bottleneck", ("forward",)),
-    ("resnet stem", "resnet", "ResNet", ("forward", "_forward_impl")),
-    ("dense block", "densenet", "_DenseBlock", ("forward",)),
-    ("transition", "densenet", "_Transition", ("forward",)),
-    ("densenet head", "densenet", "DenseNet", ("forward",)),
+    ("basic block", "torchvision.models.resnet", "BasicBlock", ("forward",)),
+    ("bottleneck", "torchvision.models.resnet", "Bottleneck", ("forward",)),
+    ("resnet stem", "torchvision.models.resnet", "ResNet", ("forward", "_forward_impl")),
+    ("dense block", "torchvision.models.densenet", "_DenseBlock", ("forward",)),
+    ("densenet head", "torchvision.models.densenet", "DenseNet", ("forward",)),
+    ("dense block", "timm.models.densenet", "DenseBlock", ("forward",)),
 )
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The kind of fused block that ``module`` can become, None where it is none."""
+    """The kind of fused block that ``module`` can become by its class, None where it is none."""
     if isinstance(module, FusedBlock):
         return type(module).kind
     if "forward" in module.__dict__:
         return None
     for kind, file, name, methods in _FAMILIES:
-        if _has_own(type(module), _torchvision(file, name), *methods):
+        if _has_own(type(module), _class(file, name), *methods):
             return kind
+    if _is_transition(module):
+        return FusedTransition.kind
     return "sequential" if _is_sequential(module) else None
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """``(path, module, kind)``; what stands inside a residual or dense block belongs to that block."""
+def _is_transition(module: nn.Module) -> bool:
+    if not _has_own(type(module), nn.Sequential, "forward") or len(module) not in (3, 4):
+        return False
+    try:
+        return is_transition(tokens(module, tuple(module._modules)))
+    except Unsupported:
+        return False
+
+
+def _dense_layers(row: nn.Sequential) -> dict[str, dict[bool, structure.Plan]]:
+    """The plans of the dense layers at the end of a row."""
+    layers: dict[str, dict[bool, structure.Plan]] = {}
+    for name, child in reversed(list(row.named_children())):
+        plans = structure.read(child)
+        if plans is None or not all(plan.dense for plan in plans.values()):
+            break
+        layers[name] = plans
+    return dict(reversed(layers.items()))
+
+
+def _structure(module: nn.Module) -> tuple[str, dict] | None:
+    """``(kind, attributes)`` of a module whose structure is that of a block, None where it is not."""
+    if "forward" in module.__dict__:
+        return None
+    if _has_own(type(module), nn.Sequential, "forward"):
+        layers = _dense_layers(module)
+        return (FusedDenseBlock.kind, {"_fusedres_layers": layers}) if layers else None
+    plans = structure.read(module)
+    if plans is None or any(plan.dense for plan in plans.values()):
+        return None
+    is_row = all(plan.shortcut is None for plan in plans.values())
+    transition = is_row
+    for training, plan in plans.items():
+        try:
+            layout(module, plan, training)
+            transition = transition and is_transition(tokens(module, plan.main))
+        except Hooked:
+            transition = False
+        except Unsupported:
+            return None
+    if is_row and not transition and not any(isinstance(child, nn.Conv2d) for child in module.children()):
+        return None  # a network, maybe: its parts are rows themselves
+    return FusedTransition.kind if transition else FusedResidual.kind, {"_fusedres_plans": plans}
+
+
+def _may_be_read(module: nn.Module, kind: str | None, blocks: set[int]) -> bool:
+    if isinstance(module, FusedBlock):
+        return not module.__dict__.keys().isdisjoint(_PLANS)  # convert again reads again
+    if kind == "sequential" or kind is None and _has_own(type(module), nn.Sequential, "forward"):
+        return bool(module) and id(module[-1]) in blocks  # a row of dense layers has any length
+    return kind is None and id(module) in blocks
+
+
+def _inside(module: nn.Module, kind: str) -> Iterator[nn.Module]:
+    """What belongs to a block and is not converted on its own."""
+    if "_fusedres_plans" in module.__dict__:
+        for plan in module._fusedres_plans.values():
+            yield from module_parts(module, plan)
+    elif kind == FusedDenseBlock.kind and "_fusedres_layers" in module.__dict__:
+        for name in module._fusedres_layers:
+            yield from module.get_submodule(name).modules()
+    elif kind not in ("resnet stem", "densenet head", "sequential"):
+        yield from (m for m in module.modules() if m is not module)
+
+
+def _candidates(model: nn.Module, read: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+    """``(path, module, kind)``; what stands inside a residual or dense block belongs to that block. With ``read`` modules that no kind
+    knows are read for their structure, and those that have a plan get it."""
     inside: set[int] = set()
+    blocks = structure.blocks(model) if read else set()
     for path, module in model.named_modules():
         if id(module) in inside:
             continue
         kind = kind_of(module)
+        if read and _may_be_read(module, kind, blocks):
+            found = _structure(module)
+            if found is not None and (found[0] == kind or not isinstance(module, FusedBlock)):
+                kind, attributes = found
+                module.__dict__.update(attributes)
         if kind is None:
             continue
-        if kind in ("basic block", "bottleneck", "dense block", "transition"):
-            inside.update(id(m) for m in module.modules() if m is not module)
+        inside.update(id(m) for m in _inside(module, kind))
         yield path, module, kind
 
 
@@ -75,7 +161,7 @@ def convert(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert expects a torch.nn.Module, found {type(model).__name__}")
-    for _, module, kind in list(_candidates(model)):
+    for _, module, kind in list(_candidates(model, read=True)):
         if not isinstance(module, FusedBlock):
             module.__class__ = fused_class(kind, type(module))
         module._fusedres_recompute = recompute
@@ -88,7 +174,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise TypeError(f"revert expects a torch.nn.Module, found {type(model).__name__}")
     for module in model.modules():
         if is_converted(module):
-            for name in ("_fusedres_last", "_fusedres_recompute"):
+            for name in ("_fusedres_last", "_fusedres_recompute", *_PLANS):
                 module.__dict__.pop(name, None)
             module.__class__ = module.original_class()
     return model
@@ -119,7 +205,7 @@ class Report(list[Row]):
         return "\n".join([*lines, f"{fused} of {len(self)} blocks fused"])
 
 
-def _static_reason(module: FusedBlock) -> str | None:
+def why_not_fused(module: FusedBlock) -> str | None:
     """Why ``module`` would not run fused as it stands, before any input is seen."""
     describers: list[Callable[[], object]] = [lambda: module.describe_block(None)]
     if isinstance(module, FusedSequential):
@@ -150,7 +236,7 @@ def report(model: nn.Module) -> Report:
         if not isinstance(module, FusedBlock):
             rows.append(Row(path, kind, False, "not converted: call fusedres.convert(model)"))
             continue
-        reason = _static_reason(module)
+        kind, reason = module.label(), why_not_fused(module)
         last = module._fusedres_last
         if reason is not None:
             rows.append(Row(path, kind, False, reason))

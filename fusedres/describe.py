@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .backends.eager import Geometry, Pool
-from .schedules.chain import Chain
+from .schedules.chain import Chain, Shortcut, Subsample
 from .schedules.common import Conv, Norm, Unit
 from .schedules.dense import Layer
 from .schedules.norm_pool import NormPool
+from .structure import RELUS, Call, Plan, Step, original_forward
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -19,19 +28,41 @@ class Unsupported(Exception):
     """A block that runs its original modules; the message says why, for ``report``."""
 
 
+class Hooked(Unsupported):
+    """It does so because of a hook, which may be removed at any time."""
+
+
+def unhooked(module: nn.Module) -> None:
+    """Check that no hook waits on ``module``."""
+    if hooked(module):
+        raise Hooked(f"a hook is registered on its {type(module).__name__}")
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether a hook waits on ``module`` that running it fused would not fire."""
-    return any(getattr(module, name) for name in _HOOKS)
+    own = module.__dict__  # asked of every module at every call: past nn.Module's __getattr__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def plain(module: nn.Module, *types: type[nn.Module]) -> None:
     """Check that ``module`` is exactly one of ``types`` (a subclass may compute something else) and that no hook waits inside."""
     if type(module) not in types:
         raise Unsupported(f"found {type(module).__name__} where {' or '.join(t.__name__ for t in types)} is expected")
-    if hooked(module):
-        raise Unsupported(f"a hook is registered on its {type(module).__name__}")
+    unhooked(module)
     if "forward" in module.__dict__:
         raise Unsupported(f"the forward of its {type(module).__name__} is overridden")
+
+
+def child_of(module: nn.Module, path: str) -> nn.Module | None:
+    """What stands at ``path`` inside ``module``."""
+    try:
+        for name in path.split(".") if path else ():
+            module = module._modules[name]
+    except (KeyError, AttributeError):
+        raise Unsupported(f"it has no {path} any more; fusedres.convert reads it anew") from None
+    return module
 
 
 def global_hooks() -> bool:
@@ -60,7 +91,14 @@ def conv(module: nn.Module, dtype: torch.dtype | None) -> Conv:
 
 def norm(module: nn.Module, act: str) -> Norm:
     """A ``nn.BatchNorm2d`` and what its next step does, without doing it: see :func:`count_batches`."""
-    plain(module, nn.BatchNorm2d)
+    inside = norm_act(module)
+    if inside is None:
+        plain(module, nn.BatchNorm2d)
+    else:
+        plain(module, type(module))
+        if not at_rest(inside[0]) or hooked(inside[0]):
+            raise Unsupported(f"{type(inside[0]).__name__} inside a BatchNorm")
+        act = "relu" if "relu" in (activation(inside[1]), act) else "none"
     training = module.training or (module.running_mean is None and module.running_var is None)
     tracking = training and module.training and module.track_running_stats and module.running_mean is not None
     momentum = module.momentum
@@ -95,12 +133,12 @@ def pool(module: nn.Module) -> Pool:
     kernel = _pair(module.kernel_size)
     stride = _pair(module.stride)
     padding = _pair(module.padding)
-    if module.ceil_mode:
-        raise Unsupported("pooling with ceil_mode")
     if type(module) is nn.AvgPool2d:
         if stride != kernel or padding != (0, 0) or module.divisor_override is not None:
             raise Unsupported("a mean pool with overlapping, padded or re-weighted windows")
-        return Pool("mean", kernel, stride, padding)
+        return Pool("mean", kernel, stride, padding, module.ceil_mode)
+    if module.ceil_mode:
+        raise Unsupported("pooling with ceil_mode")
     if _pair(module.dilation) != (1, 1) or module.return_indices:
         raise Unsupported("a max pool with dilation or return_indices")
     if kernel[0] * kernel[1] > 255:
@@ -108,26 +146,345 @@ def pool(module: nn.Module) -> Pool:
     return Pool("max", kernel, stride, padding)
 
 
-def shortcut(module: nn.Module | None, dtype: torch.dtype | None) -> tuple[Unit | None, list[nn.Module]]:
-    """``(projection, its BatchNorms)``; None for an identity."""
-    if module is None or type(module) is nn.Identity or (type(module) is nn.Sequential and len(module) == 0):
-        if module is not None:
-            plain(module, nn.Identity, nn.Sequential)
-        return None, []
-    plain(module, nn.Sequential)
-    children = list(module)
-    if len(children) != 2:
-        raise Unsupported(f"a shortcut of {len(children)} modules, not a convolution and a BatchNorm")
-    return Unit(conv(children[0], dtype), norm(children[1], "none")), [children[1]]
+def norm_act(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """``(dropout, activation)`` of timm's BatchNorm with both inside, None where ``module`` is another."""
+    known = getattr(sys.modules.get("timm.layers.norm_act"), "BatchNormAct2d", None)
+    return (module.drop, module.act) if known is not None and type(module) is known else None
 
 
-def residual(block: nn.Module, pairs: list[tuple[nn.Module, nn.Module]], dtype) -> tuple[Chain, list[nn.Module]]:
-    """A post-activation residual block with one ``relu`` for all its activations and ``downsample`` as its shortcut."""
-    act = activation(block.relu)
-    projection, norms = shortcut(block.downsample, dtype)
-    acts = [act] * (len(pairs) - 1) + ["none"]
-    units = tuple(Unit(conv(c, dtype), norm(n, a)) for (c, n), a in zip(pairs, acts, strict=True))
-    return Chain(units, projection is None, projection, act), [n for _, n in pairs] + norms
+def at_rest(module: nn.Module) -> bool:
+    """Whether a dropout, or stochastic depth, does nothing in its present mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return not module.training or module.p == 0
+    if type(module).__name__ in ("DropPath", "DropBlock2d", "StochasticDepth"):
+        rate = getattr(module, "drop_prob", getattr(module, "p", None))
+        return not module.training or rate == 0
+    return type(module) is nn.Identity
+
+
+class Token(NamedTuple):
+    """One step of a block as the schedules see it. ``kind``: conv, norm, act, pool, subsample or other. ``run``: the originals, in a row;
+    ``module``: what is described when the schedule runs; ``value``: the activation behind a norm, a pool, a subsampling."""
+
+    kind: str
+    run: tuple[Callable[[Tensor], Tensor], ...]
+    module: nn.Module | None = None
+    value: object = None
+
+
+#: activations that no schedule computes: a BatchNorm in front of one is not worth a schedule of its own
+_ACTIVATIONS = tuple(
+    getattr(nn, name)
+    for name in (
+        "CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU RReLU ReLU6 SELU Sigmoid SiLU "
+        "Softplus Softshrink Softsign Tanh Tanhshrink Threshold"
+    ).split()
+)
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+
+
+def _foreign_activation(module: nn.Module) -> bool:
+    # timm's own activations hold nothing and stand in modules of that name
+    return isinstance(module, _ACTIVATIONS) or ".activations" in type(module).__module__
+
+
+def _tokens_of(module: nn.Module) -> Iterator[Token]:
+    inside = norm_act(module)
+    if isinstance(module, nn.Sequential) and original_forward(module) is nn.Sequential.forward:
+        unhooked(module)
+        for child in module:
+            yield from _tokens_of(child)
+    elif isinstance(module, nn.Conv2d):
+        yield Token("conv", (module,), module)
+    elif inside is not None:
+        drop, act = inside
+        if _foreign_activation(act):
+            raise Unsupported(f"found {type(act).__name__} where ReLU or Identity is expected")
+        if at_rest(drop) and type(act) in (nn.ReLU, nn.Identity):
+            yield Token("norm", (module,), module, activation(act))
+        else:
+            yield Token("other", (module,), module)
+    elif isinstance(module, nn.BatchNorm2d):
+        yield Token("norm", (module,), module, "none")
+    elif type(module) is nn.ReLU:
+        yield Token("act", (module,), module, "relu")
+    elif type(module) is nn.AvgPool2d and not hooked(module):
+        yield _average(module)
+    elif at_rest(module) and not hooked(module):
+        return
+    elif _foreign_activation(module):
+        yield Token("act", (module,), module, type(module).__name__)
+    elif isinstance(module, _NORMS):
+        raise Unsupported(f"found {type(module).__name__} where BatchNorm2d is expected")
+    else:
+        yield Token("other", (module,), module)
+
+
+def _average(module: nn.AvgPool2d) -> Token:
+    kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+    if kernel == (1, 1) and _pair(module.padding) == (0, 0) and module.divisor_override is None:
+        return Token("subsample", (module,), module, Subsample(stride, 0, 0))
+    try:
+        return Token("pool", (module,), module, pool(module))
+    except Unsupported:
+        return Token("other", (module,), module)
+
+
+def _strides(step: Call) -> tuple[int, int] | None:
+    """The strides of ``x[:, :, ::s, ::t]``."""
+    if (
+        step.target is not operator.getitem
+        or step.at != 0
+        or not isinstance(step.args[1], tuple)
+        or len(step.args[1]) != 4
+    ):
+        return None
+    every, steps = slice(None), []
+    for i, s in enumerate(step.args[1]):
+        if not isinstance(s, slice) or s.start is not None or s.stop is not None or (i < 2 and s != every):
+            return None
+        steps.append(s.step or 1)
+    return (steps[2], steps[3]) if min(steps) > 0 else None
+
+
+def _zero_channels(step: Call) -> tuple[int, int] | None:
+    """The channels before and behind of ``F.pad(x, (0, 0, 0, 0, front, back))``."""
+    if step.target is not F.pad:
+        return None
+    names = ("input", "pad", "mode", "value")
+    found = {**dict(zip(names, step.args, strict=False)), **dict(step.kwargs)}
+    pad = tuple(found.get("pad") or ())
+    plain = found.get("mode", "constant") == "constant" and not found.get("value")
+    if not plain or len(pad) not in (6, 8) or any(pad[:4]) or any(pad[6:]) or min(pad) < 0:
+        return None
+    return pad[4], pad[5]
+
+
+def _call_token(step: Call) -> Token | None:
+    if step.target in RELUS:
+        return Token("act", (step,), None, "relu")
+    strides, zeros = _strides(step), _zero_channels(step)
+    if strides is not None or zeros is not None:
+        return Token("subsample", (step,), None, Subsample(strides or (1, 1), *(zeros or (0, 0))))
+    if step.target in (F.dropout, F.dropout2d):
+        names = ("input", "p", "training")
+        found = {"p": 0.5, "training": True, **dict(zip(names, step.args, strict=False)), **dict(step.kwargs)}
+        if not found["training"] or found["p"] == 0:
+            return None
+    return Token("other", (step,))
+
+
+#: what most steps are, exactly: told by one look-up
+_COMMON = {nn.Conv2d: ("conv", None), nn.BatchNorm2d: ("norm", "none"), nn.ReLU: ("act", "relu")}
+
+
+def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
+    """What ``steps`` of ``block`` are: an activation belongs to the BatchNorm before it, a zero padding to the subsampling before it, and
+    what does nothing is left out."""
+    found: list[Token] = []
+    for step in steps:
+        if isinstance(step, Call):
+            token = _call_token(step)
+            new = [] if token is None else [token]
+        else:
+            module = child_of(block, step)
+            common = _COMMON.get(type(module))
+            if common is not None:
+                new = [Token(common[0], (module,), module, common[1])]
+            else:
+                new = [] if module is None else _tokens_of(module)
+        for token in new:
+            last = found[-1] if found else None
+            if token.kind == "act" and last is not None and last.kind == "norm" and last.value == "none":
+                if token.value != "relu":
+                    raise Unsupported(f"found {token.value} where ReLU or Identity is expected")
+                if token.module is not None:
+                    plain(token.module, nn.ReLU)
+                found[-1] = last._replace(run=last.run + token.run, value="relu")
+            elif (
+                token.kind == "subsample"
+                and last is not None
+                and last.kind == "subsample"
+                and token.value.stride == (1, 1)
+            ):
+                value = Subsample(
+                    last.value.stride, token.value.front + last.value.front, token.value.back + last.value.back
+                )
+                found[-1] = Token("subsample", last.run + token.run, None, value)
+            else:
+                found.append(token)
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a block: a chain of the schedule, or what runs as it is. ``original`` computes the same by the modules, from the map and
+    from what the shortcut reads."""
+
+    original: Callable[..., Tensor]
+    first: Token | None = None
+    units: tuple[tuple[Token, Token | None], ...] = ()
+    shortcut: tuple[Token, ...] | None = None
+    activated: bool = False
+    act: str = "none"
+
+    @property
+    def is_chain(self) -> bool:
+        return self.first is not None or any(norm is not None for _, norm in self.units) or self.shortcut is not None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A block in pieces: ``head``, then ``aside`` for what the shortcut reads and ``body`` from the same map, whose last piece joins
+    them, then ``tail``."""
+
+    head: tuple[Piece, ...]
+    aside: tuple[Piece, ...]
+    body: tuple[Piece, ...]
+    tail: tuple[Piece, ...]
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (*self.head, *self.aside, *self.body, *self.tail)
+
+
+def in_a_row(x: Tensor, *steps: Callable[[Tensor], Tensor]) -> Tensor:
+    """``steps`` one after the other."""
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _runs(*found: Token) -> tuple[Callable, ...]:
+    return tuple(run for token in found for run in token.run)
+
+
+def _row(found: list[Token]) -> list[Piece]:
+    """The fewest pieces for a row of tokens."""
+    pieces: list[Piece] = []
+    i = 0
+    while i < len(found):
+        start, first, units = i, None, []
+        if found[i].kind == "norm":
+            first = found[i]
+            i += 1
+        while i < len(found) and found[i].kind == "conv":
+            behind = found[i + 1] if i + 1 < len(found) and found[i + 1].kind == "norm" else None
+            units.append((found[i], behind))
+            i += 1 if behind is None else 2
+            if behind is None:
+                break
+        i = max(i, start + 1)
+        runs = _runs(*found[start:i])
+        pieces.append(Piece(lambda x, runs=runs: in_a_row(x, *runs), first, tuple(units)))
+    return pieces
+
+
+def _split_shortcut(found: list[Token]) -> tuple[list[Token], tuple[Token, ...]]:
+    """A shortcut's tokens in two: what has to run before, and what the schedule takes over (pool, subsampling, convolution, norm)."""
+    k = len(found)
+    if k > 1 and found[k - 1].kind == "norm" and found[k - 1].value == "none" and found[k - 2].kind == "conv":
+        k -= 2
+    elif k and found[k - 1].kind == "conv":
+        k -= 1
+    for kind in ("subsample", "pool"):
+        if k and found[k - 1].kind == kind:
+            k -= 1
+    return found[:k], tuple(found[k:])
+
+
+def module_parts(block: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+    """The modules of ``block`` that the schedules stand for."""
+    for stamp in plan.stamps[1:]:
+        yield block.get_submodule(stamp.path)
+    for step in (*plan.main, *(plan.shortcut or ()), *plan.behind):
+        if isinstance(step, str):
+            module = block.get_submodule(step)
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+                yield from module.modules()
+
+
+def check_stamps(block: nn.Module, plan: Plan, training: bool | None = None) -> None:
+    """Check that ``block`` is still what its plan was read from, and that no hook waits on a module that the plan goes through."""
+    for stamp in plan.stamps:
+        module = child_of(block, stamp.path)
+        if training is None and not stamp.fits(module, block.training):
+            raise Unsupported("it has changed since it was converted; fusedres.convert reads it anew")
+        if stamp.path:
+            unhooked(module)
+
+
+def layout(block: nn.Module, plan: Plan, training: bool | None = None) -> Layout:
+    """``block`` in the fewest pieces; raises Unsupported where none of them would be fused. ``training``: as if in that mode, by structure
+    alone."""
+    check_stamps(block, plan, training)
+    main = tokens(block, plan.main[plan.shared :])
+    before = tokens(block, plan.main[: plan.shared])
+    if plan.shortcut is None:
+        laid = Layout((), (), tuple(_row(tokens(block, plan.main))), ())
+    else:
+        laid = _residual_layout(before, main, tokens(block, plan.shortcut), tokens(block, plan.behind))
+    if not any(norm is not None for piece in laid.pieces for _, norm in piece.units) and not any(
+        piece.first is not None and piece.units for piece in laid.pieces
+    ):
+        raise Unsupported("no convolution with a BatchNorm before or behind it")
+    return laid
+
+
+def _residual_layout(before: list[Token], main: list[Token], other: list[Token], behind: list[Token]) -> Layout:
+    early, taken = _split_shortcut(other)
+    act, tail = "none", behind
+    if behind and behind[0].kind == "act":
+        if behind[0].value != "relu":
+            raise Unsupported(f"found {behind[0].value} where ReLU or Identity is expected")
+        act, tail = "relu", behind[1:]
+        if behind[0].module is not None:
+            plain(behind[0].module, nn.ReLU)
+    if _projects_activated(before, main, early, taken) and not tail:
+        (piece,) = _row(before + main)
+        return Layout((), (), (replace(piece, shortcut=taken, activated=True, act=act),), ())
+    body = _row(main)
+    last = body.pop() if body and body[-1].is_chain else Piece(in_a_row)
+    runs, ends = _runs(*taken), _runs(*behind[:1]) if act != "none" else ()
+
+    def original(x: Tensor, source: Tensor | None = None) -> Tensor:
+        return in_a_row(last.original(x) + in_a_row(x if source is None else source, *runs), *ends)
+
+    body.append(replace(last, original=original, shortcut=taken, act=act))
+    return Layout(tuple(_row(before)), tuple(_row(early)), tuple(body), tuple(_row(tail)))
+
+
+def _projects_activated(before: list[Token], main: list[Token], early: list[Token], taken: tuple[Token, ...]) -> bool:
+    """Whether one schedule can both activate the input and project it: where nothing else stands on either path."""
+    kinds = {token.kind for token in taken}
+    norm_first = len(before) == 1 and before[0].kind == "norm"
+    return norm_first and not early and "conv" in kinds and "subsample" not in kinds and len(_row(before + main)) == 1
+
+
+def chain(piece: Piece, dtype: torch.dtype | None) -> tuple[Chain, list[nn.Module]]:
+    """``(the chain of a piece, its BatchNorms)``; ``dtype`` casts convolution weights, as autocast does."""
+    norms: list[nn.Module] = []
+
+    def normal(token: Token | None) -> Norm | None:
+        if token is None:
+            return None
+        norms.append(token.module)
+        return norm(token.module, token.value)
+
+    first = normal(piece.first)
+    units = tuple(Unit(conv(c.module, dtype), normal(n)) for c, n in piece.units)
+    shortcut = None
+    if piece.shortcut is not None:
+        found = {token.kind: token for token in piece.shortcut}
+        values = {kind: found[kind].value if kind in found else None for kind in ("pool", "subsample")}
+        unit = Unit(conv(found["conv"].module, dtype), normal(found.get("norm"))) if "conv" in found else None
+        for token in piece.shortcut:
+            if token.module is not None:
+                unhooked(token.module)
+        shortcut = Shortcut(values["pool"], values["subsample"], unit, piece.activated)
+    return Chain(units, first, shortcut, piece.act), norms
 
 
 def stem(children: list[nn.Module | None], dtype) -> tuple[Chain, list[nn.Module]]:
@@ -138,23 +495,63 @@ def stem(children: list[nn.Module | None], dtype) -> tuple[Chain, list[nn.Module
     return Chain((unit,), pool=window), [batch_norm]
 
 
-def dense_layer(layer: nn.Module, dtype) -> tuple[Layer, list[nn.Module]]:
-    """A DenseNet layer with bottleneck."""
+#: the forwards of dense layers whose children have the names below
+_DENSE_LAYERS = (
+    ("torchvision.models.densenet", "_DenseLayer"),
+    ("timm.models.densenet", "DenseLayer"),
+    ("fusedres.nn", "DenseLayer"),
+)
+_DENSE_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
+
+
+def dense_layer(layer: nn.Module, plan: Plan | None = None) -> list[Token]:
+    """What a dense layer does to what it reads: by its plan, or by the names of its children."""
+    unhooked(layer)
+    if plan is not None:
+        check_stamps(layer, plan)
+        return tokens(layer, plan.main)
+    known = (getattr(sys.modules.get(module), name, None) for module, name in _DENSE_LAYERS)
+    if "forward" in layer.__dict__ or type(layer).forward not in [k.forward for k in known if k is not None]:
+        raise Unsupported(f"a {type(layer).__name__} among its layers")
+    found = tokens(layer, tuple(name for name in _DENSE_NAMES if name in layer._modules))
     if layer.training and layer.drop_rate > 0:
-        raise Unsupported(f"dropout inside its layers (drop_rate {layer.drop_rate})")
-    norm1 = norm(layer.norm1, activation(layer.relu1))
-    norm2 = norm(layer.norm2, activation(layer.relu2))
-    return Layer(norm1, conv(layer.conv1, dtype), norm2, conv(layer.conv2, dtype)), [layer.norm1, layer.norm2]
+        found.append(Token("other", (functools.partial(F.dropout, p=layer.drop_rate, training=True),)))
+    return found
 
 
-def transition(block: nn.Module, dtype) -> tuple[NormPool, list[nn.Module]]:
-    """A DenseNet transition: norm, relu, conv (1x1), pool (mean)."""
-    convolution, window = conv(block.conv, dtype), pool(block.pool)
-    g = convolution.geometry
-    pointwise = convolution.weight.shape[2:] == (1, 1) and g.stride == (1, 1) and g.padding == (0, 0)
-    if not pointwise or window.kind != "mean":
+def in_buffer(found: list[Token]) -> bool:
+    """Whether a dense layer can write straight into the buffer: norm-act-conv, with or without norm-act-conv behind it."""
+    return [token.kind for token in found] in (["norm", "conv"], ["norm", "conv", "norm", "conv"])
+
+
+def layer(found: list[Token], dtype) -> tuple[Layer, list[nn.Module]]:
+    """``(the layer of the schedule, its BatchNorms)`` of what :func:`in_buffer` says yes to."""
+    parts = [norm(t.module, t.value) if t.kind == "norm" else conv(t.module, dtype) for t in found]
+    return Layer(*parts), [token.module for token in found if token.kind == "norm"]
+
+
+def row(found: list[Token]) -> list[Piece]:
+    """The fewest pieces for a row of tokens; raises Unsupported where none of them would be fused."""
+    pieces = _row(found)
+    if not any(piece.first is not None and piece.units for piece in pieces):
+        raise Unsupported("no convolution behind a BatchNorm")
+    return pieces
+
+
+def is_transition(found: list[Token]) -> bool:
+    """Whether a row is a DenseNet's transition: norm, act, conv (1x1), pool (mean)."""
+    return [token.kind for token in found] == ["norm", "conv", "pool"] and found[1].module.kernel_size == (1, 1)
+
+
+def transition(found: list[Token], dtype) -> tuple[NormPool, list[nn.Module]]:
+    """``(the transition of the schedule, its BatchNorm)``."""
+    if not is_transition(found):
+        raise Unsupported("a transition that is not a BatchNorm, a 1x1 convolution and a mean pool")
+    convolution, window = conv(found[1].module, dtype), found[2].value
+    plain(found[2].module, nn.AvgPool2d)
+    if convolution.geometry.stride != (1, 1) or convolution.geometry.padding != (0, 0) or window.ceil:
         raise Unsupported("a transition that is not a 1x1 convolution and a mean pool")
-    return NormPool(norm(block.norm, activation(block.relu)), window, convolution), [block.norm]
+    return NormPool(norm(found[0].module, found[0].value), window, convolution), [found[0].module]
 
 
 def check_map(x: Tensor, dtype: torch.dtype) -> None:

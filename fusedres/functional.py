@@ -14,13 +14,14 @@ from .backends import eager
 from .backends.eager import Geometry, Pool
 from .describe import Unsupported
 from .schedules import chain, dense, norm_pool
-from .schedules.chain import Chain
+from .schedules.chain import Chain, Shortcut, Subsample
 from .schedules.common import Conv, Norm, Unit
 from .schedules.dense import Layer
 from .schedules.norm_pool import NormPool
 
 __all__ = [
-    "Conv", "Geometry", "Layer", "Norm", "Pool", "Unit", "conv_bn_act", "dense_block", "norm_pool_conv", "residual_block",
+    "Conv", "Geometry", "Layer", "Norm", "Pool", "Shortcut", "Subsample", "Unit", "conv_bn_act", "dense_block", "norm_pool_conv",
+    "preact_block", "residual_block",
 ]  # fmt: skip
 
 
@@ -35,15 +36,29 @@ def _serve(check, x: Tensor):
 
 def _run_chain(description: Chain, x: Tensor) -> Tensor:
     backend = _serve(lambda x: blocks.check_chain(description, x), x)
-    return chain.run(backend, description, x)
+    return chain.run(backend, description, x)[0]
 
 
-def residual_block(x: Tensor, units: tuple[Unit, ...], projection: Unit | None = None, act: str = "relu") -> Tensor:
-    """``act(units(x) + shortcut(x))``: the shortcut is ``projection`` (a Unit with act "none") or, without it, x itself.
+def residual_block(
+    x: Tensor,
+    units: tuple[Unit, ...],
+    projection: Unit | None = None,
+    act: str = "relu",
+    *,
+    shortcut: Shortcut | None = None,
+) -> Tensor:
+    """``act(units(x) + shortcut(x))``: the shortcut is ``projection`` (a Unit with act "none"), any other :class:`Shortcut`, or, without
+    both, x itself.
 
     Raises ValueError where shapes, dtypes or devices do not fit, or a BatchNorm in training would see one value per channel.
     """
-    return _run_chain(Chain(tuple(units), projection is None, projection, act), x)
+    return _run_chain(Chain(tuple(units), shortcut=shortcut or Shortcut(unit=projection), act=act), x)
+
+
+def preact_block(x: Tensor, norm: Norm, units: tuple[Unit, ...], shortcut: Shortcut | None = None) -> Tensor:
+    """``units(norm(x)) + shortcut(x)``, a pre-activation block: ``norm`` with its activation comes first, the last unit has no BatchNorm
+    (None), and an ``activated`` shortcut reads ``norm(x)``; without one x itself is added. Raises as :func:`residual_block`."""
+    return _run_chain(Chain(tuple(units), first=norm, shortcut=shortcut or Shortcut()), x)
 
 
 def conv_bn_act(x: Tensor, unit: Unit, pool: Pool | None = None) -> Tensor:

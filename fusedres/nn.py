@@ -12,9 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import FusedBasic, FusedBottleneck, FusedDenseBlock, FusedSequential, FusedTransition
+from .blocks import (
+    FusedBasic,
+    FusedBottleneck,
+    FusedDenseBlock,
+    FusedPreActBasic,
+    FusedPreActBottleneck,
+    FusedSequential,
+    FusedTransition,
+)
 
-__all__ = ["BasicBlock", "Bottleneck", "ConvBNAct", "DenseBlock", "DenseLayer", "Transition"]
+__all__ = [
+    "BasicBlock", "Bottleneck", "ConvBNAct", "DenseBlock", "DenseLayer", "PreActBasicBlock", "PreActBottleneck",
+    "Transition",
+]  # fmt: skip
 
 
 class _PlainBasic(nn.Module):
@@ -95,6 +106,81 @@ class Bottleneck(FusedBottleneck, _PlainBottleneck):
     """ResNet's bottleneck, stride on the 3x3: 1x1, 3x3 (``groups``, ``dilation``), 1x1; arguments as torchvision's ``Bottleneck``.
 
     Maps N x ``inplanes`` x H x W to N x ``4 * planes`` x H' x W'. ``downsample`` (convolution and BatchNorm) projects the shortcut.
+    """
+
+    expansion = 4
+
+
+class _PlainPreActBasic(nn.Module):
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = norm_layer(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(h)
+        return self.conv2(self.relu(self.bn2(self.conv1(h)))) + shortcut
+
+
+class _PlainPreActBottleneck(nn.Module):
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
+        self.bn2 = norm_layer(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, groups, bias=False)
+        self.bn3 = norm_layer(width)
+        self.conv3 = nn.Conv2d(width, planes * 4, 1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(h)
+        h = self.conv2(self.relu(self.bn2(self.conv1(h))))
+        return self.conv3(self.relu(self.bn3(h))) + shortcut
+
+
+class PreActBasicBlock(FusedPreActBasic, _PlainPreActBasic):
+    """The pre-activation basic block (He et al. 2016): BatchNorm and ReLU before each 3x3 convolution, nothing on the identity path.
+
+    Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'. ``downsample`` (a convolution) projects the activated input.
+    """
+
+    expansion = 1
+
+
+class PreActBottleneck(FusedPreActBottleneck, _PlainPreActBottleneck):
+    """The pre-activation bottleneck: 1x1, 3x3 (``stride``, ``groups``, ``dilation``), 1x1, each behind BatchNorm and ReLU.
+
+    Maps N x ``inplanes`` x H x W to N x ``4 * planes`` x H' x W'. ``downsample`` (a convolution) projects the activated input.
     """
 
     expansion = 4

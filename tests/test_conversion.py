@@ -411,13 +411,18 @@ class OwnInit(resnet.BasicBlock):
         super().__init__(channels, channels)
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_left_alone():
-    model = nn.Sequential(OwnForward(5, 5), OwnInit(5))
-    first, second = fusedres.convert(model)
-    assert type(first) is OwnForward and fusedres.blocks.is_converted(second)
-    assert [row.path for row in fusedres.report(model)] == ["1"]
+class Untraceable(resnet.BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.mean() > 0 else x
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_what_its_forward_computes_or_left_alone():
+    model = nn.Sequential(OwnForward(5, 5), OwnInit(5), Untraceable(5, 5))
+    first, second, third = fusedres.convert(model)
+    assert type(third) is Untraceable and fusedres.blocks.is_converted(second)
+    assert [(row.path, row.kind) for row in fusedres.report(model)] == [("0", "basic block"), ("1", "basic block")]
     x = torch.randn(2, 5, 4, 4)
-    assert torch.equal(first.eval()(x), 2 * resnet.BasicBlock.forward(first, x))
+    torch.testing.assert_close(first.eval()(x), 2 * resnet.BasicBlock.forward(first, x), rtol=1e-4, atol=1e-4)
 
 
 def test_an_overridden_forward_of_an_instance_is_left_alone():
@@ -521,10 +526,9 @@ def test_the_report_before_and_after_a_call():
         (lambda m: setattr(m.basic, "conv1", nn.Conv2d(8, 12, 3, 2, 1, padding_mode="reflect")), "padding_mode 'reflect'"),
         (lambda m: setattr(m.basic, "bn1", nn.GroupNorm(3, 12)), "found GroupNorm"),
         (lambda m: setattr(m.basic, "bn1", nn.SyncBatchNorm(12)), "found SyncBatchNorm"),
-        (lambda m: setattr(m.basic, "downsample", nn.Sequential(*m.basic.downsample, nn.Identity())), "shortcut of 3"),
         (lambda m: nn.utils.parametrizations.weight_norm(m.basic.conv1), "found ParametrizedConv2d"),
     ],
-    ids=["activation", "padding-mode", "group-norm", "sync-batch-norm", "long-shortcut", "weight-norm"],
+    ids=["activation", "padding-mode", "group-norm", "sync-batch-norm", "weight-norm"],
 )  # fmt: skip
 def test_the_report_says_why_not(change, words):
     model = small()
@@ -537,11 +541,11 @@ def test_the_report_says_why_not(change, words):
     assert not rows(model)["basic"][0] and rows(model)["bottleneck"] == (True, FUSED)
 
 
-def test_dropout_inside_dense_layers_is_fused_in_eval_alone():
+def test_dropout_inside_dense_layers_splits_the_block_in_training_alone():
     model = fusedres.convert(densenet._DenseBlock(2, 6, bn_size=2, growth_rate=5, drop_rate=0.5))
     x = torch.randn(2, 6, 4, 4)
     model(x)
-    assert rows(model)[""][0] is False and "dropout" in rows(model)[""][1]
+    assert rows(model)[""] == (True, FUSED)
     model.eval()(x)
     assert rows(model)[""] == (True, FUSED)
 

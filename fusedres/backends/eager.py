@@ -44,12 +44,21 @@ class Geometry(NamedTuple):
 
 class Pool(NamedTuple):
     """A pooling window: ``kind`` is ``"max"`` (any stride and padding, -inf outside) or ``"mean"`` (stride equal to kernel,
-    no padding; a remainder at the border is dropped)."""
+    no padding; a remainder at the border is dropped, or, with ``ceil``, averaged over what there is of it: that is for schedules,
+    the primitives take it only where nothing remains)."""
 
     kind: str
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
+    ceil: bool = False
+
+    def out_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the output for an input of ``shape``."""
+        windows = zip(shape[2:], self.kernel, self.stride, self.padding, strict=True)
+        if self.ceil:
+            return (*shape[:2], *(-(-size // stride) for size, _, stride, _ in windows))
+        return (*shape[:2], *((size + 2 * pad - kernel) // stride + 1 for size, kernel, stride, pad in windows))
 
 
 def accum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -124,8 +133,8 @@ def conv_forward(
 ) -> Tensor:
     """``raw = conv(act(affine(x)), weight) + bias``; returns ``out_act(out_affine(raw) + residual_affine(residual))``.
 
-    Training passes ``stats`` (of raw) and none of the epilogue arguments; inference passes the epilogue and no ``stats``.
-    ``out`` may be a channel slice. Reads x (and residual), writes out.
+    Training passes ``stats`` and at most a residual (a pre-activation join); inference passes the epilogue and no ``stats``. ``stats``
+    are those of what is written. ``out`` may be a channel slice. Reads x (and residual), writes out.
     """
     return vendor.conv_forward(
         _passes(), x, affine, act, weight, bias, geometry, out=out, stats=stats, out_affine=out_affine, residual=residual,

@@ -105,7 +105,8 @@ def conv_forward(
         "out": out, "stats": stats, "out_affine": out_affine, "residual": residual, "residual_affine": residual_affine,
         "out_act": out_act,
     }  # fmt: skip
-    if _is_fused(x, weight, geometry):
+    # the fused kernel reduces the convolution's statistics, not those of a sum
+    if _is_fused(x, weight, geometry) and (stats is None or residual is None):
         return _forward.conv_forward(x, affine, act, weight, bias, geometry, **epilogue)
     return vendor.conv_forward(_passes(), x, affine, act, weight, bias, geometry, **epilogue)
 

@@ -23,7 +23,7 @@ def conv_forward(
     )  # fmt: skip
     raw = as_map(raw)
     if out_affine is not None or residual is not None or out_act != "none":
-        return passes.join_forward(raw, out_affine, residual, residual_affine, out_act, out=out)
+        return passes.join_forward(raw, out_affine, residual, residual_affine, out_act, out=out, stats=stats)
     if out is not None:
         return passes.join_forward(raw, None, None, None, "none", out=out, stats=stats)
     if stats is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.eager import Geometry, accum_dtype
+from ..backends.eager import Geometry, Pool, accum_dtype
 from ..backends.vendor import as_map
 
 
@@ -51,10 +51,10 @@ class Conv:
 
 @dataclass(frozen=True)
 class Unit:
-    """A convolution followed by its BatchNorm and activation."""
+    """A convolution followed by its BatchNorm and activation, or by nothing."""
 
     conv: Conv
-    norm: Norm
+    norm: Norm | None
 
 
 def conv_tensors(conv: Conv) -> tuple[Tensor | None, ...]:
@@ -118,6 +118,52 @@ def bias_gradient(sums: Tensor, coeff: Tensor, saved: Tensor, n: int, conv: Conv
     return (coeff[0] * sums[0] + n * (coeff[1] * saved[0] + coeff[2])).to(conv.bias.dtype)
 
 
+def map_bias_gradient(grad: Tensor, bias: Tensor, raw: Tensor | None = None, coeff: Tensor | None = None) -> Tensor:
+    """The gradient of a bias that no BatchNorm follows: the sum of ``grad``, or of ``p * grad + q * raw + r`` with a pending coeff."""
+    dims = [0, *range(2, grad.dim())]
+    total = grad.sum(dims, dtype=accum_dtype(grad.dtype))
+    if coeff is not None:
+        total = coeff[0] * total + coeff[1] * raw.sum(dims, dtype=total.dtype) + count(grad) * coeff[2]
+    return total.to(bias.dtype)
+
+
+def mean_pool(backend, x: Tensor, affine: Tensor | None, act: str, pool: Pool) -> Tensor:
+    """The mean pool of ``act(affine(x))``; the vendor's, behind a pass, where windows leave a remainder."""
+    if not _remains(x, pool):
+        return backend.pool_forward(x, affine, act, pool)[0]
+    a = backend.join_forward(x, affine, None, None, act) if affine is not None or act != "none" else x
+    return as_map(torch.ops.aten.avg_pool2d(a, pool.kernel, pool.stride, pool.padding, True, False))
+
+
+def mean_pool_gradient(
+    backend,
+    grad: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    saved: Tensor | None,
+    act: str,
+    pool: Pool,
+    sums: Tensor | None,
+) -> Tensor:
+    """``dz``, the gradient of affine(x) by :func:`mean_pool`, times the affine's scale where there is one; its ``sums`` if asked for."""
+    if not _remains(x, pool):
+        args = (grad, None, x, affine, saved, act, pool)
+        if sums is not None:
+            backend.pool_backward(*args, sums=sums)
+        coeff = channel_empty(3, x.shape[1], x)
+        coeff[0].fill_(1.0) if affine is None else coeff[0].copy_(affine[0])
+        coeff[1:].zero_()
+        return backend.pool_backward(*args, coeff=coeff)
+    da = as_map(torch.ops.aten.avg_pool2d_backward(grad, x, pool.kernel, pool.stride, pool.padding, True, False, None))
+    if affine is None and act == "none":
+        return da
+    return backend.dgrad_epilogue(da, x, affine, saved, act, scaled=affine is not None, sums=sums)
+
+
+def _remains(x: Tensor, pool: Pool) -> bool:
+    return pool.ceil and any(size % kernel for size, kernel in zip(x.shape[2:], pool.kernel, strict=True))
+
+
 def double_backward(backend, reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor):
     """The gradients of ``reference(*inputs)`` as a differentiable graph: what a backward returns under ``create_graph=True``.
 
@@ -161,6 +207,9 @@ __all__ = [
     "empty_map",
     "frozen",
     "gradient_of",
+    "map_bias_gradient",
+    "mean_pool",
+    "mean_pool_gradient",
     "new_stats",
     "norm_tensors",
     "reference_conv",

@@ -1,6 +1,6 @@
-"""The dense block in one preallocated buffer (Huang et al. 2016, arXiv 1608.06993, with bottleneck layers).
+"""The dense block in one preallocated buffer (Huang et al. 2016, arXiv 1608.06993), with bottlenecks or without.
 
-    X_0 = x,  slice_l = conv2_l(act(BN2_l(conv1_l(act(BN1_l([X_0 .. slice_{l-1}]))))))
+    X_0 = x,  slice_l = conv2_l(act(BN2_l(conv1_l(act(BN1_l([X_0 .. slice_{l-1}])))))) | conv1_l(act(BN1_l([X_0 .. slice_{l-1}])))
 
 Every layer writes its k channels into its slice: nothing is concatenated. A channel's statistics do not depend on who reads it, so they
 are reduced once, where it is written. Backward, with dz_lc the gradient at the output of layer l's first BatchNorm and M rows:
@@ -33,6 +33,7 @@ from .common import (
     empty_map,
     frozen,
     gradient_of,
+    map_bias_gradient,
     new_stats,
     norm_tensors,
     reference_conv,
@@ -42,23 +43,24 @@ from .common import (
 
 @dataclass(frozen=True)
 class Layer:
-    """norm1-act-conv1-norm2-act-conv2."""
+    """norm1-act-conv1-norm2-act-conv2, or, without a bottleneck, norm1-act-conv1."""
 
     norm1: Norm
     conv1: Conv
-    norm2: Norm
-    conv2: Conv
+    norm2: Norm | None = None
+    conv2: Conv | None = None
 
     @property
     def growth(self) -> int:
         """Channels that the layer adds."""
-        return self.conv2.weight.shape[0]
+        return (self.conv1 if self.conv2 is None else self.conv2).weight.shape[0]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The differentiable tensors: norm1, conv1, norm2, conv2, weight and bias each."""
-        return (
-            *norm_tensors(self.norm1), *conv_tensors(self.conv1), *norm_tensors(self.norm2), *conv_tensors(self.conv2),
-        )  # fmt: skip
+        first = (*norm_tensors(self.norm1), *conv_tensors(self.conv1))
+        if self.conv2 is None:
+            return (*first, None, None, None, None)
+        return (*first, *norm_tensors(self.norm2), *conv_tensors(self.conv2))
 
 
 PER_LAYER = 8
@@ -90,6 +92,15 @@ def _forward(backend, layers: tuple[Layer, ...], x: Tensor, keep: bool):
         seen, out = buffer[:, :end], buffer[:, end : end + layer.growth]
         affine1, saved1 = coefficients(backend, layer.norm1, stats_of(0, end), seen)
         conv1, conv2, norm2 = layer.conv1, layer.conv2, layer.norm2
+        if conv2 is None:
+            backend.conv_forward(
+                seen, affine1, layer.norm1.act, conv1.weight, conv1.bias, conv1.geometry,
+                out=out, stats=stats_of(end, end + layer.growth),
+            )  # fmt: skip
+            if keep:
+                kept += [None, affine1, saved1, None, None]
+            end += layer.growth
+            continue
         if keep or norm2.training:
             mid_stats = new_stats(norm2, conv1.weight.shape[0], x)
             mid = backend.conv_forward(
@@ -157,29 +168,35 @@ class DenseFunction(torch.autograd.Function):
             own = grad[:, start:end] if topmost else gathered[:, start:end]
             own_raw, own_coeff = (None, None) if topmost else (buffer[:, start:end], coeff[:, start:end])
             conv1 = layer.conv1
-            if mid is None:
-                mid = backend.conv_forward(
-                    buffer[:, :start], affine1, layer.norm1.act, tensors[at + 2], tensors[at + 3], conv1.geometry
-                )
-            # conv2 <- norm2
-            sums2 = channel_empty(2, mid.shape[1], mid)
-            coeff2 = channel_empty(3, mid.shape[1], mid)
-            if wanted[7]:
-                grads[at + 7] = _slice_bias_gradient(own, own_raw, own_coeff, tensors[at + 7])
-            dz2, grads[at + 6] = backend.conv_backward(
-                own, own_raw, own_coeff, mid, affine2, saved2, layer.norm2.act, tensors[at + 6], layer.conv2.geometry,
-                need_dw=wanted[6], sums=sums2,
-            )  # fmt: skip
-            backend.bn_backward(sums2, rows, tensors[at + 4], saved2, layer.norm2.training, coeff2)
-            grads[at + 4] = gradient_of(sums2[1], tensors[at + 4], wanted[4])
-            grads[at + 5] = gradient_of(sums2[0], tensors[at + 5], wanted[5])
-            grads[at + 3] = bias_gradient(sums2, coeff2, saved2, rows, conv1, wanted[3])
+            if layer.conv2 is None:
+                grad1, raw1, coeff1 = own, own_raw, own_coeff
+                if wanted[3]:
+                    grads[at + 3] = map_bias_gradient(own, tensors[at + 3], own_raw, own_coeff)
+            else:
+                if mid is None:
+                    mid = backend.conv_forward(
+                        buffer[:, :start], affine1, layer.norm1.act, tensors[at + 2], tensors[at + 3], conv1.geometry
+                    )
+                # conv2 <- norm2
+                sums2 = channel_empty(2, mid.shape[1], mid)
+                coeff1 = channel_empty(3, mid.shape[1], mid)
+                if wanted[7]:
+                    grads[at + 7] = map_bias_gradient(own, tensors[at + 7], own_raw, own_coeff)
+                grad1, grads[at + 6] = backend.conv_backward(
+                    own, own_raw, own_coeff, mid, affine2, saved2, layer.norm2.act, tensors[at + 6],
+                    layer.conv2.geometry, need_dw=wanted[6], sums=sums2,
+                )  # fmt: skip
+                backend.bn_backward(sums2, rows, tensors[at + 4], saved2, layer.norm2.training, coeff1)
+                grads[at + 4] = gradient_of(sums2[1], tensors[at + 4], wanted[4])
+                grads[at + 5] = gradient_of(sums2[0], tensors[at + 5], wanted[5])
+                grads[at + 3] = bias_gradient(sums2, coeff1, saved2, rows, conv1, wanted[3])
+                raw1 = mid if layer.norm2.training else None
             # conv1 <- norm1, into the one gradient buffer
             sums1 = channel_empty(2, start, buffer)
             _, grads[at + 2] = backend.conv_backward(
-                dz2, mid if layer.norm2.training else None, coeff2, buffer[:, :start], affine1, saved1, layer.norm1.act,
-                tensors[at + 2], conv1.geometry, need_dw=wanted[2], sums=sums1, scaled=True,
-                dx=gathered[:, :start], base=grad[:, :start] if topmost else None, accumulate=not topmost,
+                grad1, raw1, coeff1, buffer[:, :start], affine1, saved1, layer.norm1.act, tensors[at + 2],
+                conv1.geometry, need_dw=wanted[2], sums=sums1, scaled=True, dx=gathered[:, :start],
+                base=grad[:, :start] if topmost else None, accumulate=not topmost,
             )  # fmt: skip
             backend.bn_backward(
                 sums1, rows, tensors[at], saved1, layer.norm1.training, coeff[:, :start], accumulate=True
@@ -192,22 +209,13 @@ class DenseFunction(torch.autograd.Function):
         return None, None, None, dx, *grads
 
 
-def _slice_bias_gradient(grad: Tensor, raw: Tensor | None, coeff: Tensor | None, bias: Tensor) -> Tensor:
-    """The gradient of a bias that writes a slice (no BatchNorm of its own follows): a sum over the slice's gradient."""
-    dims = [0, *range(2, grad.dim())]
-    total = grad.sum(dims, dtype=torch.promote_types(grad.dtype, torch.float32))
-    if coeff is not None:
-        rows = count(grad)
-        total = coeff[0] * total + coeff[1] * raw.sum(dims, dtype=total.dtype) + rows * coeff[2]
-    return total.to(bias.dtype)
-
-
 def reference(layers: tuple[Layer, ...], x: Tensor, *tensors: Tensor | None) -> Tensor:
     """The definition, in plain PyTorch, for eight tensors per layer; running statistics untouched."""
     seen = x
     for i, layer in enumerate(layers):
         gamma1, beta1, weight1, bias1, gamma2, beta2, weight2, bias2 = tensors[PER_LAYER * i : PER_LAYER * (i + 1)]
         mid = reference_conv(reference_norm(seen, layer.norm1, gamma1, beta1), layer.conv1, weight1, bias1)
-        out = reference_conv(reference_norm(mid, layer.norm2, gamma2, beta2), layer.conv2, weight2, bias2)
-        seen = torch.cat([seen, out], 1)
+        if layer.conv2 is not None:
+            mid = reference_conv(reference_norm(mid, layer.norm2, gamma2, beta2), layer.conv2, weight2, bias2)
+        seen = torch.cat([seen, mid], 1)
     return seen

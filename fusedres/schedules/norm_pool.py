@@ -27,6 +27,7 @@ from .common import (
     count,
     double_backward,
     gradient_of,
+    map_bias_gradient,
     new_stats,
     norm_tensors,
     reference_conv,
@@ -91,8 +92,7 @@ class NormPoolFunction(torch.autograd.Function):
             pooled, _ = backend.pool_forward(x, affine, block.norm.act, block.pool)
             below = any(need[:3])
             if need[4]:
-                dims = [0, *range(2, grad.dim())]
-                dbias = grad.sum(dims, dtype=affine.dtype).to(bias.dtype)
+                dbias = map_bias_gradient(grad, bias)
             dpooled, dweight = backend.conv_backward(
                 grad,
                 None,

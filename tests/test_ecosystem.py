@@ -1,0 +1,154 @@
+"""Models as their libraries build them, without weights: converted they compute the same step, and their blocks run fused."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from parity import compare
+from torch import Tensor, nn
+
+import fusedres
+from fusedres import dispatch
+from fusedres.blocks import FusedBlock
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+class Output(nn.Module):
+    """``model`` reduced to one tensor of its output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        y = getattr(y, "logits", y)
+        return y[-1] if isinstance(y, list | tuple) else y
+
+
+def timm(name: str, **arguments) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("timm").create_model(name, num_classes=5, **arguments)
+
+
+def torchvision(name: str) -> nn.Module:
+    return pytest.importorskip("torchvision").models.get_model(name, num_classes=5)
+
+
+def pytorchcv(name: str, **arguments) -> nn.Module:
+    pytest.importorskip("pytorchcv")
+    return importlib.import_module("pytorchcv.model_provider").get_model(name, pretrained=False, **arguments)
+
+
+def monai_densenet() -> nn.Module:
+    nets = pytest.importorskip("monai.networks.nets")
+    return nets.DenseNet(2, 3, 5, init_features=16, growth_rate=8, block_config=(2, 3), bn_size=2)
+
+
+def without_gradient(model: nn.Module, *parts: str) -> nn.Module:
+    """``model`` without gradients of what a BatchNorm behind it removes: zero up to rounding, of which the rule makes nothing."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(re.search(part, name) for part in parts))
+    return model
+
+
+def segmentation(encoder: str) -> nn.Module:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    return smp.Unet(encoder, encoder_weights=None, decoder_channels=(64, 32, 16, 8, 8))
+
+
+def transformers() -> nn.Module:
+    library = pytest.importorskip("transformers")
+    config = library.ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], num_labels=5)
+    return library.ResNetForImageClassification(config)
+
+
+IMAGE = (2, 3, 64, 64)
+# the model, its input, and how many fused blocks of at least two layers convert has to make
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "timm-resnet18": (lambda: timm("resnet18"), IMAGE, 8),
+    "timm-resnet26d": (lambda: timm("resnet26d"), IMAGE, 8),
+    "timm-resnet50": (lambda: timm("resnet50"), IMAGE, 16),
+    "timm-seresnet18": (lambda: timm("seresnet18"), IMAGE, 8),
+    "timm-resnetblur18": (lambda: timm("resnetblur18"), IMAGE, 8),
+    "timm-ecaresnet26t": (lambda: timm("ecaresnet26t"), IMAGE, 8),
+    "timm-skresnet18": (lambda: timm("skresnet18"), IMAGE, 8),
+    "timm-resnest14d": (lambda: without_gradient(timm("resnest14d"), "fc1.bias"), IMAGE, 4),
+    "timm-resnext50": (lambda: timm("resnext50_32x4d"), IMAGE, 16),
+    "timm-drop-block": (lambda: timm("resnet26", drop_block_rate=0.1).eval(), IMAGE, 8),
+    "timm-res2net": (lambda: timm("res2net50_26w_4s"), IMAGE, 1),
+    "timm-resnetv2-18": (lambda: timm("resnetv2_18"), IMAGE, 8),
+    "timm-resnetv2-18d": (lambda: timm("resnetv2_18d"), IMAGE, 8),
+    "timm-resnetv2-50": (lambda: timm("resnetv2_50"), IMAGE, 16),
+    "timm-densenet121": (lambda: timm("densenet121"), IMAGE, 7),
+    "timm-densenetblur121d": (lambda: timm("densenetblur121d"), IMAGE, 4),
+    "timm-regnetx-002": (lambda: timm("regnetx_002"), IMAGE, 13),
+    "timm-regnety-002": (lambda: timm("regnety_002"), IMAGE, 13),
+    "timm-hrnet-small": (lambda: without_gradient(timm("hrnet_w18_small"), "downsamp_modules", "final_layer"), IMAGE, 20),
+    "timm-legacy-seresnet18": (lambda: timm("legacy_seresnet18"), IMAGE, 8),
+    "timm-vovnet": (lambda: timm("vovnet39a"), IMAGE, 1),
+    "torchvision-resnet18": (lambda: torchvision("resnet18"), IMAGE, 8),
+    "torchvision-densenet121": (lambda: torchvision("densenet121"), IMAGE, 7),
+    "torchvision-regnet-x-400mf": (lambda: torchvision("regnet_x_400mf"), IMAGE, 22),
+    "torchvision-regnet-y-400mf": (lambda: torchvision("regnet_y_400mf"), IMAGE, 16),
+    "torchvision-vgg11-bn": (lambda: torchvision("vgg11_bn"), IMAGE, 1),
+    "pytorchcv-resnet20": (lambda: pytorchcv("resnet20_cifar10"), (2, 3, 32, 32), 9),
+    "pytorchcv-preresnet20": (lambda: pytorchcv("preresnet20_cifar10"), (2, 3, 32, 32), 9),
+    "pytorchcv-densenet40": (lambda: pytorchcv("densenet40_k12_cifar10"), (2, 3, 32, 32), 3),
+    "pytorchcv-densenet40-bc": (lambda: pytorchcv("densenet40_k12_bc_cifar10"), (2, 3, 32, 32), 3),
+    "pytorchcv-seresnet20": (lambda: pytorchcv("seresnet20_cifar10"), (2, 3, 32, 32), 9),
+    "pytorchcv-pyramidnet": (
+        lambda: without_gradient(pytorchcv("pyramidnet110_a48_cifar10"), "init_block", r"unit\d+\.bn\.bias"),
+        (2, 3, 32, 32),
+        54,
+    ),
+    "monai-densenet": (monai_densenet, IMAGE, 3),
+    "segmentation-resnet18": (lambda: segmentation("resnet18"), IMAGE, 8),
+    "transformers-resnet": (transformers, IMAGE, 4),
+}  # fmt: skip
+
+
+#: one of a kind; the others take minutes together
+QUICK = (
+    "timm-resnet26d", "timm-seresnet18", "timm-resnetblur18", "timm-resnetv2-18d", "timm-densenetblur121d", "timm-regnety-002",
+    "pytorchcv-preresnet20", "pytorchcv-densenet40-bc", "monai-densenet", "segmentation-resnet18", "transformers-resnet",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+def test_a_model_computes_the_same_converted(name, training):
+    if reason := dispatch.why_not("cpp", torch.device("cpu"), torch.float64):
+        pytest.skip(reason)
+    build, shape, least = MODELS[name]
+    model = fusedres.convert(build())
+    assert sum(isinstance(m, FusedBlock) for m in model.modules()) >= least
+    compare(lambda: Output(build()), shape, torch.float64, "cpp", training, draws=1)
+
+
+#: one model of each of many of timm's files, residual or not
+SAMPLE = (
+    "convnext_atto", "cspresnet50", "dla34", "dpn48b", "efficientnet_b0", "ese_vovnet19b_dw", "gernet_s", "ghostnet_100",
+    "hardcorenas_a", "inception_v3", "legacy_xception", "mixnet_s", "mobilenetv3_small_100", "nf_resnet26", "rexnet_100", "repvgg_a0",
+    "res2net50_26w_4s", "resnetv2_50x1_bit", "selecsls42", "skresnet18", "tresnet_m", "vgg11_bn", "vit_tiny_patch16_224", "xception41",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_convert_never_raises(name):
+    library = pytest.importorskip("timm")
+    if not library.is_model(name):
+        pytest.skip("not in this version")
+    with torch.device("meta"):
+        model = library.create_model(name)
+    assert fusedres.convert(model) is model
+    str(fusedres.report(model))
+    fusedres.revert(model)
+    assert not any(isinstance(m, FusedBlock) for m in model.modules())
