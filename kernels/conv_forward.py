@@ -120,22 +120,23 @@ def conv_forward_kernel(
         acc += vector(bias, n, in_n, 0.0)[None, :]
     valid = m < rows
     mask = valid[:, None] & in_n[None, :]
-    if partials is not None:
-        # of what is stored, so that they normalise exactly what the next reader loads
-        stored = acc.to(out.dtype.element_ty).to(tl.float32)
-        count = valid.to(tl.float32)
-        _, mean, m2 = moments_of_rows(count, stored, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        tiles = tl.cdiv(rows, BLOCK_M)
-        all_k = K * tl.num_programs(1)
-        tl.store(partials + tile_m * all_k + n, mean, mask=in_n)
-        tl.store(partials + (tiles + tile_m) * all_k + n, m2, mask=in_n)
     if out_scale is not None:
         acc = affine(acc, vector(out_scale, n, in_n, 1.0), vector(out_shift, n, in_n, 0.0))
     if residual is not None:
         other = tl.load(residual + offsets(m, residual_pitch, n, ALIGN_K, WIDE), mask=mask, other=0.0)
         acc += affine(other, vector(residual_scale, n, in_n, 1.0), vector(residual_shift, n, in_n, 0.0))
     acc = activate(acc, OUT_RELU)
-    tl.store(out + offsets(m, out_pitch, n, ALIGN_K, WIDE), acc.to(out.dtype.element_ty), mask=mask)
+    stored = acc.to(out.dtype.element_ty)
+    tl.store(out + offsets(m, out_pitch, n, ALIGN_K, WIDE), stored, mask=mask)
+    if partials is not None:
+        # of what is stored, so that they normalise exactly what the next reader loads
+        count = valid.to(tl.float32)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        _, mean, m2 = moments_of_rows(count, stored.to(tl.float32), zeros)
+        tiles = tl.cdiv(rows, BLOCK_M)
+        all_k = K * tl.num_programs(1)
+        tl.store(partials + tile_m * all_k + n, mean, mask=in_n)
+        tl.store(partials + (tiles + tile_m) * all_k + n, m2, mask=in_n)
 
 
 def conv_forward(
