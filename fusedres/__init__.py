@@ -7,6 +7,7 @@
 from . import functional, nn
 from .conversion import Report, convert, report, revert
 from .dispatch import BackendError, backends, use_backend
+from .tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "nn",
     "report",
     "revert",
+    "tune",
     "use_backend",
 ]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_forward import ConvConfig
+from .conv_forward import ConvConfig, candidates
 from .helpers import (
     activate,
     affine,
@@ -47,6 +47,13 @@ def wgrad_config(
     warps = 8 if block_m * block_n >= 64 * 128 else 4
     step = (block_m + block_n * (2 if pending else 1)) * block_k * itemsize
     return ConvConfig(block_m, block_n, block_k, warps, stages(step, device))
+
+
+def wgrad_candidates(
+    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
+) -> list[ConvConfig]:
+    """What is worth a measurement beside :func:`wgrad_config`."""
+    return candidates(channels, outputs, rows, (1, 2 if pending else 1), 0, itemsize, device)
 
 
 @triton.jit
@@ -119,6 +126,8 @@ def conv_wgrad(
     act: str,
     weight: Tensor,
     geometry,
+    *,
+    config: ConvConfig | None = None,
 ) -> Tensor:
     """The gradient of ``weight``, in its shape and dtype, channels_last."""
     all_outputs, channels, *kernel = weight.shape
@@ -126,7 +135,7 @@ def conv_wgrad(
     raw = None if coeff is None else raw
     dw = torch.empty_like(weight, memory_format=torch.channels_last)
     flat = dw.permute(0, 2, 3, 1).view(1, -1)
-    config = wgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
+    config = config or wgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
     tiles = triton.cdiv(channels, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * kernel[0] * kernel[1]
     # a split has at least 8 steps, or its share of partials costs more than it brings
     splits = max(1, min(PROGRAMS // (tiles * geometry.groups), triton.cdiv(rows, 8 * config.BLOCK_K)))
