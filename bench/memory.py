@@ -37,7 +37,8 @@ def count_kept(model: nn.Module, batch: int) -> Iterator[Callable[[], int]]:
     alive: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor)
+        # detached: a node that keeps its own output would otherwise keep itself, and never be freed
+        kept = _Kept(tensor.detach())
         alive.add(kept)
         return kept
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import difflib
 import gc
 import json
 import math
@@ -427,11 +428,22 @@ def save(records: Sequence[dict], path: Path) -> None:
     path.write_text(json.dumps(records, indent=1) + "\n")
 
 
+def known_model(name: str) -> str:
+    """``name``, where torchvision has a classifier of that name; else an error that says which it has."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known) or ["resnet50", "densenet121"]
+        raise argparse.ArgumentTypeError(f"torchvision.models has no {name!r}; it has, among others, {', '.join(near)}")
+    return name
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns 1 where the parity of a fused contender failed."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["densenet121", "resnet50"], help="torchvision models")
+    parser.add_argument(
+        "--models", nargs="+", type=known_model, default=["densenet121", "resnet50"], help="torchvision models"
+    )
     parser.add_argument("--modes", nargs="+", choices=("train", "infer"), default=["train", "infer"])
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, default=["eager", "compile", "fused", "memory_efficient"]

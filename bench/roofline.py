@@ -34,6 +34,8 @@ from fusedres import dispatch
 from fusedres.backends import eager
 from fusedres.schedules.common import Conv, accum_dtype
 
+from .models import known_model
+
 
 @dataclass
 class Call:
@@ -340,7 +342,7 @@ def counted(args, console: Console) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet50", help="a torchvision model")
+    parser.add_argument("--model", type=known_model, default="resnet50", help="a torchvision model")
     parser.add_argument("--mode", choices=("train", "infer"), default="train")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=None, help="pixels; 160 measured, 224 counted")

@@ -4,7 +4,7 @@
 >>> print(fusedres.report(model))
 """
 
-from . import functional, nn
+from . import functional, nn, ops
 from .conversion import Report, convert, report, revert
 from .dispatch import BackendError, backends, use_backend
 from .tuning import tune
@@ -18,6 +18,7 @@ __all__ = [
     "convert",
     "functional",
     "nn",
+    "ops",
     "report",
     "revert",
     "tune",

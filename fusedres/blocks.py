@@ -273,8 +273,9 @@ class FusedDenseBlock(FusedBlock):
 
     def run_block(self, backend, description, x):
         buffer, stats = dense.run(backend, description, x, self._fusedres_recompute)
-        if stats is not None:
-            # whoever normalises this very tensor next need not reduce it again; the version tells whether it was changed since
+        if stats is not None and not buffer.is_inference():
+            # whoever normalises this very tensor next need not reduce it again; the version, which inference tensors do not have, tells
+            # whether it was changed since
             setattr(buffer, _STATS, (buffer._version, stats))
         return buffer
 
@@ -285,7 +286,7 @@ class FusedDenseBlock(FusedBlock):
 def carried_stats(x: Tensor) -> Tensor | None:
     """The statistics that the writer of ``x`` left with it, where x is still what it wrote."""
     version, stats = getattr(x, _STATS, (None, None))
-    return stats if version == x._version else None
+    return stats if stats is not None and version == x._version else None
 
 
 class _NormPoolKind(FusedBlock):

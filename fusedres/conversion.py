@@ -138,10 +138,13 @@ def _static_reason(module: FusedBlock) -> str | None:
 def report(model: nn.Module) -> Report:
     """What :func:`convert` did, block by block: fused and by which backend, or why not.
 
-    Before a block's first call the backend is that which serves its parameters; after it, what the last call really did.
+    Before a block's first call the backend is that which serves its parameters; after it, what the last call really did. Raises TypeError
+    if ``model`` is no ``nn.Module``.
     """
     from . import dispatch
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report expects a torch.nn.Module, found {type(model).__name__}")
     rows = Report()
     for path, module, kind in _candidates(model):
         if not isinstance(module, FusedBlock):

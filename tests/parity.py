@@ -65,39 +65,66 @@ def assert_fused(model: torch.nn.Module, backend: str) -> None:
         assert block._fusedres_last == backend, f"{type(block).__name__}: {block._fusedres_last}"
 
 
-def compare(build, shape: tuple[int, ...], dtype: torch.dtype, backend: str, training: bool = True) -> None:
+def compare(
+    build,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    backend: str,
+    training: bool = True,
+    recompute: bool = False,
+    draws: int | None = None,
+) -> None:
     """Compare a converted ``build()`` (a plain float32 module) with itself unconverted, in ``dtype``, against float64, over fresh
-    draws of inputs and parameters (more of them in low precision, where rounding flips more activations).
+    ``draws`` of inputs and parameters (more of them in low precision, where rounding flips more activations).
 
     In training: output, every gradient, running statistics; else the output without gradients, by running statistics.
+
+    Among thousands of medians of a few draws some miss the rule by chance, where every draw's error is one flipped activation: where they
+    do, six times as many draws decide.
     """
+    if draws is None:
+        draws = {torch.float64: 2, torch.float32: 5}.get(dtype, 9)
     results: dict[str, dict[str, list[Tensor]]] = {"truth": {}, "eager": {}, "fused": {}}
-    for seed in range(21 if dtype in (torch.float16, torch.bfloat16) else 5):
-        torch.manual_seed(seed)
-        eager_model = build().double()
-        randomize(eager_model)
-        eager_model = eager_model.to(dtype)
-        # the same rounded numbers for all three
-        models = {
-            "truth": copy.deepcopy(eager_model).double(),
-            "eager": eager_model,
-            "fused": fusedres.convert(copy.deepcopy(eager_model)),
-        }
-        x = torch.randn(shape).to(dtype)
-        for name, model in models.items():
-            model.train(training)
-            value = x.double() if name == "truth" else x
-            with fusedres.use_backend(backend if name == "fused" else None), torch.set_grad_enabled(training):
-                found = run_training(model, value, seed) if training else {"output": model(value)}
-            for key, tensor in found.items():
-                results[name].setdefault(key, []).append(tensor.detach())
-        assert_fused(models["fused"], backend)
-    assert results["fused"].keys() == results["eager"].keys()
-    for key, values in results["fused"].items():
-        if values[0].is_floating_point():
-            assert_parity(values, results["eager"][key], results["truth"][key], key)
+    for seeds in (range(draws), range(draws, 6 * draws)):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            eager_model = build().double()
+            randomize(eager_model)
+            eager_model = eager_model.to(dtype)
+            # the same rounded numbers for all three
+            models = {
+                "truth": copy.deepcopy(eager_model).double(),
+                "eager": eager_model,
+                "fused": fusedres.convert(copy.deepcopy(eager_model), recompute=recompute),
+            }
+            x = torch.randn(shape).to(dtype)
+            for name, model in models.items():
+                model.train(training)
+                value = x.double() if name == "truth" else x
+                with fusedres.use_backend(backend if name == "fused" else None), torch.set_grad_enabled(training):
+                    found = run_training(model, value, seed) if training else {"output": model(value)}
+                for key, tensor in found.items():
+                    results[name].setdefault(key, []).append(tensor.detach())
+            assert_fused(models["fused"], backend)
+        try:
+            assert_all_parity(**results)
+        except AssertionError:
+            if seeds.start:
+                raise
         else:
-            assert all(torch.equal(a, b) for a, b in zip(values, results["eager"][key], strict=True)), key
+            return
+
+
+def assert_all_parity(
+    truth: dict[str, list[Tensor]], eager: dict[str, list[Tensor]], fused: dict[str, list[Tensor]]
+) -> None:
+    """:func:`assert_parity` of every result of :func:`run_training`; what is not floating point has to be equal."""
+    assert fused.keys() == eager.keys()
+    for key, values in fused.items():
+        if values[0].is_floating_point():
+            assert_parity(values, eager[key], truth[key], key)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(values, eager[key], strict=True)), key
 
 
 def randomize(model: torch.nn.Module) -> None:

@@ -67,12 +67,13 @@ class Chain:
 
 def run(backend, chain: Chain, x: Tensor) -> Tensor:
     """``y`` of the chain for the map ``x``; differentiable where gradients are asked for."""
+    x = as_map(x)  # out here, so that what the Function keeps is its input, which double backward differentiates
     tensors = chain.tensors()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return ChainFunction.apply(backend, chain, x, *tensors)
     if any(u.norm.training for u in chain.all_units):
-        return _forward(backend, chain, as_map(x))[0]
-    return infer(backend, chain, as_map(x))
+        return _forward(backend, chain, x)[0]
+    return infer(backend, chain, x)
 
 
 def infer(backend, chain: Chain, x: Tensor) -> Tensor:
@@ -124,11 +125,10 @@ def _forward(backend, chain: Chain, x: Tensor):
 
 
 class ChainFunction(torch.autograd.Function):
-    """``apply(backend, chain, x, *chain.tensors()) -> y``."""
+    """``apply(backend, chain, x, *chain.tensors()) -> y``; x is a map."""
 
     @staticmethod
     def forward(ctx, backend, chain, x, *tensors):
-        x = as_map(x)
         y, index, raws, affines, saveds = _forward(backend, chain, x)
         ctx.backend, ctx.chain = backend, chain
         kept = [None if chain.cheap(i) else raw for i, raw in enumerate(raws)]

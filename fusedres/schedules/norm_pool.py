@@ -49,10 +49,11 @@ class NormPool:
 
 def run(backend, block: NormPool, x: Tensor, stats: Tensor | None = None) -> Tensor:
     """The block's output for the map ``x``; ``stats`` are x's statistics where its writer has reduced them already."""
+    x = as_map(x)  # out here, so that what the Function keeps is its input, which double backward differentiates
     tensors = block.tensors()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return NormPoolFunction.apply(backend, block, stats, x, *tensors)
-    return _forward(backend, block, as_map(x), stats)[0]
+    return _forward(backend, block, x, stats)[0]
 
 
 def _forward(backend, block: NormPool, x: Tensor, stats: Tensor | None):
@@ -67,11 +68,10 @@ def _forward(backend, block: NormPool, x: Tensor, stats: Tensor | None):
 
 
 class NormPoolFunction(torch.autograd.Function):
-    """``apply(backend, block, stats, x, *block.tensors()) -> y``."""
+    """``apply(backend, block, stats, x, *block.tensors()) -> y``; x is a map."""
 
     @staticmethod
     def forward(ctx, backend, block, stats, x, *tensors):
-        x = as_map(x)
         y, affine, saved = _forward(backend, block, x, stats)
         ctx.backend, ctx.block = backend, block
         ctx.save_for_backward(x, affine, saved, *tensors)

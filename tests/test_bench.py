@@ -1,0 +1,216 @@
+"""The harness: its command lines, its records, its report, and that its bytes are those counted by hand."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchvision")
+pytest.importorskip("rich")
+matplotlib_image = pytest.importorskip("matplotlib.image")
+
+ROOT = Path(__file__).parents[1]
+# the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
+spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
+sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
+
+from bench import memory, models, parity, report, roofline  # noqa: E402
+
+FIELDS = {
+    "model", "mode", "contender", "device", "dtype", "amp", "batch", "resolution", "rounds", "images_per_s", "ratio_to_eager",
+    "ratio_range", "kept_for_backward_bytes", "peak_bytes", "compile_s", "parity", "fused_blocks", "failure", "environment",
+}  # fmt: skip
+
+
+def broken(model: nn.Module) -> nn.Module:
+    raise NotImplementedError("no such | thing\nand more")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """The JSON of a tiny run with a contender that fails."""
+    path = tmp_path_factory.mktemp("records") / "models.json"
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "EAGER_RUNS", 2)
+        patch.setitem(models.CONTENDERS, "broken", models.Contender(broken))
+        status = models.main(
+            [
+                *("--models", "resnet18", "--contenders", "eager", "fused", "broken", "--device", "cpu", "--quick"),
+                *("--batch", "2", "--resolution", "32", "--rounds", "2", "--json", str(path)),
+                # one thread: other tests may run beside this one
+                *("--threads", "1"),
+            ]
+        )
+    torch.set_num_threads(threads)
+    assert status == 0
+    return path
+
+
+@pytest.fixture
+def records(measured) -> list[dict]:
+    return json.loads(measured.read_text())
+
+
+def test_a_run_has_a_record_per_mode_and_contender(records):
+    found = [(r["mode"], r["contender"]) for r in records]
+    assert found == [(mode, name) for mode in ("train", "infer") for name in ("eager", "fused", "broken")]
+
+
+def test_records_have_the_promised_fields(records):
+    for r in records:
+        assert r.keys() >= FIELDS
+        assert (r["model"], r["device"], r["dtype"], r["batch"], r["resolution"]) == (
+            "resnet18",
+            "cpu",
+            "float32",
+            2,
+            32,
+        )
+        assert {"device", "threads", "torch", "fusedres", "commit", "date", "command"} <= r["environment"].keys()
+        assert r["environment"]["command"].startswith("python -m bench.models --models resnet18")
+
+
+def test_records_hold_measurements(records):
+    for r in records:
+        if r["contender"] == "broken":
+            continue
+        assert r["failure"] is None
+        assert r["images_per_s"] > 0 and r["rounds"] == 2 and r["peak_bytes"] > 0
+        assert (r["kept_for_backward_bytes"] is not None) == (r["mode"] == "train")
+        low, high = r["ratio_range"]
+        assert low <= r["ratio_to_eager"] <= high
+        if r["contender"] == "eager":
+            assert r["ratio_to_eager"] == 1 and r["parity"] is None
+        else:
+            assert r["parity"]["passed"]
+
+
+def test_fused_keeps_less_for_backward_than_eager(records):
+    kept = {r["contender"]: r["kept_for_backward_bytes"] for r in records if r["mode"] == "train"}
+    assert 0 < kept["fused"] < kept["eager"]
+
+
+def test_a_contender_that_fails_is_a_result(records):
+    for r in records:
+        if r["contender"] == "broken":
+            assert r["failure"] == "NotImplementedError: no such | thing"
+            assert r["images_per_s"] is r["ratio_to_eager"] is r["peak_bytes"] is r["parity"] is None
+
+
+def assert_picture(path: Path) -> None:
+    """Assert that the PNG opens and shows something."""
+    pixels = matplotlib_image.imread(path)[..., :3]
+    assert min(pixels.shape[:2]) > 200
+    assert 0.01 < (pixels.min(axis=2) < 0.95).mean() < 0.9
+
+
+def test_report_writes_page_and_picture(measured, tmp_path, capsys):
+    assert report.main([str(measured), "--out", str(tmp_path / "new")]) == 0
+    assert "report.md" in capsys.readouterr().out
+    assert_picture(tmp_path / "new" / "report.png")
+    page = (tmp_path / "new" / "report.md").read_text()
+    for part in (
+        "(report.png)",
+        "## Training",
+        "## Inference",
+        "| resnet18 | fused |",
+        "python -m bench.models",
+        "passed",
+    ):
+        assert part in page
+    assert r"failed: NotImplementedError: no such \| thing" in page
+
+
+def wider(records: list[dict]) -> list[dict]:
+    return records + [r | {"resolution": 64} for r in records[:2]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        wider,
+        lambda records: [r for r in records if r["contender"] != "eager"],
+        lambda records: [
+            r | {"ratio_to_eager": None, "ratio_range": None} for r in records if r["contender"] == "fused"
+        ],
+        lambda records: [r for r in records if r["contender"] == "broken"],
+        lambda records: [r for r in records if r["mode"] == "infer"],
+        lambda records: [r | {"contender": "another"} for r in records],
+        lambda records: [r | {"environment": r["environment"] | {"commit": None}} for r in records],
+    ],
+    ids=["resolutions", "no eager", "no ratios", "only failures", "only inference", "unknown contender", "no checkout"],
+)
+def test_report_takes_records_as_they_come(records, tmp_path, change):
+    page, picture = report.write_report(change(records), tmp_path, "A heading", "A *remark*.")
+    assert page.read_text().startswith("# A heading\n\nA *remark*.\n")
+    assert_picture(picture)
+
+
+def test_report_marks_parity_that_failed(records, tmp_path):
+    fused = next(r for r in records if r["contender"] == "fused")
+    for group in fused["parity"]["groups"]:
+        group["passed"] = group["name"] != "gradients"
+    page, _ = report.write_report(records, tmp_path)
+    assert "failed: gradients" in page.read_text()
+
+
+def test_report_of_nothing_is_a_clear_error(tmp_path, capsys):
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "empty.json")])
+    assert "no records" in capsys.readouterr().err
+
+
+def test_kept_bytes_are_those_counted_by_hand():
+    # the first dimension of the Linear's weight is the batch, and both of the last layers keep the ReLU's output
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8 * 8, 2))
+    with memory.count_kept(model, 2) as kept:
+        y = model(torch.randn(2, 3, 8, 8))
+        assert kept() == 4 * (2 * 3 * 8 * 8 + 2 * 4 * 8 * 8)
+        del y
+        assert kept() == 0
+
+
+def test_kept_bytes_count_whole_storages():
+    whole = torch.randn(2, 6, 5)
+    with memory.count_kept(nn.Module(), 2) as kept:
+        y = (whole[:, :1] * nn.Parameter(torch.ones(1))).sum()
+        assert kept() == whole.untyped_storage().nbytes()
+        del y
+
+
+def test_peak_bytes_are_those_counted_by_hand():
+    # both ones and their sum are alive at once; what came before and goes after is not more
+    assert memory.peak_bytes(lambda: torch.ones(1000) + torch.ones(1000), torch.device("cpu")) == 3 * 4000
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_roofline_counts_totals_without_running(mode, tmp_path, capsys):
+    path = tmp_path / "count.json"
+    roofline.main(["--count", "--model", "resnet18", "--mode", mode, "--resolution", "64", "--json", str(path)])
+    printed = capsys.readouterr().out
+    totals = re.search(r"feature-map traffic per image: (\d+) MB, eager (\d+) MB", printed)
+    assert totals and int(totals[1]) < int(totals[2])
+    counted = json.loads(path.read_text())
+    assert counted["bytes"] == sum(c["read"] + c["written"] for c in counted["calls"]) < counted["eager_bytes"]
+
+
+@pytest.mark.parametrize("main, option", [(models.main, "--models"), (roofline.main, "--model")])
+def test_an_unknown_model_is_a_clear_error(main, option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([option, "resnet5"])
+    assert stopped.value.code == 2
+    assert re.search(r"no 'resnet5'; it has, among others, .*resnet50", capsys.readouterr().err)
+
+
+def test_an_unknown_contender_is_a_clear_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        models.main(["--contenders", "eager", "fastest"])
+    assert stopped.value.code == 2
+    assert re.search(r"invalid choice: 'fastest' .*fused", capsys.readouterr().err)
