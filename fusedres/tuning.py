@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,16 +67,19 @@ def tune(
         return TuningReport(
             [], f"only convolutions of the triton backend are tuned, and {ran}; see fusedres.report(model)"
         )
-    found: dict[Problem, Tuned] = {}
+    rows: list[Tuned] = []
     file = None
     for device, wanted in problems.items():
         known = {} if again else plans.table(device)
-        for group in _groups(p for p in wanted if p not in known):
-            for row in _tune_group(group, device, measure or _do_bench):
-                found[row.problem] = row
-        chosen = {p: row.plan for p, row in found.items() if p in wanted}
-        file = plans.remember(device, chosen) if chosen else None
-    return TuningReport(list(found.values()), "every convolution has a plan already; again=True measures anew", file)
+        new = [p for p in wanted if p not in known]
+        if measure is None:
+            _compile(new, device)
+        for group in _groups(new):
+            tuned = _tune_group(group, device, measure or _do_bench)
+            # kept at once: what is interrupted goes on where it was
+            file = plans.remember(device, {row.problem: row.plan for row in tuned})
+            rows += tuned
+    return TuningReport(rows, "every convolution has a plan already; again=True measures anew", file)
 
 
 # ---- which convolutions ----------------------------------------------------------------------------------------------
@@ -149,10 +154,28 @@ def _unchanged(model: nn.Module):
 def _do_bench(function: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
-    return do_bench(function, return_mode="median") / 1e3
+    return do_bench(function, warmup=5, rep=20, return_mode="median") / 1e3
 
 
-def _groups(problems) -> list[list[Problem]]:
+def _compile(problems: Iterable[Problem], device: torch.device) -> None:
+    """Compile in parallel what the measurements will launch; what fails to compile fails again where it is measured."""
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    from .backends import triton as backend
+    from .kernels import helpers
+
+    with helpers.record(helpers.limits(device)) as launches:
+        for problem in problems:
+            call = _call(problem, {problem.op}, torch.device("meta"))
+            for plan in (Plan(False), *_fused_plans(problem, device)):
+                with backend.use_plan(plan):
+                    call()
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for launch in launches:
+            launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+
+
+def _groups(problems: Iterable[Problem]) -> list[list[Problem]]:
     """Problems that one call solves: the two gradients of a convolution."""
     groups: dict[Problem, list[Problem]] = {}
     for problem in problems:
