@@ -71,7 +71,7 @@ def test_parity(kind, plan, training, dtype):
     """Every kind of block, with every convolution fused and with the default plans."""
     build, shape = BLOCKS[kind]
     # eager's own float32 without TF32: the rule compares IEEE float32
-    with fused.use_plan(plan), torch.backends.cudnn.flags(allow_tf32=False):
+    with fused.use_plan(plan), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         compare(build, shape, dtype, "triton", training, device="cuda")
 
 
