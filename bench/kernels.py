@@ -444,8 +444,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows = sweep(args.arch, args.only, args.quick, args.workers, console)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        records = {"environment": where, "rows": [row.record() for row in rows]}
-        (args.out / "cross-compile.json").write_text(json.dumps(records, indent=1) + "\n")
+        # a row a line: readable, and a difference between two of them too
+        records = ",\n".join(json.dumps(row.record()) for row in rows)
+        text = f'{{"environment": {json.dumps(where)}, "rows": [\n{records}\n]}}\n'
+        (args.out / "cross-compile.json").write_text(text)
         (args.out / "cross-compile.md").write_text(markdown(rows, where))
     else:
         console.print(markdown(rows, where), markup=False, highlight=False, soft_wrap=True)
