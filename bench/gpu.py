@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -132,8 +133,8 @@ STAGES = (
     whole_models("eager fused", 256, graphs=True, name="models-256-graphs"),
     *(primitives(model, mode) for model in MODELS for mode in ("train", "infer")),
     whole_models("eager compile fused", 256, graphs=False, name="models-256-compile"),
-    Stage("memcheck", own("memcheck"), most=60.0),
-    Stage("racecheck", own("racecheck"), most=60.0),
+    Stage("memcheck", own("memcheck"), most=90.0),
+    Stage("racecheck", own("racecheck"), most=90.0),
     whole_models("eager compile fused", 256, graphs=True, name="models-256-compile-graphs"),
     Stage("tune", own("tune"), least=60.0, most=200.0),
     whole_models("eager fused", 256, graphs=True, name="models-256-tuned-graphs"),
@@ -237,13 +238,16 @@ def perform(stage: Stage, run: Run, left: float) -> Outcome:
     log = run.out / f"{stage.name}.log"
     start = time.perf_counter()
     with log.open("w") as file:
+        # a session of its own, so that what the stage has started ends with it
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=variables,
+            cwd=Path(__file__).parents[1], start_new_session=True,
+        )  # fmt: skip
         try:
-            code = subprocess.call(
-                [sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=variables,
-                timeout=min(stage.most, left), cwd=Path(__file__).parents[1],
-            )  # fmt: skip
-            status = "passed" if code == 0 else "failed"
+            status = "passed" if process.wait(min(stage.most, left)) == 0 else "failed"
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             status = "cut off"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     remarks = [line.removeprefix("remark: ") for line in lines if line.startswith("remark: ")]

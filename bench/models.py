@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import functools
 import gc
 import json
 import math
@@ -355,8 +356,9 @@ def run(
     where: dict,
     console: Console,
     images: Tensor | None = None,
+    keep: Callable[[list[dict]], None] = lambda records: None,
 ) -> list[dict]:
-    """The records of all models and modes, with progress on the console."""
+    """The records of all models and modes, with progress on the console; ``keep`` gets those so far after each case."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     records = []
     with Progress(*columns, console=console) as progress:
@@ -368,6 +370,7 @@ def run(
         for model in models:
             for mode in modes:
                 records += run_case(model, mode, contenders, settings, where, images, advance)
+                keep(records)
         progress.update(task, description="measured", completed=progress.tasks[0].total)
     return records
 
@@ -482,10 +485,10 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     console = new_console()
     where = environment.describe(device, environment.command("bench.models", arguments))
-    records = run(args.models, args.modes, args.contenders, settings, where, console)
+    keep = functools.partial(save, path=args.json) if args.json else lambda records: None
+    records = run(args.models, args.modes, args.contenders, settings, where, console, keep=keep)
     console.print(table(records))
     if args.json:
-        save(records, args.json)
         console.print(f"records: {args.json}")
     checked = [r["parity"] for r in records if r["contender"].startswith("fused") and r["parity"]]
     return int(not all(found["passed"] for found in checked))
