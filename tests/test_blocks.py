@@ -203,6 +203,8 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "other-frozen-norms-bottleneck": (lambda: WithFrozenNorms(bottleneck(9, 3, 2), slice(1, None, 2)), (2, 9, 7, 5)),
     "some-frozen-norms-dense": (lambda: WithFrozenNorms(dense(3, 7, 5), slice(0, None, 2)), (2, 7, 5, 5)),
     "other-frozen-norms-dense": (lambda: WithFrozenNorms(dense(3, 7, 5), slice(1, None, 2)), (2, 7, 5, 5)),
+    "first-layer-frozen-dense": (lambda: WithFrozenNorms(dense(3, 7, 5), slice(2)), (2, 7, 5, 5)),
+    "last-layer-frozen-dense": (lambda: WithFrozenNorms(dense(3, 7, 5), slice(4, 6)), (2, 7, 5, 5)),
     "some-frozen-norms-then-transition": (lambda: WithFrozenNorms(dense_then_transition(), slice(4)), (2, 7, 5, 6)),
     "no-gradient-of-weights": (lambda: frozen(bottleneck(9, 3, 2), "conv", "downsample.0"), (2, 9, 7, 5)),
     "no-gradient-of-norms": (lambda: frozen(bottleneck(9, 3, 2), "bn", "downsample.1"), (2, 9, 7, 5)),

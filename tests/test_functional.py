@@ -173,7 +173,11 @@ def test_a_function_equals_plain_torch(name, training, backend):
         x = tensors.leaf(torch.randn(2, 7, 6, 5))
         with use(backend):
             y = call(x)
-            y.backward(torch.randn(y.shape, dtype=DOUBLE))
+            # in the blocks' own memory format, in which they could take it for theirs to write into
+            grad = torch.randn(y.shape, dtype=DOUBLE).to(memory_format=torch.channels_last)
+            before = grad.clone()
+            y.backward(grad)
+        assert torch.equal(grad, before), "the output's gradient belongs to the caller"
         running = [v for n in tensors.norms for v in (n.running_mean, n.running_var)]
         results.append([y.detach(), *(leaf.grad for leaf in tensors.leaves), *running])
     ours, theirs = results
