@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import functools
 import gc
 import json
 import math
@@ -58,6 +59,7 @@ class Settings:
     seconds_per_round: float = 0.3
     parity_draws: int = 3
     cuda_graphs: bool = False
+    compiler_caches: bool = False
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -99,6 +101,10 @@ CONTENDERS = {
     # Inductor's option to treat weights as constants, which folds BatchNorm into convolutions
     "compile-freezing": Contender(
         torch.compile, ("infer",), lambda: torch._inductor.config.patch(freezing=True), compiles=True
+    ),
+    # captured by the harness as the others are, where graphs are asked for
+    "compile-max-autotune": Contender(
+        lambda model: torch.compile(model, mode="max-autotune-no-cudagraphs"), compiles=True
     ),
     "fused": Contender(fusedres.convert),
     "fused-recompute": Contender(lambda model: fusedres.convert(model, recompute=True), ("train",)),
@@ -191,7 +197,7 @@ def prepare(entry: Entry, base: nn.Module, images: Tensor, labels: Tensor, mode:
         entry.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if entry.contender.compiles:
+        if entry.contender.compiles and not settings.compiler_caches:
             entry.record["compile_s"] = time.perf_counter() - start
         entry.timed = captured(entry.step) if settings.cuda_graphs else entry.step
     entry.timed()
@@ -309,7 +315,7 @@ def run_case(
 
     torch.compiler.reset()
     entries, running = [], []
-    with torch.compiler.config.patch(force_disable_caches=True):
+    with torch.compiler.config.patch(force_disable_caches=not settings.compiler_caches):
         for contender in contenders:
             advance(f"{name} {mode}: warming up {contender}")
             entry = Entry(contender, CONTENDERS[contender], record=new_record(name, mode, contender, settings, where))
@@ -350,8 +356,9 @@ def run(
     where: dict,
     console: Console,
     images: Tensor | None = None,
+    keep: Callable[[list[dict]], None] = lambda records: None,
 ) -> list[dict]:
-    """The records of all models and modes, with progress on the console."""
+    """The records of all models and modes, with progress on the console; ``keep`` gets those so far after each case."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     records = []
     with Progress(*columns, console=console) as progress:
@@ -363,6 +370,7 @@ def run(
         for model in models:
             for mode in modes:
                 records += run_case(model, mode, contenders, settings, where, images, advance)
+                keep(records)
         progress.update(task, description="measured", completed=progress.tasks[0].total)
     return records
 
@@ -456,6 +464,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help=f"default {Settings.rounds}, with --quick 5")
     parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU")
     parser.add_argument("--cuda-graphs", action="store_true", help="time replays of CUDA graphs, of every contender")
+    parser.add_argument(
+        "--compiler-caches", action="store_true", help="allow them: compile times are then not measured"
+    )
     parser.add_argument("--quick", action="store_true", help="few and short rounds, parity on one batch")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     args = parser.parse_args(arguments)
@@ -470,13 +481,14 @@ def main(arguments: list[str] | None = None) -> int:
         seconds_per_round=0.0 if args.quick else Settings.seconds_per_round,
         parity_draws=1 if args.quick else Settings.parity_draws,
         cuda_graphs=args.cuda_graphs,
+        compiler_caches=args.compiler_caches,
     )  # fmt: skip
     console = new_console()
     where = environment.describe(device, environment.command("bench.models", arguments))
-    records = run(args.models, args.modes, args.contenders, settings, where, console)
+    keep = functools.partial(save, path=args.json) if args.json else lambda records: None
+    records = run(args.models, args.modes, args.contenders, settings, where, console, keep=keep)
     console.print(table(records))
     if args.json:
-        save(records, args.json)
         console.print(f"records: {args.json}")
     checked = [r["parity"] for r in records if r["contender"].startswith("fused") and r["parity"]]
     return int(not all(found["passed"] for found in checked))

@@ -1,6 +1,7 @@
 """Where a step's time or traffic goes, primitive by primitive, against the machine's limits.
 
     python -m bench.roofline --model resnet50 --batch 8 --resolution 160 --mode train            (measured on this machine)
+    python -m bench.roofline --model resnet50 --batch 256 --resolution 224 --dtype bfloat16 --device cuda   (on a GPU)
     python -m bench.roofline --model densenet121 --batch 256 --dtype bfloat16 --count            (counted on meta tensors, no device needed)
 
 Bytes and FLOPs are those of the calls that the schedules really make, recorded at the backend's boundary; a convolution's two gradients
@@ -94,11 +95,41 @@ def _signature(name: str) -> inspect.Signature:
     return inspect.signature(getattr(eager, name))
 
 
-class Recorder:
-    """A backend that forwards every primitive to ``inner`` and records the call."""
+class Clock:
+    """Times calls: on a GPU by events in its stream, which are read after the step."""
 
-    def __init__(self, inner, calls: list[Call]) -> None:
-        self._inner, self._calls, self.name = inner, calls, inner.name
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def now(self):
+        """A moment."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start, end) -> float:
+        """Between two moments, after :meth:`finish`."""
+        return start.elapsed_time(end) / 1e3 if self._cuda else end - start
+
+    def finish(self) -> None:
+        """Wait until all moments have passed."""
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def head_start(self) -> None:
+        """Keep the GPU busy for a moment, so that launches queue up and no time is lost between kernels."""
+        if self._cuda:
+            torch.cuda._sleep(200_000_000)
+
+
+class Recorder:
+    """A backend that forwards every primitive to ``inner`` and records the call; ``seconds`` holds two moments until
+    :func:`settle`."""
+
+    def __init__(self, inner, calls: list[Call], clock: Clock) -> None:
+        self._inner, self._calls, self._clock, self.name = inner, calls, clock, inner.name
 
     def __getattr__(self, name: str):
         function, signature = getattr(self._inner, name), _signature(name)
@@ -106,14 +137,21 @@ class Recorder:
         def recorded(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            start = time.perf_counter()
+            start = self._clock.now()
             result = function(*args, **kwargs)
-            seconds = time.perf_counter() - start
+            moments = (start, self._clock.now())
             label, read, written, flops, kernels = account(name, bound.arguments, result)
-            self._calls.append(Call(label, read, written, flops, seconds, kernels))
+            self._calls.append(Call(label, read, written, flops, moments, kernels))
             return result
 
         return recorded
+
+
+def settle(calls: list[Call], clock: Clock) -> None:
+    """Turn the moments of recorded calls into seconds."""
+    clock.finish()
+    for call in calls:
+        call.seconds = clock.seconds(*call.seconds)
 
 
 class Shapes:
@@ -218,44 +256,57 @@ def step(model: torch.nn.Module, x: Tensor, mode: str) -> None:
             model(x)
 
 
-def best_of(function, repeats: int = 7) -> float:
+def best_of(function, device: torch.device, repeats: int = 7) -> float:
     """The median time of ``function`` after a warm-up."""
+    clock = Clock(device)
     function()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock.now()
         function()
-        times.append(time.perf_counter() - start)
+        end = clock.now()
+        clock.finish()
+        times.append(clock.seconds(start, end))
     return statistics.median(times)
 
 
-def ceilings(dtype: torch.dtype) -> tuple[float, float]:
-    """``(bytes per second of a large copy, FLOPs per second of a vendor convolution)`` on this CPU, now."""
-    source = torch.randn(1 << 25)
+def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """``(bytes per second of a large copy, FLOPs per second of a vendor convolution)`` on this device, now; on a GPU the
+    rate is that of a large matrix product."""
+    source = torch.randn(1 << (28 if device.type == "cuda" else 25), device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * _bytes(source) / best_of(lambda: target.copy_(source))
+    bandwidth = 2 * _bytes(source) / best_of(lambda: target.copy_(source), device)
+    if device.type == "cuda":
+        size = 8192
+        a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+        return bandwidth, 2 * size**3 / best_of(lambda: a @ b, device)
     x = torch.randn(8, 128, 20, 20, dtype=dtype).to(memory_format=torch.channels_last)
     w = torch.randn(128, 128, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        rate = 2 * x.numel() * w[0].numel() / best_of(lambda: torch.conv2d(x, w, padding=1))
+        rate = 2 * x.numel() * w[0].numel() / best_of(lambda: torch.conv2d(x, w, padding=1), device)
     return bandwidth, rate
 
 
 def measured(args, console: Console) -> dict:
     """Run the converted model and print each primitive's time against its floor."""
-    dtype = getattr(torch, args.dtype)
-    model = fusedres.convert(build(args.model, "cpu", dtype, args.mode))
-    x = torch.randn(args.batch, 3, args.resolution, args.resolution, dtype=dtype).to(memory_format=torch.channels_last)
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    model = fusedres.convert(build(args.model, args.device, dtype, args.mode))
+    x = torch.randn(args.batch, 3, args.resolution, args.resolution, dtype=dtype, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    bandwidth, rate = ceilings(dtype, device)
+    clock = Clock(device)
     step(model, x, args.mode)
     runs, totals = [], []
     for _ in range(args.repeats):
         calls: list[Call] = []
-        start = time.perf_counter()
-        with dispatch.observe(lambda inner, calls=calls: Recorder(inner or eager, calls)):
+        clock.head_start()
+        start = clock.now()
+        with dispatch.observe(lambda inner, calls=calls: Recorder(inner or eager, calls, clock)):
             step(model, x, args.mode)
-        totals.append(time.perf_counter() - start)
+        end = clock.now()
+        settle(calls, clock)
+        totals.append(clock.seconds(start, end))
         runs.append(calls)
-    bandwidth, rate = ceilings(dtype)
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0, 0])
     for same in zip(*runs, strict=True):
         row, call = rows[same[0].label], same[0]
@@ -265,9 +316,11 @@ def measured(args, console: Console) -> dict:
         row[3] += call.read + call.written
         row[4] += call.flops
     total = statistics.median(totals)
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
     table = Table(
-        title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}, {torch.get_num_threads()} threads: "
-        f"{total * 1e3:.0f} ms (ceilings: copy {bandwidth / 1e9:.1f} GB/s, convolution {rate / 1e9:.0f} GFLOP/s)"
+        title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}, {where}: "
+        f"{total * 1e3:.0f} ms (ceilings: copy {bandwidth / 1e9:.1f} GB/s, product {rate / 1e9:.0f} GFLOP/s)"
     )
     for head in ("primitive", "calls", "ms", "floor ms", "of floor", "share", "GB/s", "GFLOP/s"):
         table.add_column(head, justify="left" if head == "primitive" else "right")
@@ -298,8 +351,9 @@ def counted(args, console: Console) -> dict:
         step(model, x, args.mode)
     calls: list[Call] = []
     fusedres.convert(model)
-    with dispatch.observe(lambda inner: Recorder(Shapes(), calls)):
+    with dispatch.observe(lambda inner: Recorder(Shapes(), calls, Clock(torch.device("cpu")))):
         step(model, x, args.mode)
+    settle(calls, Clock(torch.device("cpu")))
     bandwidth, rate = args.bandwidth * 1e12, args.rate * 1e12
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     for call in calls:
@@ -348,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resolution", type=int, default=None, help="pixels; 160 measured, 224 counted")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="what a measured run uses")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what a measured run uses")
     parser.add_argument("--count", action="store_true", help="count on meta tensors instead of measuring")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s for counted floors (an H200's copy)")
     parser.add_argument(

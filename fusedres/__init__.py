@@ -7,6 +7,7 @@
 from . import functional, nn, ops
 from .conversion import Report, convert, report, revert
 from .dispatch import BackendError, backends, use_backend
+from .tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "ops",
     "report",
     "revert",
+    "tune",
     "use_backend",
 ]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_forward import ConvConfig
+from .conv_forward import ConvConfig, candidates
 from .helpers import (
     affine,
     align,
@@ -47,6 +47,13 @@ def dgrad_config(
     warps = 8 if block_m * block_n >= 128 * 64 else 4
     step = (block_m * (2 if pending else 1) + block_n) * block_k * itemsize
     return ConvConfig(block_m, block_n, block_k, warps, stages(step, device))
+
+
+def dgrad_candidates(
+    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
+) -> list[ConvConfig]:
+    """What is worth a measurement beside :func:`dgrad_config`."""
+    return candidates(rows, channels, outputs, (2 if pending else 1, 1), 2, itemsize, device)
 
 
 @triton.jit
@@ -158,6 +165,7 @@ def conv_dgrad(
     accumulate: bool = False,
     scaled: bool = False,
     sums: Tensor | None = None,
+    config: ConvConfig | None = None,
 ) -> Tensor:
     """``dx = [base | dx if accumulate | 0] + (scale if scaled else 1) * dz``, and dz's sums, as conv_backward says."""
     batch, all_channels, height, width = x.shape
@@ -171,7 +179,7 @@ def conv_dgrad(
     outputs, residues = all_outputs // geometry.groups, geometry.stride[0] * geometry.stride[1]
     # residue (0, 0) has the most pixels
     rows = batch * triton.cdiv(height, geometry.stride[0]) * triton.cdiv(width, geometry.stride[1])
-    config = dgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
+    config = config or dgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
     tiles = triton.cdiv(rows, config.BLOCK_M)
     partials = None
     if sums is not None:

@@ -25,6 +25,7 @@ from .helpers import (
     is_relu,
     is_wide,
     launch,
+    limits,
     moments_of_rows,
     offsets,
     pitch,
@@ -56,6 +57,43 @@ def forward_config(rows: int, channels: int, outputs: int, itemsize: int, device
         block_n = 64  # small maps: twice as many programs
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     return ConvConfig(block_m, block_n, block_k, warps, stages((block_m + block_n) * block_k * itemsize, device))
+
+
+TILES = (
+    (64, 32, 4), (64, 64, 4), (64, 128, 4), (64, 256, 8), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8),
+    (128, 256, 8), (256, 64, 8), (256, 128, 8),
+)  # fmt: skip  # BLOCK_M, BLOCK_N, warps
+REGISTERS = 224  # of a thread's 255, so that addresses and masks find room
+
+
+def candidates(
+    m: int, n: int, k: int, sources: tuple[int, int], epilogue: int, itemsize: int, device: torch.device
+) -> list[ConvConfig]:
+    """The tiles that are worth a measurement for a product of m x k by k x n.
+
+    ``sources`` are the maps that are loaded for a tile of each operand, ``epilogue`` the float32 tiles that live beside
+    the accumulator. Left out is what needs more registers or shared memory than there are, and what computes a quarter
+    more outside the result than the best.
+    """
+
+    def waste(config: ConvConfig) -> float:
+        padded = triton.cdiv(m, config.BLOCK_M) * config.BLOCK_M * triton.cdiv(n, config.BLOCK_N) * config.BLOCK_N
+        return padded / (m * n)
+
+    found = []
+    for block_m, block_n, warps in TILES:
+        block_k = block(k, 16, 128 // itemsize)
+        step = (sources[0] * block_m + sources[1] * block_n) * block_k * itemsize
+        registers = (block_m * block_n * (1 + epilogue) + step // 4) // (32 * warps)
+        if registers <= REGISTERS and step <= limits(device).shared:
+            found.append(ConvConfig(block_m, block_n, block_k, warps, stages(step, device)))
+    least = min(map(waste, found), default=0.0)
+    return [config for config in found if waste(config) <= 1.25 * least]
+
+
+def forward_candidates(rows: int, channels: int, outputs: int, itemsize: int, device: torch.device) -> list[ConvConfig]:
+    """What is worth a measurement beside :func:`forward_config`."""
+    return candidates(rows, outputs, channels, (1, 1), 1, itemsize, device)
 
 
 @triton.jit
@@ -120,22 +158,23 @@ def conv_forward_kernel(
         acc += vector(bias, n, in_n, 0.0)[None, :]
     valid = m < rows
     mask = valid[:, None] & in_n[None, :]
-    if partials is not None:
-        # of what is stored, so that they normalise exactly what the next reader loads
-        stored = acc.to(out.dtype.element_ty).to(tl.float32)
-        count = valid.to(tl.float32)
-        _, mean, m2 = moments_of_rows(count, stored, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        tiles = tl.cdiv(rows, BLOCK_M)
-        all_k = K * tl.num_programs(1)
-        tl.store(partials + tile_m * all_k + n, mean, mask=in_n)
-        tl.store(partials + (tiles + tile_m) * all_k + n, m2, mask=in_n)
     if out_scale is not None:
         acc = affine(acc, vector(out_scale, n, in_n, 1.0), vector(out_shift, n, in_n, 0.0))
     if residual is not None:
         other = tl.load(residual + offsets(m, residual_pitch, n, ALIGN_K, WIDE), mask=mask, other=0.0)
         acc += affine(other, vector(residual_scale, n, in_n, 1.0), vector(residual_shift, n, in_n, 0.0))
     acc = activate(acc, OUT_RELU)
-    tl.store(out + offsets(m, out_pitch, n, ALIGN_K, WIDE), acc.to(out.dtype.element_ty), mask=mask)
+    stored = acc.to(out.dtype.element_ty)
+    tl.store(out + offsets(m, out_pitch, n, ALIGN_K, WIDE), stored, mask=mask)
+    if partials is not None:
+        # of what is stored, so that they normalise exactly what the next reader loads
+        count = valid.to(tl.float32)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        _, mean, m2 = moments_of_rows(count, stored.to(tl.float32), zeros)
+        tiles = tl.cdiv(rows, BLOCK_M)
+        all_k = K * tl.num_programs(1)
+        tl.store(partials + tile_m * all_k + n, mean, mask=in_n)
+        tl.store(partials + (tiles + tile_m) * all_k + n, m2, mask=in_n)
 
 
 def conv_forward(
@@ -152,6 +191,7 @@ def conv_forward(
     residual: Tensor | None = None,
     residual_affine: Tensor | None = None,
     out_act: str = "none",
+    config: ConvConfig | None = None,
 ) -> Tensor:
     """``out_act(out_affine(conv(act(affine(x)), weight) + bias) + residual_affine(residual))``, and the statistics of
     the convolution."""
@@ -165,7 +205,7 @@ def conv_forward(
         out = empty_map((batch, all_outputs, out_height, out_width), x)
     weight = weight.contiguous(memory_format=torch.channels_last)
     outputs, rows = all_outputs // geometry.groups, rows_of(out)
-    config = forward_config(rows, channels, outputs, x.element_size(), x.device)
+    config = config or forward_config(rows, channels, outputs, x.element_size(), x.device)
     tiles = triton.cdiv(rows, config.BLOCK_M)
     partials = None
     if stats is not None:

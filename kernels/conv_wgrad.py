@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_forward import ConvConfig
+from .conv_forward import ConvConfig, candidates
 from .helpers import (
     activate,
     affine,
@@ -39,12 +39,21 @@ PROGRAMS = 512  # about two waves of the largest GPUs; a constant, so that resul
 def wgrad_config(
     rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
 ) -> ConvConfig:
-    """BLOCK_M of K by BLOCK_N of C, BLOCK_K pixels a step."""
-    block_m, block_n = block(outputs, 16, 128), block(channels, 16, 128)
+    """BLOCK_M of C by BLOCK_N of K, BLOCK_K pixels a step: the instructions of sm_90 and sm_100 want 64 rows at least,
+    and a growth rate is narrower than that. A pending gradient is two maps, for which 128 columns leave no registers.
+    """
+    block_m, block_n = block(channels, 16, 128), block(outputs, 16, 64 if pending else 128)
     block_k = block(rows, 16, 128 // itemsize)
     warps = 8 if block_m * block_n >= 64 * 128 else 4
-    step = (block_m * (2 if pending else 1) + block_n) * block_k * itemsize
+    step = (block_m + block_n * (2 if pending else 1)) * block_k * itemsize
     return ConvConfig(block_m, block_n, block_k, warps, stages(step, device))
+
+
+def wgrad_candidates(
+    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
+) -> list[ConvConfig]:
+    """What is worth a measurement beside :func:`wgrad_config`."""
+    return candidates(channels, outputs, rows, (1, 2 if pending else 1), 0, itemsize, device)
 
 
 @triton.jit
@@ -65,9 +74,9 @@ def conv_wgrad_kernel(
     # taps run fastest: programs side by side read the same pixels
     tap = tl.program_id(0) % (R * S)
     tile = tl.program_id(0) // (R * S)
-    tiles_n = tl.cdiv(C, BLOCK_N)
-    k = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_m = tl.cdiv(C, BLOCK_M)
+    c = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     in_k, in_c = k < K, c < C
     first_k = tl.program_id(2) * K
     first_c = tl.program_id(2) * C
@@ -102,10 +111,10 @@ def conv_wgrad_kernel(
             z = activate(affine(a, scales, shifts), RELU)
             # the padding's zeros come after the affine
             a = tl.where(inside[:, None], z, 0.0).to(x.dtype.element_ty)
-        acc = tl.dot(tl.trans(g), a, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(a), g, acc, input_precision="ieee")
     size = tl.num_programs(2).to(tl.int64) * K * C * (R * S)
-    at = ((first_k + k) * (R * S) + tap)[:, None] * C + c[None, :]
-    tl.store(out + tl.program_id(1) * size + at, acc.to(out.dtype.element_ty), mask=in_k[:, None] & in_c[None, :])
+    at = ((first_k + k) * (R * S) + tap)[None, :] * C + c[:, None]
+    tl.store(out + tl.program_id(1) * size + at, acc.to(out.dtype.element_ty), mask=in_c[:, None] & in_k[None, :])
 
 
 def conv_wgrad(
@@ -117,6 +126,8 @@ def conv_wgrad(
     act: str,
     weight: Tensor,
     geometry,
+    *,
+    config: ConvConfig | None = None,
 ) -> Tensor:
     """The gradient of ``weight``, in its shape and dtype, channels_last."""
     all_outputs, channels, *kernel = weight.shape
@@ -124,8 +135,8 @@ def conv_wgrad(
     raw = None if coeff is None else raw
     dw = torch.empty_like(weight, memory_format=torch.channels_last)
     flat = dw.permute(0, 2, 3, 1).view(1, -1)
-    config = wgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
-    tiles = triton.cdiv(outputs, config.BLOCK_M) * triton.cdiv(channels, config.BLOCK_N) * kernel[0] * kernel[1]
+    config = config or wgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
+    tiles = triton.cdiv(channels, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * kernel[0] * kernel[1]
     # a split has at least 8 steps, or its share of partials costs more than it brings
     splits = max(1, min(PROGRAMS // (tiles * geometry.groups), triton.cdiv(rows, 8 * config.BLOCK_K)))
     chunk = triton.cdiv(triton.cdiv(rows, splits), config.BLOCK_K) * config.BLOCK_K

@@ -121,23 +121,34 @@ class Launch(NamedTuple):
     arguments: dict[str, object]
 
 
+class Limits(NamedTuple):
+    """What a configuration must know of a device: the shared memory that a block may take, and the threads of a
+    warp."""
+
+    shared: int
+    warp: int
+
+
 _record: list[Launch] | None = None
+_limits = Limits(163 * 1024, 32)  # of sm_80, where no device says otherwise
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
+def record(limits: Limits = _limits) -> Iterator[list[Launch]]:
     """Collect launches instead of running them: to compile or count the kernels of a call, for meta tensors, without a
-    GPU."""
-    global _record
-    previous, _record = _record, []
+    GPU. ``limits`` are those of the device that is meant."""
+    global _record, _limits
+    previous, _record, _limits = (_record, _limits), [], limits
     try:
         yield _record
     finally:
-        _record = previous
+        _record, _limits = previous
 
 
-def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
-    """Run ``kernel`` over ``grid`` on ``device``, which need not be the current one."""
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *, num_warps: int, **arguments) -> None:
+    """Run ``kernel`` over ``grid`` on ``device``, which need not be the current one; ``num_warps`` counts warps of 32
+    threads, so that a configuration means the same number of threads everywhere."""
+    arguments["num_warps"] = max(1, num_warps * 32 // limits(device).warp)
     if _record is not None:
         _record.append(Launch(kernel, grid, arguments))
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -203,15 +214,21 @@ def block(size: int, smallest: int, largest: int) -> int:
     return max(smallest, min(largest, triton.next_power_of_2(size)))
 
 
+def limits(device: torch.device) -> Limits:
+    """Those of ``device``; without a GPU those which :func:`record` is told."""
+    return _limits_of(device) if device.type == "cuda" else _limits
+
+
 @functools.cache
-def shared_bytes(device: torch.device) -> int:
-    """The shared memory that a block of ``device`` may take; without a GPU that of sm_80."""
-    if device.type != "cuda":
-        return 163 * 1024
+def _limits_of(device: torch.device) -> Limits:
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    return Limits(shared, properties.warp_size)
 
 
 def stages(bytes_per_stage: int, device: torch.device) -> int:
     """How many steps of a loop can be in flight in shared memory, three at most. It changes no result."""
-    return max(1, min(3, (shared_bytes(device) - EPILOGUE_BYTES) // bytes_per_stage))
+    shared, warp = limits(device)
+    # warps of 64 are AMD's, where the newest step waits in registers, if it is small enough for them
+    waiting = int(warp == 64 and 2 * bytes_per_stage <= shared)
+    return max(1, min(3, (shared - EPILOGUE_BYTES) // bytes_per_stage + waiting))

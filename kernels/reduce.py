@@ -17,6 +17,7 @@ from torch import Tensor
 from .helpers import block, launch, merge_moments, moments_of_rows
 
 BLOCK_TILES = 32
+PROGRAMS = 256  # about as many as leave no GPU idle
 ONE_LEVEL = 512  # tiles that one program merges in a row; more are split among programs first
 
 
@@ -76,7 +77,7 @@ def _merge(partials: Tensor, out: Tensor, chunks: int, chunk: int, tile_rows: in
     parts, tiles, channels = partials.shape
     # few tiles of many columns (a weight's gradient) stream; many tiles of few channels share out the channels
     block_t = block(tiles, 1, BLOCK_TILES)
-    block_c = block(channels, 16, max(32, 1024 // block_t))
+    block_c = block(channels // PROGRAMS, 32, 4096 // block_t)
     launch(
         merge_kernel, (triton.cdiv(channels, block_c), chunks, 1 if tile_rows else parts), out.device,
         partials=partials, out=out, tiles=tiles, C=channels, chunk=chunk, partials_stride=partials.stride(0),

@@ -73,6 +73,7 @@ def compare(
     training: bool = True,
     recompute: bool = False,
     draws: int | None = None,
+    device: str = "cpu",
 ) -> None:
     """Compare a converted ``build()`` (a plain float32 module) with itself unconverted, in ``dtype``, against float64, over fresh
     ``draws`` of inputs and parameters (more of them in low precision, where rounding flips more activations).
@@ -90,14 +91,14 @@ def compare(
             torch.manual_seed(seed)
             eager_model = build().double()
             randomize(eager_model)
-            eager_model = eager_model.to(dtype)
+            eager_model = eager_model.to(device, dtype)
             # the same rounded numbers for all three
             models = {
                 "truth": copy.deepcopy(eager_model).double(),
                 "eager": eager_model,
                 "fused": fusedres.convert(copy.deepcopy(eager_model), recompute=recompute),
             }
-            x = torch.randn(shape).to(dtype)
+            x = torch.randn(shape).to(device, dtype)
             for name, model in models.items():
                 model.train(training)
                 value = x.double() if name == "truth" else x

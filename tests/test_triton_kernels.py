@@ -41,7 +41,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remov
 def exact_and_fused():
     """The fused kernels, against a reference without TF32: the rule compares IEEE float32."""
     torch.manual_seed(0)
-    with fused.use_plan("fused"), torch.backends.cudnn.flags(allow_tf32=False):
+    with fused.use_plan("fused"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 

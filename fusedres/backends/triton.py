@@ -2,7 +2,8 @@
 
 The contracts are those of :mod:`fusedres.backends.eager`. Serves GPUs, and CPU tensors through Triton's interpreter
 (for tests: set TRITON_INTERPRET=1 before the first import). For each convolution a plan chooses between the fused
-kernel and the vendor's convolution between this module's passes; :class:`use_plan` overrides it.
+kernel and the vendor's convolution between this module's passes: a measured one (:mod:`fusedres.plans`), else a static
+guess; :class:`use_plan` overrides both.
 """
 
 from __future__ import annotations
@@ -12,24 +13,28 @@ import sys
 import torch
 from torch import Tensor
 
+from .. import plans
 from ..kernels import conv_dgrad as _dgrad
 from ..kernels import conv_forward as _forward
 from ..kernels import conv_wgrad as _wgrad
 from ..kernels.batchnorm import bn_backward, bn_coefficients, bn_frozen
-from ..kernels.helpers import INTERPRETED, pitch
+from ..kernels.conv_forward import ConvConfig
+from ..kernels.helpers import INTERPRETED, pitch, pitch_or_zero
 from ..kernels.join import dgrad_epilogue, grad_affine, join_backward, join_forward, statistics
 from ..kernels.pool import pool_backward, pool_forward
+from ..plans import Plan, Problem
 from . import vendor
 
 __all__ = [
     "bn_backward", "bn_coefficients", "bn_frozen", "conv_backward", "conv_forward", "dgrad_epilogue", "grad_affine",
-    "join_backward", "join_forward", "name", "pool_backward", "pool_forward", "statistics", "supports", "use_plan",
+    "backward_problems", "forward_problem", "join_backward", "join_forward", "name", "pool_backward", "pool_forward",
+    "statistics", "supports", "use_plan",
 ]  # fmt: skip
 
 name = "triton"
 
-PLANS = ("fused", "vendor", "auto")
-_plan = "auto"
+PLANS = {"fused": Plan(True), "vendor": Plan(False), "auto": None}
+_plan: Plan | None = None
 
 # A 1x1 convolution of C to K channels does C * K / (C + K) multiply-adds for each value it moves. Below this many it is
 # limited by memory on every GPU from sm_80 on, and the arithmetic of the prologue and epilogue hides behind the loads.
@@ -37,16 +42,17 @@ MEMORY_BOUND = 256
 
 
 class use_plan:
-    """Choose how convolutions run inside a ``with``: ``"fused"``, ``"vendor"`` or ``"auto"`` (see :func:`_is_fused`).
+    """Choose how convolutions run inside a ``with``: ``"fused"``, ``"vendor"``, ``"auto"`` (measured plans, else
+    :func:`_is_guessed_fused`), or one :class:`~fusedres.plans.Plan` for all.
 
     For the whole process, as use_backend: autograd runs the backward of CUDA tensors on threads of its own, which a
     context variable would not reach.
     """
 
-    def __init__(self, plan: str) -> None:
-        if plan not in PLANS:
+    def __init__(self, plan: str | Plan) -> None:
+        if isinstance(plan, str) and plan not in PLANS:
             raise ValueError(f"unknown plan {plan!r}: expected one of {', '.join(PLANS)}")
-        self._chosen = plan
+        self._chosen = PLANS[plan] if isinstance(plan, str) else plan
 
     def __enter__(self) -> None:
         global _plan
@@ -57,16 +63,44 @@ class use_plan:
         _plan = self._previous
 
 
-def _is_fused(x: Tensor, weight: Tensor, geometry) -> bool:
-    """Whether this convolution runs as the fused kernel.
+def _features(**there: object) -> tuple[str, ...]:
+    return tuple(name for name, value in there.items() if value is not None and value is not False)
 
-    The automatic choice is a static guess, measured on no GPU, that prefers not to lose: fused where the saved passes
-    are certain to outweigh a slower product, which is a dense 1x1 convolution of stride 1 in 16 bits, limited by
-    memory, all of whose accesses are 128 bits wide. Everything else is the vendor's: float32 because eager's may use
-    TF32 and the kernels' product is IEEE. Under interpretation always fused, since that is what is to be tested.
+
+def _problem(op: str, x: Tensor, y_pitch: int, weight: Tensor, geometry, features: tuple[str, ...]) -> Problem:
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Problem(op, dtype, tuple(x.shape), pitch(x), y_pitch, tuple(weight.shape), *geometry, features)
+
+
+def forward_problem(x, affine, act, weight, bias, geometry, *, out=None, stats=None, out_affine=None, residual=None,
+                    residual_affine=None, out_act="none") -> Problem:  # fmt: skip
+    """A call of :func:`conv_forward` as a key of plans."""
+    features = _features(
+        affine=affine, relu=act == "relu", bias=bias, stats=stats, out_affine=out_affine, residual=residual,
+        residual_affine=residual_affine, out_relu=out_act == "relu",
+    )  # fmt: skip
+    return _problem("forward", x, weight.shape[0] if out is None else pitch(out), weight, geometry, features)
+
+
+def backward_problems(grad, raw, coeff, x, affine, saved, act, weight, geometry, *, need_dx=True, need_dw=True, dx=None,
+                      base=None, accumulate=False, scaled=False, sums=None) -> list[Problem]:  # fmt: skip
+    """A call of :func:`conv_backward` as keys of plans: dgrad and wgrad, or the one that is needed."""
+    features = _features(
+        both=need_dx and need_dw, coeff=coeff, raw=None if coeff is None else raw, affine=affine, relu=act == "relu",
+        base=base, accumulate=accumulate, scaled=scaled, sums=sums,
+    )  # fmt: skip
+    needed = [op for op, need in (("dgrad", need_dx), ("wgrad", need_dw)) if need]
+    return [_problem(op, x, pitch_or_zero(grad), weight, geometry, features) for op in needed]
+
+
+def _is_guessed_fused(x: Tensor, weight: Tensor, geometry) -> bool:
+    """Whether this convolution runs as the fused kernel where nobody has measured it.
+
+    A static guess, measured on no GPU, that prefers not to lose: fused where the saved passes are certain to outweigh a
+    slower product, which is a dense 1x1 convolution of stride 1 in 16 bits, limited by memory, all of whose accesses
+    are 128 bits wide. Everything else is the vendor's: float32 because eager's may use TF32 and the kernels' product is
+    IEEE. Under interpretation always fused, since that is what is to be tested.
     """
-    if _plan != "auto":
-        return _plan == "fused"
     if INTERPRETED:
         return True
     outputs, channels, *kernel = weight.shape
@@ -79,6 +113,10 @@ def _is_fused(x: Tensor, weight: Tensor, geometry) -> bool:
         and min(channels, outputs) >= 32
         and channels * outputs <= MEMORY_BOUND * (channels + outputs)
     )
+
+
+def _config(plan: Plan) -> ConvConfig | None:
+    return None if plan.config is None else ConvConfig(*plan.config)
 
 
 def _passes():
@@ -106,8 +144,13 @@ def conv_forward(
         "out_act": out_act,
     }  # fmt: skip
     # the fused kernel reduces the convolution's statistics, not those of a sum
-    if _is_fused(x, weight, geometry) and (stats is None or residual is None):
-        return _forward.conv_forward(x, affine, act, weight, bias, geometry, **epilogue)
+    servable = stats is None or residual is None
+    plan, measured = _plan, plans.table(x.device)
+    if plan is None and measured:
+        plan = measured.get(forward_problem(x, affine, act, weight, bias, geometry, **epilogue))
+    plan = plan or Plan(_is_guessed_fused(x, weight, geometry))
+    if plan.fused and servable:
+        return _forward.conv_forward(x, affine, act, weight, bias, geometry, **epilogue, config=_config(plan))
     return vendor.conv_forward(_passes(), x, affine, act, weight, bias, geometry, **epilogue)
 
 
@@ -132,15 +175,24 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :func:`fusedres.backends.eager.conv_backward`."""
     target = {"dx": dx, "base": base, "accumulate": accumulate, "scaled": scaled, "sums": sums}
-    if not _is_fused(x, weight, geometry):
-        return vendor.conv_backward(
-            _passes(), grad, raw, coeff, x, affine, saved, act, weight, geometry,
-            need_dx=need_dx, need_dw=need_dw, **target,
-        )  # fmt: skip
-    dweight = _wgrad.conv_wgrad(grad, raw, coeff, x, affine, act, weight, geometry) if need_dw else None
-    dinput = None
-    if need_dx:
-        dinput = _dgrad.conv_dgrad(grad, raw, coeff, x, affine, saved, act, weight, geometry, **target)
+    operands = (grad, raw, coeff, x, affine, saved, act, weight, geometry)
+    chosen: dict[str, Plan] = {}
+    measured = plans.table(x.device)
+    if _plan is None and measured:
+        problems = backward_problems(*operands, need_dx=need_dx, need_dw=need_dw, **target)
+        chosen = {p.op: measured[p] for p in problems if p in measured}
+    default = _plan or Plan(_is_guessed_fused(x, weight, geometry))
+    dgrad, wgrad = (chosen.get(op, default) for op in ("dgrad", "wgrad"))
+    # what is left to the vendor is one call, which shares the materialised gradient
+    vendor_dx, vendor_dw = need_dx and not dgrad.fused, need_dw and not wgrad.fused
+    dinput = dweight = None
+    if need_dw and wgrad.fused:
+        dweight = _wgrad.conv_wgrad(grad, raw, coeff, x, affine, act, weight, geometry, config=_config(wgrad))
+    if vendor_dx or vendor_dw:
+        results = vendor.conv_backward(_passes(), *operands, need_dx=vendor_dx, need_dw=vendor_dw, **target)
+        dinput, dweight = results[0], dweight if results[1] is None else results[1]
+    if need_dx and dgrad.fused:
+        dinput = _dgrad.conv_dgrad(*operands, **target, config=_config(dgrad))
     return dinput, dweight
 
 

@@ -1,0 +1,170 @@
+"""What only a GPU can show: parity of every kind of block on the real kernels, CUDA graphs, tensors beyond 2^31
+elements."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+torchvision = pytest.importorskip("torchvision")
+
+from parity import compare, run_training  # noqa: E402
+
+import fusedres  # noqa: E402
+from fusedres.backends import triton as fused  # noqa: E402
+from fusedres.backends.eager import Geometry  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(fused.INTERPRETED, reason="TRITON_INTERPRET=1 is set"),
+]
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d).removeprefix("torch.")
+)
+
+
+def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+def _sequential(**options) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(32, 64, 3, bias=False, **options), nn.BatchNorm2d(64), nn.ReLU())
+
+
+def _small(model: nn.Module) -> nn.Module:
+    """A whole network as its body alone: a classifier's rounding is not ours to judge."""
+    for name in ("fc", "classifier"):
+        if hasattr(model, name):
+            setattr(model, name, nn.Identity())
+    return model
+
+
+resnet, densenet = torchvision.models.resnet, torchvision.models.densenet
+
+# kind: module, input; sizes around the tiles, odd where a block allows it
+BLOCKS = {
+    "basic block": (lambda: resnet.BasicBlock(64, 64), (4, 64, 15, 13)),
+    "basic block, projection": (lambda: resnet.BasicBlock(32, 64, 2, _projection(32, 64, 2)), (4, 32, 15, 13)),
+    "bottleneck": (lambda: resnet.Bottleneck(256, 64), (4, 256, 14, 14)),
+    "bottleneck, projection": (lambda: resnet.Bottleneck(64, 32, 2, _projection(64, 128, 2)), (4, 64, 14, 14)),
+    "resnet stem": (lambda: _small(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])), (2, 3, 64, 64)),
+    "dense block": (lambda: densenet._DenseBlock(3, 32, 4, 32, 0.0), (4, 32, 14, 14)),
+    "dense block, unaligned": (lambda: densenet._DenseBlock(3, 24, 4, 12, 0.0), (2, 24, 7, 9)),
+    "transition": (lambda: densenet._Transition(96, 48), (4, 96, 14, 14)),
+    "densenet head": (lambda: _small(densenet.DenseNet(16, (2, 2), 32, num_classes=2)), (2, 3, 64, 64)),
+    "sequential": (lambda: _sequential(padding=1), (4, 32, 14, 14)),
+    "sequential, strided and dilated": (lambda: _sequential(stride=2, padding=2, dilation=2), (4, 32, 15, 14)),
+    "sequential, groups": (lambda: _sequential(padding=1, groups=4), (4, 32, 14, 14)),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("plan", ["fused", "auto"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_parity(kind, plan, training, dtype):
+    """Every kind of block, with every convolution fused and with the default plans."""
+    build, shape = BLOCKS[kind]
+    # eager's own float32 without TF32: the rule compares IEEE float32
+    with fused.use_plan(plan), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        compare(build, shape, dtype, "triton", training, device="cuda")
+
+
+@pytest.mark.parametrize("kind", ["bottleneck, projection", "dense block", "transition"])
+def test_recompute(kind):
+    build, shape = BLOCKS[kind]
+    compare(build, shape, torch.bfloat16, "triton", recompute=True, device="cuda")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
+    return model.to("cuda", torch.bfloat16, memory_format=torch.channels_last)
+
+
+def images(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 3, 64, 64, generator=generator).to("cuda", torch.bfloat16)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def test_two_runs_give_the_same_bits():
+    first, second = (run_training(fusedres.convert(network()).train(), images(0)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("plan", ["fused", "auto"])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_cuda_graph(mode, plan):
+    """A converted model waits for the GPU nowhere, and a replay computes what a call computes."""
+    model = fusedres.convert(network()).train(mode == "train")
+    reference = copy.deepcopy(model)
+    x = images(0)
+
+    def step(of: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+        with torch.set_grad_enabled(mode == "train"):
+            y = of(batch)
+        if mode == "infer":
+            return [y]
+        return [y, *torch.autograd.grad(y.float().square().mean(), list(of.parameters()))]
+
+    with fused.use_plan(plan):
+        # compile, and choose the vendor's algorithms, outside the capture; running statistics are put back
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(copy.deepcopy(model), x)
+            step(copy.deepcopy(model), x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(model, x)
+        for seed in (1, 2):
+            x.copy_(images(seed))
+            graph.replay()
+            expected = step(reference, images(seed))
+            for ours, theirs in zip(captured, expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+HUGE = 2**31
+
+
+@pytest.mark.parametrize("what", ["join", "convolution 1x1", "convolution 3x3"])
+def test_more_than_two_to_the_31_elements(what):
+    """The last images of a map whose offsets need 64 bits are those of the same images alone."""
+    channels, size = 256, 64
+    n = HUGE // (channels * size * size) + 8
+    need = 5 * n * channels * size * size * 2
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need >> 30} GiB of free memory")
+    x = torch.empty(n, channels, size, size, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    x.normal_()
+    assert x.numel() > HUGE
+    affine, saved, coeff = (torch.rand(rows, channels, device="cuda") for rows in (2, 2, 3))
+    sums, stats = torch.empty(2, channels, device="cuda"), torch.empty(2, channels, device="cuda")
+    last = slice(-8, None)
+    if what == "join":
+        y = fused.join_forward(x, affine, x, None, "relu", stats=stats)
+        assert torch.equal(y[last], fused.join_forward(x[last], affine, x[last], None, "relu"))
+        dz = fused.join_backward(y, x, affine, saved, "relu", sums=sums)
+        assert torch.equal(dz[last], fused.join_backward(y[last], x[last], affine, saved, "relu"))
+        # the mean of all the images: of as many independent values, nearly that of a few
+        torch.testing.assert_close(stats[0], y[last].float().mean((0, 2, 3)), rtol=0.1, atol=0.1)
+        return
+    kernel = int(what[-1])
+    geometry = Geometry((1, 1), (kernel // 2,) * 2, (1, 1), 1)
+    weight = torch.randn(channels, channels, kernel, kernel, dtype=torch.bfloat16, device="cuda") / 16
+    with fused.use_plan("fused"):
+        y = fused.conv_forward(x, affine, "relu", weight, None, geometry, stats=stats)
+        torch.testing.assert_close(y[last], fused.conv_forward(x[last], affine, "relu", weight, None, geometry))
+        backward = (coeff, x, affine, saved, "relu", weight, geometry)
+        dx, dw = fused.conv_backward(y, y, *backward, sums=sums)
+        few, _ = fused.conv_backward(y[last], y[last], coeff, x[last], *backward[2:], sums=sums.clone(), need_dw=False)
+    torch.testing.assert_close(dx[last], few)
+    assert dw.isfinite().all()

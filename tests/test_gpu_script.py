@@ -1,0 +1,57 @@
+"""The one command that needs a GPU, rehearsed without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("torchvision")
+pytest.importorskip("rich")
+
+ROOT = Path(__file__).parents[1]
+
+
+def rehearse(out: Path, *arguments: str) -> tuple[int, dict[str, dict]]:
+    """The exit status and the outcomes by stage."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(out), *arguments]
+    code = subprocess.call(command, cwd=ROOT, env=environment)
+    return code, {outcome["stage"]: outcome for outcome in json.loads((out / "summary.json").read_text())}
+
+
+def test_some_stages(tmp_path):
+    """A stage of each form: this script's own, the roofline, and what a stage leaves."""
+    code, outcomes = rehearse(tmp_path, "--only", "environment", "primitives-resnet50-infer", "tune")
+    assert code == 0 and {o["status"] for o in outcomes.values()} == {"passed"}
+    assert json.loads((tmp_path / "environment.json").read_text())["backends"]["torch.float32"]["triton"] == "available"
+    assert json.loads((tmp_path / "primitives-resnet50-infer.json").read_text())["primitives"]
+    assert list((tmp_path / "plans").glob("*.json"))
+    page = (tmp_path / "summary.md").read_text()
+    assert "rehearsal" in page and "| tune | passed |" in page
+
+
+def test_what_is_cut_off_leaves_the_rest(tmp_path):
+    code, outcomes = rehearse(tmp_path, "--only", "environment", "tests", "models-32", "--budget", "0.5")
+    assert code == 0
+    assert {stage: o["status"] for stage, o in outcomes.items()} == {
+        "environment": "cut off", "tests": "left out", "models-32": "left out",
+    }  # fmt: skip
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "--dry-run" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_stage(tmp_path):
+    code, outcomes = rehearse(tmp_path)
+    assert code == 0 and {o["status"] for o in outcomes.values()} == {"passed"}

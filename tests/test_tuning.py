@@ -1,0 +1,232 @@
+"""Measured plans: kept on disk, safe from other processes and from what cannot be read, and followed by the backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+pytest.importorskip("triton")
+
+import fusedres  # noqa: E402
+from fusedres import plans  # noqa: E402
+from fusedres.backends import triton as fused  # noqa: E402
+from fusedres.backends.eager import Geometry  # noqa: E402
+from fusedres.kernels import helpers  # noqa: E402
+from fusedres.plans import Plan, Problem  # noqa: E402
+
+DEVICE = torch.device("cpu") if helpers.INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+PROBLEM = Problem("forward", "float32", (2, 8, 6, 6), 8, 8, (8, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1, ("affine", "relu"))
+CONFIG = (32, 16, 16, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and nothing remembered from before."""
+    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
+    plans.table.cache_clear()
+    yield tmp_path
+    plans.table.cache_clear()
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read(cache):
+    table = {PROBLEM: Plan(True, CONFIG), PROBLEM._replace(op="dgrad", features=()): Plan(False)}
+    path = cache / "folder" / plans.file_name("Some GPU (80 GB)")
+    plans.write(path, "Some GPU (80 GB)", table)
+    assert path.name == "some-gpu-80-gb.json"
+    assert plans.read(path, "Some GPU (80 GB)", plans.versions()) == table
+    assert plans.read(path, "another", plans.versions()) == {}
+    plans.write(path, "Some GPU (80 GB)", {PROBLEM: Plan(False)})
+    assert plans.read(path, "Some GPU (80 GB)", plans.versions()) == table | {PROBLEM: Plan(False)}
+    assert {file.suffix for file in path.parent.iterdir()} == {".json", ".lock"}
+
+
+BROKEN = {
+    "empty": "",
+    "cut off": '{"device": "cpu", "plans": [{"prob',
+    "no object": "[1, 2]",
+    "no plans": '{"device": "cpu"}',
+    "plans of another form": '{"device": "cpu", "plans": [{"problem": {"op": "forward"}, "fused": true, "config": null}]}',
+    "binary": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_an_unreadable_file_is_ignored_and_rewritten(cache, content):
+    path = cache / plans.file_name(plans.device_name(DEVICE))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert plans.table(DEVICE) == {}
+    assert plans.remember(DEVICE, {PROBLEM: Plan(False)}) == path
+    plans.table.cache_clear()
+    assert plans.table(DEVICE) == {PROBLEM: Plan(False)}
+
+
+@pytest.mark.parametrize("which", ["torch", "triton", "fusedres", "format"])
+def test_other_versions_are_stale(cache, which):
+    path = plans.remember(DEVICE, {PROBLEM: Plan(False)})
+    content = json.loads(path.read_text())
+    content[which] = "0.0"
+    path.write_text(json.dumps(content))
+    plans.table.cache_clear()
+    assert plans.table(DEVICE) == {}
+    other = PROBLEM._replace(groups=2)
+    plans.remember(DEVICE, {other: Plan(True)})
+    assert plans.read(path, plans.device_name(DEVICE), plans.versions()) == {other: Plan(True)}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from fusedres import plans
+problem = plans.Problem("forward", "float32", (1, 8, 6, 6), 8, 8, (8, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1, ())
+for i in range(40):
+    table = {problem._replace(x=(i, int(sys.argv[2]), 6, 6)): plans.Plan(True)}
+    plans.write(Path(sys.argv[1]), "cpu", table)
+"""
+
+
+def test_two_processes_lose_nothing(cache):
+    path = cache / "cpu.json"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(i)]) for i in range(2)]
+    assert [w.wait() for w in writers] == [0, 0]
+    found = plans.read(path, "cpu", plans.versions())
+    assert {p.x[:2] for p in found} == {(i, writer) for i in range(40) for writer in range(2)}
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.delenv("FUSEDRES_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(plans.cache_folder()) == "/somewhere/fusedres"
+
+
+# ---- dispatch --------------------------------------------------------------------------------------------------------
+
+
+def arguments(batch: int = 2):
+    x = torch.randn(batch, 8, 6, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(8, 8, 3, 3, device=DEVICE)
+    return x, torch.rand(2, 8, device=DEVICE), "relu", weight, None, Geometry((1, 1), (1, 1), (1, 1), 1)
+
+
+def kernels_of(call) -> dict[str, dict]:
+    """The arguments of what ``call`` launches, by kernel."""
+    with helpers.record() as launches:
+        call()
+    return {launch.kernel.__name__.removesuffix("_kernel"): launch.arguments for launch in launches}
+
+
+def test_the_backend_follows_the_plan():
+    def launched(batch=2):
+        return kernels_of(lambda: fused.conv_forward(*arguments(batch)))
+
+    before = launched()
+    plans.remember(DEVICE, {PROBLEM: Plan(False)})
+    assert "conv_forward" not in launched() and "join_forward" in launched()
+    plans.remember(DEVICE, {PROBLEM: Plan(True, CONFIG)})
+    found = launched()["conv_forward"]
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    assert tuple(found[name] for name in names) == CONFIG
+    # another size is another problem; and an override overrides
+    assert launched(3).keys() == before.keys()
+    with fused.use_plan("vendor"):
+        assert "conv_forward" not in launched()
+
+
+@pytest.mark.parametrize("dgrad", [True, False])
+@pytest.mark.parametrize("wgrad", [True, False])
+def test_the_two_gradients_have_plans_of_their_own(dgrad, wgrad):
+    x, affine, act, weight, _, geometry = arguments()
+    grad, coeff = torch.randn_like(x), torch.rand(3, 8, device=DEVICE)
+    sums = torch.empty(2, 8, device=DEVICE)
+    operands = (grad, torch.randn_like(x), coeff, x, affine, torch.rand(2, 8, device=DEVICE), act, weight, geometry)
+    with fused.use_plan("vendor"):
+        expected = fused.conv_backward(*operands, sums=sums)
+    expected_sums = sums.clone()
+    chosen = {"dgrad": Plan(dgrad, CONFIG if dgrad else None), "wgrad": Plan(wgrad, CONFIG if wgrad else None)}
+    problems = fused.backward_problems(*operands, sums=sums)
+    assert [p.op for p in problems] == ["dgrad", "wgrad"]
+    plans.remember(DEVICE, {p: chosen[p.op] for p in problems})
+    found = kernels_of(lambda: fused.conv_backward(*operands, sums=sums))
+    assert ("conv_dgrad" in found, "conv_wgrad" in found) == (dgrad, wgrad)
+    for ours, theirs in zip(fused.conv_backward(*operands, sums=sums), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=1e-4)
+
+
+# ---- tune ------------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    return fusedres.convert(model.to(DEVICE))
+
+
+def measure(call) -> float:
+    """Stands in for a clock: tiles of 32 columns win forward, the vendor wins both gradients."""
+    found = kernels_of(call)
+    if "conv_forward" in found:
+        return 1.0 if found["conv_forward"]["BLOCK_N"] == 32 else 2.0
+    return 4.0 if {"conv_dgrad", "conv_wgrad"} & found.keys() else 3.0
+
+
+def test_tune(cache):
+    model = network().train()
+    x = torch.randn(2, 8, 6, 6, device=DEVICE, requires_grad=True)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = torch.ones_like(model[0].weight)
+    model[0].weight.grad = kept
+    with fusedres.use_backend("triton"):
+        report = fusedres.tune(model, x, measure=measure)
+    assert [(row.problem.op, row.plan.fused) for row in report] == [
+        ("forward", True),
+        ("dgrad", False),
+        ("wgrad", False),
+    ]
+    assert report[0].plan.config[1] == 32 and report[0].seconds == 1.0 and report[0].vendor_seconds == 3.0
+    assert report.file.parent == cache and "3 convolutions" in str(report)
+    # nothing of the model's has changed
+    assert model[0].weight.grad is kept
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    # a later process follows what was measured, and measures nothing again
+    plans.table.cache_clear()
+    with fusedres.use_backend("triton"):
+        found = kernels_of(lambda: model(x))
+        assert found["conv_forward"]["BLOCK_N"] == 32
+        again = fusedres.tune(model, x, measure=measure)
+        assert not again and "again=True" in str(again)
+        assert len(fusedres.tune(model, x, measure=measure, again=True)) == 3
+        # inference is another problem
+        assert [row.problem.op for row in fusedres.tune(model.eval(), x, measure=measure)] == ["forward"]
+
+
+def test_a_configuration_that_fails_is_not_chosen():
+    def failing(call) -> float:
+        found = kernels_of(call)
+        if found.get("conv_forward", {}).get("BLOCK_N") == 32:
+            raise RuntimeError("out of resource: shared memory")
+        return 1.0 if "conv_forward" in found else 2.0
+
+    with fusedres.use_backend("triton"):
+        (row,) = fusedres.tune(network().eval(), torch.randn(2, 8, 6, 6, device=DEVICE), measure=failing)
+    assert row.plan == Plan(True)
+
+
+def test_nothing_to_tune_says_why():
+    model = network().eval()
+    with fusedres.use_backend("eager"):
+        report = fusedres.tune(model, torch.randn(2, 8, 6, 6, device=DEVICE), measure=measure)
+    assert not report and "ran on eager" in str(report) and report.file is None
+    assert "no fused block ran" in str(fusedres.tune(nn.Linear(2, 2), torch.ones(1, 2)))
+    with pytest.raises(TypeError, match="Module"):
+        fusedres.tune(lambda x: x, torch.ones(1))
