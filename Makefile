@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the newest set that the package is tested with; the package itself runs on torch 2.11 and newer
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo
@@ -22,6 +22,10 @@ bench: $(VENV)/installed
 	$(BIN)/python -m bench.models --json results/models.json \
 		--contenders eager compile compile-freezing fused fused-recompute memory_efficient
 	$(BIN)/python -m bench.report results/models.json --out results
+
+# everything that needs a GPU, in nine minutes; GPU_FLAGS=--dry-run rehearses it at toy size on the CPU
+gpu: $(VENV)/installed
+	$(BIN)/python -m bench.gpu --out results/gpu $(GPU_FLAGS)
 
 $(VENV)/installed: Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

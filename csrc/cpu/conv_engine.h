@@ -62,11 +62,16 @@ inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 #define FUSEDRES_HIGH 2, 6, 3, 7
 #endif
 
-// dst[j][i] = src[i][j] for kLanes x kLanes floats: log2(kLanes) rounds of interleaving the first half of the rows with the second.
+// dst[j][i] = src[i][j] for kLanes x kLanes floats: log2(kLanes) rounds of interleaving the first half of the rows with the second. With
+// kAhead, what lies so many floats ahead in each row is asked for: as many rows at once are beyond what the hardware foresees.
+template <int kAhead>
 inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
   vec rows[kLanes], next[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) rows[i] = load(src + i * src_stride);
+  for (int i = 0; i < kLanes; ++i) {
+    rows[i] = load(src + i * src_stride);
+    if (kAhead > 0) __builtin_prefetch(src + i * src_stride + kAhead, 0, 3);
+  }
 #pragma GCC unroll 4
   for (int round = 1; round < kLanes; round *= 2) {
 #pragma GCC unroll 16
@@ -117,8 +122,10 @@ struct Indices {
 thread_local Buffer scratch_a, scratch_b, scratch_c, scratch_v, scratch_m;
 thread_local Indices scratch_base, scratch_pixel;
 
-// Runs body(i) for i in [0, n); work on fewer than kSerial values is done by the caller, because waking the threads costs microseconds.
+// Runs body(i) for i in [0, n); work on fewer than kSerial values is done by the caller, because waking the threads costs microseconds. A
+// thread that is done with its own part goes on with what the others have not begun, from the far end of theirs: cores are never equally fast.
 constexpr int64_t kSerial = 16 * 1024;
+constexpr int64_t kClaims = 1024;
 
 template <class F>
 void run_parallel(Parallel parallel, int64_t n, int64_t values, F&& body) {
@@ -126,9 +133,26 @@ void run_parallel(Parallel parallel, int64_t n, int64_t values, F&& body) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
-  parallel(n, [](void* context, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) (*static_cast<F*>(context))(i);
-  }, &body);
+  struct Context {
+    F* body;
+    int64_t n;
+    bool shared;
+    bool claimed[kClaims];
+    void run(int64_t i) {
+      if (!shared || !__atomic_exchange_n(&claimed[i], true, __ATOMIC_RELAXED)) (*body)(i);
+    }
+  } context;
+  context.body = &body;
+  context.n = n;
+  context.shared = n <= kClaims;
+  if (context.shared) std::memset(context.claimed, 0, static_cast<size_t>(n));
+  parallel(n, [](void* pointer, int64_t begin, int64_t end) {
+    Context& context = *static_cast<Context*>(pointer);
+    for (int64_t i = begin; i < end; ++i) context.run(i);
+    if (!context.shared) return;
+    for (int64_t i = begin - 1; i >= 0; --i) context.run(i);
+    for (int64_t i = context.n - 1; i >= end; --i) context.run(i);
+  }, &context);
 }
 
 // --- the grid: which source pixels an output pixel reads, and where it goes ---------------------------------------------------------
@@ -152,6 +176,8 @@ struct Axis {
       if (offset[t] != offset[t - 1] + 1) return false;
     return true;
   }
+  // A single tap that never leaves the source.
+  bool inside() const { return taps == 1 && offset[0] == 0 && (grid - 1) * step < src_size; }
   void finish() {
     low = taps ? offset[0] : 0;
     int64_t high = low;
@@ -260,7 +286,8 @@ struct Tile {
   const int64_t* pixel;
 };
 
-Tile locate(const Problem& p, int64_t tile, int64_t width) {
+// With `in_place` the bases are those of the source map itself.
+Tile locate(const Problem& p, int64_t tile, int64_t width, const Source* in_place = nullptr) {
   int64_t* base = scratch_base.get(p.tile_pixels);
   int64_t* pixel = scratch_pixel.get(p.tile_pixels);
   const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
@@ -270,9 +297,10 @@ Tile locate(const Problem& p, int64_t tile, int64_t width) {
     const int64_t count = least(end - row, p.h.grid - first);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t dst_row = (n * p.dst_h + p.h.dst_first + (first + i) * p.h.dst_step) * p.dst_w + p.w.dst_first;
-      const int64_t src_row = (scratch_row + i * p.h.scratch_step()) * p.scratch_w;
+      const int64_t src_row = in_place ? (n * p.h.src_size + (first + i) * p.h.step) * p.w.src_size : (scratch_row + i * p.h.scratch_step()) * p.scratch_w;
+      const int64_t src_step = in_place ? p.w.step : p.w.scratch_step(), src_stride = in_place ? in_place->map.stride : width;
       for (int64_t j = 0; j < p.w.grid; ++j, ++m) {
-        base[m] = (src_row + j * p.w.scratch_step()) * width;
+        base[m] = (src_row + j * src_step) * src_stride;
         pixel[m] = dst_row + j * p.w.dst_step;
       }
     }
@@ -464,7 +492,7 @@ void pack_panel(const Problem& p, const Weight& w, int64_t source_stride, int64_
           if (source_stride == 1) {
             const int64_t whole = valid / kLanes * kLanes;
             for (; c + kLanes <= chunk.width; c += kLanes) {
-              for (int64_t n = 0; n < whole; n += kLanes) transpose(src + n * destination_stride + c, destination_stride, dst + c * width + n, width);
+              for (int64_t n = 0; n < whole; n += kLanes) transpose<64>(src + n * destination_stride + c, destination_stride, dst + c * width + n, width);
               for (int64_t n = whole; n < valid; ++n)
                 for (int64_t k = c; k < c + kLanes; ++k) dst[k * width + n] = src[n * destination_stride + k];
             }
@@ -490,7 +518,7 @@ void pack_winograd(const Problem& p, const Weight& w, int64_t source_stride, int
         for (int t = 0; t < 9; ++t) {
           const float* src = w.data + p.h.kernel[t / 3] * w.sh + p.w.kernel[t % 3] * w.sw + (chunk.first + c0) * source_stride + (first + n0) * destination_stride;
           if (source_stride == 1 && columns == kLanes) {
-            transpose(src, destination_stride, taps[t][0], kLanes);
+            transpose<64>(src, destination_stride, taps[t][0], kLanes);
           } else {
             for (int64_t c = 0; c < kLanes; ++c)
               for (int64_t n = 0; n < columns; ++n) taps[t][c][n] = src[c * source_stride + n * destination_stride];
@@ -517,14 +545,15 @@ void pack_weights(const Problem& p, const Weight& w, int64_t source_stride, int6
 
 // --- register kernels ---------------------------------------------------------------------------------------------------------------
 
-// c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors]
+// c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors]. The sum starts at zero and joins c at the end: one chain of additions
+// over all segments would round worse.
 template <int R, int V>
 __attribute__((noinline)) void multiply(const float* scratch, const int64_t* base, const float* b, int64_t depth, float* c, int64_t ldc, bool first) {
   vec acc[R][V];
   const float* a[R];
   for (int i = 0; i < R; ++i) {
     a[i] = scratch + base[i];
-    for (int j = 0; j < V; ++j) acc[i][j] = first ? vec{} : load(c + i * ldc + j * kLanes);
+    for (int j = 0; j < V; ++j) acc[i][j] = vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     vec weights[V];
@@ -538,13 +567,12 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
     }
   }
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+    for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, first ? acc[i][j] : acc[i][j] + load(c + i * ldc + j * kLanes));
 }
 
 using Multiply = void (*)(const float*, const int64_t*, const float*, int64_t, float*, int64_t, bool);
 
-// c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors]. The sum starts at zero and joins c at the
-// end: one chain of additions over all tiles would round several times worse.
+// c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors], as in multiply.
 template <int R, int V>
 __attribute__((noinline)) void outer(const float* scratch, const int64_t* base, int64_t pixels, const float* g, int64_t ldg, float* c, int64_t ldc, bool first) {
   vec acc[R][V];
@@ -692,11 +720,14 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
     for (int64_t m = 0; m < where->pixels; ++m) std::memset(c + m * ldc, 0, (least(last_panel * kPanel, round_up(p.dst_c, kLanes)) - first_panel * kPanel) * sizeof(float));
     return;
   }
-  float* scratch = scratch_a.get(p.scratch_pixels * p.chunk);
+  // where nothing is pending and nothing padded, the map itself is the operand
+  const Source* in_place = s.scale == nullptr && !s.relu && p.h.inside() && p.w.inside() ? &s : nullptr;
+  float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk);
   for (int64_t k = 0; k < p.chunks(); ++k) {
     const Chunk chunk = p.chunk_at(k);
-    load_tile(p, s, tile, chunk, scratch);
-    *where = locate(p, tile, chunk.width);
+    if (!in_place) load_tile(p, s, tile, chunk, loaded);
+    const float* scratch = in_place ? s.map.data + chunk.first : loaded;
+    *where = locate(p, tile, chunk.width, in_place);
     Prefetch prefetch;
     const bool last = k + 1 == p.chunks();
     if (last) epilogue(*where, &prefetch);
@@ -1078,7 +1109,7 @@ void add_groups(const WgradPlan& plan, const float* line, int64_t rows, int64_t 
 void store_weights(const Weight& w, const float* block, int64_t rows, int64_t valid, float* to) {
   int64_t n = 0;
   if (w.si == 1 && rows == kLanes)
-    for (; n + kLanes <= valid; n += kLanes) transpose(block + n, kPanel, to + n * w.so, w.so);
+    for (; n + kLanes <= valid; n += kLanes) transpose<0>(block + n, kPanel, to + n * w.so, w.so);
   for (; n < valid; ++n)
     for (int64_t c = 0; c < rows; ++c) to[n * w.so + c * w.si] = block[c * kPanel + n];
 }
