@@ -70,7 +70,7 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     rows[i] = load(src + i * src_stride);
-    if (kAhead > 0) __builtin_prefetch(src + i * src_stride + kAhead, 0, 3);
+    if (kAhead > 0) __builtin_prefetch(src + i * src_stride + kAhead, 0, 2);
   }
 #pragma GCC unroll 4
   for (int round = 1; round < kLanes; round *= 2) {
@@ -490,12 +490,13 @@ void pack_panel(const Problem& p, const Weight& w, int64_t source_stride, int64_
         } else {
           int64_t c = 0;
           if (source_stride == 1) {
+            c = chunk.width / kLanes * kLanes;
             const int64_t whole = valid / kLanes * kLanes;
-            for (; c + kLanes <= chunk.width; c += kLanes) {
-              for (int64_t n = 0; n < whole; n += kLanes) transpose<64>(src + n * destination_stride + c, destination_stride, dst + c * width + n, width);
-              for (int64_t n = whole; n < valid; ++n)
-                for (int64_t k = c; k < c + kLanes; ++k) dst[k * width + n] = src[n * destination_stride + k];
-            }
+            // 16 rows from end to end before the next 16: memory is read in long runs
+            for (int64_t n = 0; n < whole; n += kLanes)
+              for (int64_t k = 0; k < c; k += kLanes) transpose<64>(src + n * destination_stride + k, destination_stride, dst + k * width + n, width);
+            for (int64_t n = whole; n < valid; ++n)
+              for (int64_t k = 0; k < c; ++k) dst[k * width + n] = src[n * destination_stride + k];
           }
           for (; c < chunk.width; ++c)
             for (int64_t n = 0; n < valid; ++n) dst[c * width + n] = src[n * destination_stride + c * source_stride];
@@ -511,8 +512,8 @@ void pack_winograd(const Problem& p, const Weight& w, int64_t source_stride, int
   float* dst = packed + first * p.depth();
   for (int64_t k = 0; k < p.chunks(); ++k) {
     const Chunk chunk = p.chunk_at(k);
-    for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
-      for (int64_t n0 = 0; n0 < width; n0 += kLanes) {
+    for (int64_t n0 = 0; n0 < width; n0 += kLanes) {
+      for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
         float taps[9][kLanes][kLanes] = {};
         const int64_t columns = least(kLanes, valid - n0);
         for (int t = 0; t < 9; ++t) {
