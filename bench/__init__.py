@@ -12,5 +12,5 @@ pytest bench/                      single blocks and primitives
 import os
 
 # PyTorch's profiler, which measures the peak memory, announces every start on stderr; read when torch is imported
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 import timeit
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -315,7 +316,8 @@ def run_case(
 
     torch.compiler.reset()
     entries, running = [], []
-    with torch.compiler.config.patch(force_disable_caches=not settings.compiler_caches):
+    with torch.compiler.config.patch(force_disable_caches=not settings.compiler_caches), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
         for contender in contenders:
             advance(f"{name} {mode}: warming up {contender}")
             entry = Entry(contender, CONTENDERS[contender], record=new_record(name, mode, contender, settings, where))
