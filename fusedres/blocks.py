@@ -8,16 +8,16 @@ module, a replaced child, an unusual input) runs the class's own forward, and th
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import describe, dispatch, structure
-from .describe import Unsupported
+from . import describe, dispatch, memory, structure
+from .memory import Part, Unsupported
 from .schedules import chain, dense, norm_pool
-from .schedules.common import Norm, Unit
+from .schedules.common import Unit
 
 _STATS = "_fusedres_stats"
 
@@ -31,7 +31,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class FusedBlock:
-    """What the kinds share. A kind gives ``kind`` (its name), ``describe_block`` and ``run_block``."""
+    """What the kinds share. A kind gives ``kind`` (its name), ``read_block``, ``check_block`` and ``run_block``."""
 
     kind = ""
     #: whether backward recomputes cheap convolutions instead of keeping their outputs; set by convert
@@ -44,10 +44,17 @@ class FusedBlock:
         """The class whose forward is the original one."""
         return next(c for c in cls.__mro__ if not issubclass(c, FusedBlock))
 
-    def describe_block(self, dtype: torch.dtype | None, part=None):
-        """``(description, BatchNorm modules)``; raises Unsupported. ``dtype`` casts convolution weights, as autocast does; ``part``
-        says which piece of the module is meant, where it has several."""
+    def read_block(self) -> Any:
+        """What the block runs as: its one part, or what its forward makes of several; raises Unsupported."""
         raise NotImplementedError
+
+    def parts(self) -> list[Part]:
+        """The parts that run fused, read anew; raises Unsupported."""
+        return [self.read_block()]
+
+    def inside(self) -> list[nn.Module]:
+        """The modules, the block among them, on which ``read_block`` depends."""
+        return list(self.modules())
 
     def check_block(self, description, x: Tensor, *beside: Tensor) -> None:
         """Check the description against the input (``beside``: other maps that it reads); raises Unsupported, or ValueError as torch
@@ -62,8 +69,8 @@ class FusedBlock:
         """What ``report`` calls the block."""
         return self.kind
 
-    def check_world(self) -> None:
-        """Check what does not depend on the input; raises Unsupported."""
+    def reading(self) -> Any:
+        """``read_block()``, remembered while nothing inside changes; raises Unsupported."""
         if torch.compiler.is_compiling():
             raise Unsupported("torch.compile traces the original modules")
         if torch.jit.is_tracing() or torch.jit.is_scripting():
@@ -71,17 +78,18 @@ class FusedBlock:
         if describe.global_hooks():
             raise Unsupported("a global module hook is registered")
 
-    def _prepare(self, x: Tensor, part, *beside: Tensor):
-        """``(backend, description, BatchNorms, input)``; raises Unsupported."""
-        self.check_world()
+        return memory.recall(self, self.inside, self.read_block)
+
+    def _prepare(self, part: Part, x: Tensor, *beside: Tensor):
+        """``(backend, description, counters of BatchNorms, input, whether autocast is on)``; raises Unsupported."""
         cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
-        description, norms = self.describe_block(cast, part)
+        description, counters = part.describe(cast)
         x = self.cast_input(x, cast)
-        self.check_block(description, x, *beside)
+        part.check(self.check_block, description, x, *beside)
         backend = dispatch.resolve(x.device, x.dtype)
         if backend is None:
             raise Unsupported(f"no fused backend serves {x.dtype} on {x.device}")
-        return backend, description, norms, x
+        return backend, description, counters, x, cast is not None
 
     def cast_input(self, x: Tensor, cast: torch.dtype | None) -> Tensor:
         """The input as autocast would hand it to the first convolution."""
@@ -89,31 +97,42 @@ class FusedBlock:
             raise Unsupported(f"its input is {x.dtype} under autocast to {cast}")
         return x
 
-    def fused_forward(self, x: Tensor, original, part=None, *beside: Tensor) -> Tensor:
-        """The block's output: fused, or by ``original(x, *beside)`` where it cannot be."""
+    def fused_forward(self, part: Part, original, x: Tensor, *beside: Tensor) -> Tensor:
+        """The output of a part: fused, or by ``original(x, *beside)`` where it cannot be."""
         try:
-            backend, description, norms, prepared = self._prepare(x, part, *beside)
+            backend, description, counters, prepared, autocast = self._prepare(part, x, *beside)
         except Unsupported as reason:
-            self.__dict__["_fusedres_last"] = f"original modules: {reason}"
-            return original(x, *beside)
+            return self.unfused(reason, original, x, *beside)
         self.__dict__["_fusedres_last"] = backend.name
-        describe.count_batches(*norms)
-        autocast = _autocast_dtype(prepared) is not None
+        if counters:
+            torch._foreach_add_(counters, 1)
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
             return self.run_block(backend, description, prepared, *beside)
 
+    def unfused(self, reason: Unsupported, original, *maps: Tensor) -> Tensor:
+        """``original(*maps)``, with a note why."""
+        self.__dict__["_fusedres_last"] = f"original modules: {reason}"
+        return original(*maps)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fused_forward(x, super().forward)
+        original = super().forward
+        try:
+            part = self.reading()
+        except Unsupported as reason:
+            return self.unfused(reason, original, x)
+        return self.fused_forward(part, original, x)
 
     def _get_name(self) -> str:
         return f"Fused{self.original_class().__name__}" if is_converted(self) else super()._get_name()
 
     def __reduce_ex__(self, protocol):
-        reduced = super().__reduce_ex__(protocol)
-        if not is_converted(self):
-            return reduced
-        # the mixed class is made at run time: pickle by what it is made of
-        return (_rebuild, (type(self).kind, self.original_class()), *reduced[2:])
+        make, arguments, state, *rest = super().__reduce_ex__(protocol)
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != memory.KEY}
+        if is_converted(self):
+            # the mixed class is made at run time: pickle by what it is made of
+            make, arguments = _rebuild, (type(self).kind, self.original_class())
+        return (make, arguments, state, *rest)
 
 
 def check_chain(description: chain.Chain, x: Tensor, source: Tensor | None = None) -> None:
@@ -184,7 +203,7 @@ class _ChainKind(FusedBlock):
 
     def run_block(self, backend, description, x, source=None):
         if self._fusedres_recompute:
-            description = dataclasses.replace(description, recompute=True)
+            description = description.recomputing
         stats = None if description.first is None else carried_stats(x)
         return carry(*chain.run(backend, description, x, source, stats))
 
@@ -211,26 +230,20 @@ class FusedResidual(_ChainKind):
         name = {2: "basic block", 3: "bottleneck"}.get(convolutions, self.kind)
         return f"pre-activation {name}" if steps and isinstance(steps[0], nn.BatchNorm2d) else name
 
-    def layout(self) -> describe.Layout:
-        """The pieces in which it runs; raises Unsupported."""
+    def read_block(self) -> describe.Layout:
         return describe.layout(self, self.plan())
 
-    def describe_block(self, dtype, part=None):
-        if part is not None:
-            return describe.chain(part, dtype)
-        pieces = [describe.chain(piece, dtype) for piece in self.layout().pieces if piece.is_chain]
-        return [description for description, _ in pieces], [norm for _, norms in pieces for norm in norms]
+    def parts(self):
+        return [piece.part for piece in self.read_block().pieces if piece.is_chain]
 
     def forward(self, x: Tensor) -> Tensor:
         original = super(FusedBlock, self).forward
         try:
-            self.check_world()
-            found = self.layout()
+            found = self.reading()
         except Unsupported as reason:
-            self.__dict__["_fusedres_last"] = f"original modules: {reason}"
-            return original(x)
+            return self.unfused(reason, original, x)
         if len(found.pieces) == 1:
-            return self.fused_forward(x, original, part=found.body[0])
+            return self.fused_forward(found.body[0].part, original, x)
         return self.in_pieces(x, found)
 
     def in_pieces(self, x: Tensor, found: describe.Layout) -> Tensor:
@@ -240,7 +253,7 @@ class FusedResidual(_ChainKind):
         def run(piece: describe.Piece, x: Tensor, source: Tensor | None = None) -> Tensor:
             if not piece.is_chain:
                 return piece.original(x)
-            x = self.fused_forward(x, piece.original, piece, *(() if source is None else (source,)))
+            x = self.fused_forward(piece.part, piece.original, x, *(() if source is None else (source,)))
             outcomes.append(self._fusedres_last)
             return x
 
@@ -304,14 +317,27 @@ class FusedStem(_ChainKind):
 
     kind = "resnet stem"
 
-    def describe_block(self, dtype, part=None):
-        return describe.stem([self.conv1, self.bn1, self.relu, self.maxpool], dtype)
+    def stem(self) -> list[nn.Module]:
+        """What runs as one."""
+        return [self.conv1, self.bn1, self.relu, self.maxpool]
+
+    def read_block(self):
+        return Part(functools.partial(describe.stem, self.stem()))
+
+    def inside(self):
+        return [self, *self.stem()]
 
     def cast_input(self, x, cast):
         return x if cast is None else x.to(cast)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.fused_forward(x, lambda x: self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        original = functools.partial(_in_a_row, children=self.stem())
+        try:
+            part = self.reading()
+        except Unsupported as reason:
+            x = self.unfused(reason, original, x)
+        else:
+            x = self.fused_forward(part, original, x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
@@ -340,27 +366,45 @@ class FusedSequential(_ChainKind):
 
     kind = "sequential"
 
-    def describe_block(self, dtype, part=None):
-        convolution, batch_norm, *rest = part
-        act = next((c for c in rest if isinstance(c, nn.ReLU)), None)
-        pooling = next((c for c in rest if isinstance(c, nn.MaxPool2d)), None)
-        return describe.stem([convolution, batch_norm, act, pooling], dtype)
+    def read_block(self) -> list[tuple[int, int, Part]]:
+        """Where each run begins and ends, and its part."""
+        children = list(self)
+        return [(start, stop, _run_part(children[start:stop])) for start, stop in conv_runs(children)]
+
+    def parts(self):
+        return [part for _, _, part in self.read_block()]
+
+    def inside(self):
+        children = list(self)
+        return [self, *(child for start, stop in conv_runs(children) for child in children[start:stop])]
 
     def cast_input(self, x, cast):
         return x if cast is None else x.to(cast)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run_children(x, list(self))
+        return self.run_children(x, len(self))
 
-    def run_children(self, x: Tensor, children: list[nn.Module]) -> Tensor:
-        """``children`` in a row."""
+    def run_children(self, x: Tensor, count: int) -> Tensor:
+        """The first ``count`` children in a row."""
+        children = list(self)[:count]
+        try:
+            runs = self.reading()
+        except Unsupported as reason:
+            return self.unfused(reason, functools.partial(_in_a_row, children=children), x)
         at = 0
-        for start, stop in conv_runs(children):
-            x = _in_a_row(x, children[at:start])
-            run = children[start:stop]
-            x = self.fused_forward(x, functools.partial(_in_a_row, children=run), part=run)
-            at = stop
+        for start, stop, part in runs:
+            if stop <= count:
+                x = _in_a_row(x, children[at:start])
+                x = self.fused_forward(part, functools.partial(_in_a_row, children=children[start:stop]), x)
+                at = stop
         return _in_a_row(x, children[at:])
+
+
+def _run_part(run: list[nn.Module]) -> Part:
+    convolution, batch_norm, *rest = run
+    act = next((c for c in rest if isinstance(c, nn.ReLU)), None)
+    pooling = next((c for c in rest if isinstance(c, nn.MaxPool2d)), None)
+    return Part(functools.partial(describe.stem, [convolution, batch_norm, act, pooling]))
 
 
 def _in_a_row(x: Tensor, children: list[nn.Module]) -> Tensor:
@@ -390,19 +434,16 @@ class FusedDenseBlock(FusedBlock):
             raise Unsupported("it has no layers")
         return found
 
-    def describe_block(self, dtype, part=None):
-        if isinstance(part, describe.Piece):
-            return describe.chain(part, dtype)
-        layers, norms = [], []
-        for found in self.layers() if part is None else part:
-            if describe.in_buffer(found):
-                described, inside = describe.layer(found, dtype)
-                layers.append(described)
-            else:
-                chains = [describe.chain(piece, dtype) for piece in describe.row(found) if piece.is_chain]
-                inside = [norm for _, of_chain in chains for norm in of_chain]
-            norms += inside
-        return tuple(layers), norms
+    def read_block(self) -> Part | list[list[describe.Piece]]:
+        """One part where all layers can write into the buffer, else the layers in pieces."""
+        layers = self.layers()
+        if all(map(describe.in_buffer, layers)):
+            return Part(functools.partial(describe.layers, layers))
+        return [describe.row(found) for found in layers]
+
+    def parts(self):
+        found = self.read_block()
+        return [found] if isinstance(found, Part) else [p.part for pieces in found for p in pieces if p.is_chain]
 
     def check_block(self, description, x):
         check = check_chain if isinstance(description, chain.Chain) else check_dense
@@ -414,22 +455,19 @@ class FusedDenseBlock(FusedBlock):
         return carry(*dense.run(backend, description, x, self._fusedres_recompute))
 
     def forward(self, init_features: Tensor) -> Tensor:
-        original = super(FusedBlock, self).forward
+        x, original = init_features, super(FusedBlock, self).forward
         try:
-            self.check_world()
-            layers = self.layers()
-            pieces = None if all(map(describe.in_buffer, layers)) else [describe.row(found) for found in layers]
+            found = self.reading()
         except Unsupported as reason:
-            self.__dict__["_fusedres_last"] = f"original modules: {reason}"
-            return original(init_features)
-        x = init_features
+            return self.unfused(reason, original, x)
         if self._fusedres_layers is not None:
             children = list(self._modules.values())
-            before, rest = children[: -len(layers)], children[-len(layers) :]
-            x, original = describe.in_a_row(x, *before), functools.partial(_in_a_row, children=rest)
-        if pieces is None:
-            return self.fused_forward(x, original, layers)
-        return self.in_pieces(x, pieces)
+            first = len(children) - len(self._fusedres_layers)
+            x = _in_a_row(x, children[:first])
+            original = functools.partial(_in_a_row, children=children[first:])
+        if isinstance(found, Part):
+            return self.fused_forward(found, original, x)
+        return self.in_pieces(x, found)
 
     def in_pieces(self, x: Tensor, layers: list[list[describe.Piece]]) -> Tensor:
         """The output where layers are split: each reads a concatenation, as in the original."""
@@ -438,7 +476,7 @@ class FusedDenseBlock(FusedBlock):
             h = torch.cat(features, 1)
             for piece in pieces:
                 if piece.is_chain:
-                    h = self.fused_forward(h, piece.original, piece)
+                    h = self.fused_forward(piece.part, piece.original, h)
                     outcomes.append(self._fusedres_last)
                 else:
                     h = piece.original(h)
@@ -481,14 +519,14 @@ class FusedTransition(_NormPoolKind):
     #: the plans by mode, where it is no Sequential
     _fusedres_plans: dict[bool, structure.Plan] | None = None
 
-    def describe_block(self, dtype, part=None):
+    def read_block(self):
         plan = (
             structure.Plan(tuple(self._modules))
             if self._fusedres_plans is None
             else self._fusedres_plans[self.training]
         )
         describe.check_stamps(self, plan)
-        return describe.transition(describe.tokens(self, plan.main), dtype)
+        return Part(functools.partial(describe.transition, describe.tokens(self, plan.main)))
 
 
 class FusedHead(_NormPoolKind):
@@ -496,30 +534,43 @@ class FusedHead(_NormPoolKind):
 
     kind = "densenet head"
 
-    def describe_block(self, dtype, part=None):
-        size = part or (1, 1)
-        batch_norm = list(self.features)[-1]
-        described: Norm = describe.norm(batch_norm, "relu")
-        window = describe.Pool("mean", size, size, (0, 0))
-        return norm_pool.NormPool(described, window, None), [batch_norm]
+    def read_block(self) -> nn.BatchNorm2d:
+        """The last module of its features."""
+        last = list(self.features)[-1]
+        describe.plain(last, nn.BatchNorm2d)
+        if describe.hooked(self.features):
+            raise Unsupported("a hook is registered on its features")
+        return last
+
+    def parts(self):
+        return [_head_part(self.read_block(), (1, 1))]
+
+    def inside(self):
+        return [self, self.features, list(self.features)[-1]]
 
     def forward(self, x: Tensor) -> Tensor:
-        children = list(self.features)
         try:
-            describe.plain(children[-1], nn.BatchNorm2d)
-            if describe.hooked(self.features):
-                raise Unsupported("a hook is registered on its features")
+            last = self.reading()
         except Unsupported as reason:
-            self.__dict__["_fusedres_last"] = f"original modules: {reason}"
-            return super(FusedBlock, self).forward(x)
+            return self.unfused(reason, super(FusedBlock, self).forward, x)
+        before = len(self.features) - 1
         if isinstance(self.features, FusedSequential):
-            x = self.features.run_children(x, children[:-1])
+            x = self.features.run_children(x, before)
         else:
-            x = _in_a_row(x, children[:-1])
-        x = self.fused_forward(
-            x, lambda x: torch.relu(children[-1](x)).mean((2, 3), keepdim=True), part=tuple(x.shape[2:])
-        )
+            x = _in_a_row(x, list(self.features)[:before])
+        part = _head_part(last, tuple(x.shape[2:]))
+        x = self.fused_forward(part, lambda x: torch.relu(last(x)).mean((2, 3), keepdim=True), x)
         return self.classifier(torch.flatten(x, 1))
+
+
+def _head_part(last: nn.BatchNorm2d, size: tuple[int, ...]) -> Part:
+    """BatchNorm, ReLU and the mean over ``size``."""
+
+    def read(dtype: torch.dtype | None):
+        window = describe.Pool("mean", size, size, (0, 0))
+        return norm_pool.NormPool(describe.norm(last, "relu"), window, None), [last]
+
+    return Part(read)
 
 
 KINDS: dict[str, type[FusedBlock]] = {

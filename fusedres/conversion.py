@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from . import structure
+from . import memory, structure
 from .blocks import (
     FusedBlock,
     FusedDenseBlock,
     FusedResidual,
-    FusedSequential,
     FusedTransition,
     conv_runs,
     fused_class,
     is_converted,
 )
-from .describe import Hooked, Unsupported, is_transition, layout, module_parts, tokens
+from .describe import Hooked, is_transition, layout, module_parts, tokens
+from .memory import Unsupported
 
 
 def _class(module: str, name: str) -> type | None:
@@ -174,7 +174,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise TypeError(f"revert expects a torch.nn.Module, found {type(model).__name__}")
     for module in model.modules():
         if is_converted(module):
-            for name in ("_fusedres_last", "_fusedres_recompute", *_PLANS):
+            for name in (memory.KEY, "_fusedres_last", "_fusedres_recompute", *_PLANS):
                 module.__dict__.pop(name, None)
             module.__class__ = module.original_class()
     return model
@@ -207,17 +207,11 @@ class Report(list[Row]):
 
 def why_not_fused(module: FusedBlock) -> str | None:
     """Why ``module`` would not run fused as it stands, before any input is seen."""
-    describers: list[Callable[[], object]] = [lambda: module.describe_block(None)]
-    if isinstance(module, FusedSequential):
-        children = list(module)
-        describers = [
-            lambda run=children[start:stop]: module.describe_block(None, run) for start, stop in conv_runs(children)
-        ]
-    for describe_part in describers:
-        try:
-            describe_part()
-        except Unsupported as reason:
-            return str(reason)
+    try:
+        for part in module.parts():
+            part.describe(None)
+    except Unsupported as reason:
+        return str(reason)
     return None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .backends.eager import Geometry, Pool
+from .memory import Part, Unsupported
 from .schedules.chain import Chain, Shortcut, Subsample
 from .schedules.common import Conv, Norm, Unit
 from .schedules.dense import Layer
@@ -22,10 +23,6 @@ from .schedules.norm_pool import NormPool
 from .structure import RELUS, Call, Plan, Step, original_forward
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Unsupported(Exception):
-    """A block that runs its original modules; the message says why, for ``report``."""
 
 
 class Hooked(Unsupported):
@@ -90,7 +87,7 @@ def conv(module: nn.Module, dtype: torch.dtype | None) -> Conv:
 
 
 def norm(module: nn.Module, act: str) -> Norm:
-    """A ``nn.BatchNorm2d`` and what its next step does, without doing it: see :func:`count_batches`."""
+    """A ``nn.BatchNorm2d`` and what its next step does, without doing it."""
     inside = norm_act(module)
     if inside is None:
         plain(module, nn.BatchNorm2d)
@@ -106,13 +103,6 @@ def norm(module: nn.Module, act: str) -> Norm:
         momentum = 1.0 / (float(module.num_batches_tracked) + 1.0)  # torch reads the counter on the host, too
     running = (module.running_mean, module.running_var) if tracking or not training else (None, None)
     return Norm(module.weight, module.bias, *running, training, momentum or 0.0, module.eps, act)
-
-
-def count_batches(*modules: nn.Module) -> None:
-    """Advance ``num_batches_tracked`` of the BatchNorms that are about to use a batch."""
-    for module in modules:
-        if module.training and module.track_running_stats and module.num_batches_tracked is not None:
-            module.num_batches_tracked.add_(1)
 
 
 def activation(module: nn.Module | None) -> str:
@@ -334,6 +324,11 @@ class Piece:
     def is_chain(self) -> bool:
         return self.first is not None or any(norm is not None for _, norm in self.units) or self.shortcut is not None
 
+    @functools.cached_property
+    def part(self) -> Part:
+        """The chain, to be run as one schedule."""
+        return Part(functools.partial(chain, self))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -524,10 +519,13 @@ def in_buffer(found: list[Token]) -> bool:
     return [token.kind for token in found] in (["norm", "conv"], ["norm", "conv", "norm", "conv"])
 
 
-def layer(found: list[Token], dtype) -> tuple[Layer, list[nn.Module]]:
-    """``(the layer of the schedule, its BatchNorms)`` of what :func:`in_buffer` says yes to."""
-    parts = [norm(t.module, t.value) if t.kind == "norm" else conv(t.module, dtype) for t in found]
-    return Layer(*parts), [token.module for token in found if token.kind == "norm"]
+def layers(found: list[list[Token]], dtype) -> tuple[tuple[Layer, ...], list[nn.Module]]:
+    """``(the layers of the schedule, their BatchNorms)`` of what :func:`in_buffer` says yes to."""
+    described = tuple(
+        Layer(*(norm(t.module, t.value) if t.kind == "norm" else conv(t.module, dtype) for t in of_layer))
+        for of_layer in found
+    )
+    return described, [token.module for of_layer in found for token in of_layer if token.kind == "norm"]
 
 
 def row(found: list[Token]) -> list[Piece]:

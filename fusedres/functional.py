@@ -12,7 +12,7 @@ from torch import Tensor
 from . import blocks, dispatch
 from .backends import eager
 from .backends.eager import Geometry, Pool
-from .describe import Unsupported
+from .memory import Unsupported
 from .schedules import chain, dense, norm_pool
 from .schedules.chain import Chain, Shortcut, Subsample
 from .schedules.common import Conv, Norm, Unit

@@ -16,7 +16,8 @@ everything that reads a_0 gather in one map, to which BN_0's correction is appli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -109,36 +110,41 @@ class Chain:
     pool: Pool | None = None
     recompute: bool = False
 
-    @property
+    @functools.cached_property
     def projection(self) -> Unit | None:
         """The convolution of the shortcut."""
         return None if self.shortcut is None else self.shortcut.unit
 
-    @property
+    @functools.cached_property
     def norms(self) -> tuple[Norm | None, ...]:
         """The BatchNorm behind the input, then those behind the units."""
         return (self.first, *(unit.norm for unit in self.units))
 
-    @property
+    @functools.cached_property
     def all_norms(self) -> list[Norm]:
         """Every BatchNorm, the shortcut's last."""
         behind = None if self.projection is None else self.projection.norm
         return [norm for norm in (*self.norms, behind) if norm is not None]
 
-    @property
+    @functools.cached_property
     def in_epilogue(self) -> bool:
         """Whether the join is the last convolution's epilogue: nothing but a sum follows it."""
         return bool(self.units) and self.units[-1].norm is None and self.act == "none"
 
-    @property
+    @functools.cached_property
     def measures(self) -> bool:
         """Whether the statistics of the output are reduced where it is written: another pre-activation block follows, most likely."""
         return self.first is not None and self.first.training and self.shortcut is not None
 
-    @property
+    @functools.cached_property
     def all_units(self) -> tuple[Unit, ...]:
         """The units of the main path, then the shortcut's."""
         return self.units if self.projection is None else (*self.units, self.projection)
+
+    @functools.cached_property
+    def recomputing(self) -> Chain:
+        """The same with ``recompute``."""
+        return replace(self, recompute=True)
 
     def behind(self, i: int) -> str:
         """The activation behind map ``i`` (0: the input, i: unit i's output)."""
@@ -149,6 +155,7 @@ class Chain:
         """Whether backward recomputes map ``i`` (n + 1: that of the shortcut's unit)."""
         return self.recompute and i > 0 and all(size == 1 for size in self.all_units[i - 1].conv.weight.shape[2:])
 
+    @functools.cached_property
     def tensors(self) -> list[Tensor | None]:
         """The differentiable tensors: ``first``'s weight and bias, then four per unit (convolution weight and bias, BatchNorm weight
         and bias), the shortcut's last."""
@@ -171,7 +178,7 @@ def run(
     """
     # out here, so that what the Function keeps are its inputs, which double backward differentiates
     x, source = as_map(x), None if source is None else as_map(source)
-    tensors = chain.tensors()
+    tensors = chain.tensors
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, source, *tensors)):
         return ChainFunction.apply(backend, chain, stats, x, source, *tensors)
     if any(norm.training for norm in chain.all_norms):
@@ -274,7 +281,7 @@ def _forward(backend, chain: Chain, x: Tensor, source: Tensor | None, stats: Ten
 
 
 class ChainFunction(torch.autograd.Function):
-    """``apply(backend, chain, stats, x, source, *chain.tensors()) -> (y, stats of y)`` for maps; stats are not differentiable."""
+    """``apply(backend, chain, stats, x, source, *chain.tensors) -> (y, stats of y)`` for maps; stats are not differentiable."""
 
     @staticmethod
     def forward(ctx, backend, chain, stats, x, source, *tensors):
@@ -483,7 +490,7 @@ class _Backward:
 
 
 def reference(chain: Chain, x: Tensor, source: Tensor | None, *tensors: Tensor | None) -> Tensor:
-    """The definition, in plain PyTorch, for the tensors of :meth:`Chain.tensors`; running statistics untouched."""
+    """The definition, in plain PyTorch, for the tensors of :attr:`Chain.tensors`; running statistics untouched."""
 
     def apply(unit: Unit, i: int, h: Tensor) -> Tensor:
         weight, bias, gamma, beta = tensors[4 * i + 2 : 4 * i + 6]

@@ -15,6 +15,7 @@ are not kept: backward runs the 1x1 convolutions again, from the buffer, without
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class Layer:
         """Channels that the layer adds."""
         return (self.conv1 if self.conv2 is None else self.conv2).weight.shape[0]
 
+    @functools.cached_property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The differentiable tensors: norm1, conv1, norm2, conv2, weight and bias each."""
         first = (*norm_tensors(self.norm1), *conv_tensors(self.conv1))
@@ -68,7 +70,7 @@ PER_LAYER = 8
 
 def run(backend, layers: tuple[Layer, ...], x: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor | None]:
     """``(X, stats)``: the concatenation of x and every layer's output, and its per-channel statistics where a layer is in training."""
-    tensors = [t for layer in layers for t in layer.tensors()]
+    tensors = [t for layer in layers for t in layer.tensors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return DenseFunction.apply(backend, layers, recompute, x, *tensors)
     buffer, stats, _ = _forward(backend, layers, as_map(x), keep=False)

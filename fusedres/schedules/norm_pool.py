@@ -10,6 +10,7 @@ one more read of x there, against keeping a quarter of a map.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,7 @@ class NormPool:
     pool: Pool
     conv: Conv | None
 
+    @functools.cached_property
     def tensors(self) -> list[Tensor | None]:
         """The differentiable tensors: BatchNorm weight and bias, convolution weight and bias."""
         return [*norm_tensors(self.norm), *((None, None) if self.conv is None else conv_tensors(self.conv))]
@@ -51,7 +53,7 @@ class NormPool:
 def run(backend, block: NormPool, x: Tensor, stats: Tensor | None = None) -> Tensor:
     """The block's output for the map ``x``; ``stats`` are x's statistics where its writer has reduced them already."""
     x = as_map(x)  # out here, so that what the Function keeps is its input, which double backward differentiates
-    tensors = block.tensors()
+    tensors = block.tensors
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return NormPoolFunction.apply(backend, block, stats, x, *tensors)
     return _forward(backend, block, x, stats)[0]
@@ -69,7 +71,7 @@ def _forward(backend, block: NormPool, x: Tensor, stats: Tensor | None):
 
 
 class NormPoolFunction(torch.autograd.Function):
-    """``apply(backend, block, stats, x, *block.tensors()) -> y``; x is a map."""
+    """``apply(backend, block, stats, x, *block.tensors) -> y``; x is a map."""
 
     @staticmethod
     def forward(ctx, backend, block, stats, x, *tensors):
