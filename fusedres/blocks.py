@@ -77,7 +77,6 @@ class FusedBlock:
             raise Unsupported("torch.jit traces the original modules")
         if describe.global_hooks():
             raise Unsupported("a global module hook is registered")
-
         return memory.recall(self, self.inside, self.read_block)
 
     def _prepare(self, part: Part, x: Tensor, *beside: Tensor):
@@ -105,7 +104,7 @@ class FusedBlock:
             return self.unfused(reason, original, x, *beside)
         self.__dict__["_fusedres_last"] = backend.name
         if counters:
-            torch._foreach_add_(counters, 1)
+            torch._foreach_add_([*counters], [*counters.values()])
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
             return self.run_block(backend, description, prepared, *beside)
 
@@ -126,13 +125,13 @@ class FusedBlock:
         return f"Fused{self.original_class().__name__}" if is_converted(self) else super()._get_name()
 
     def __reduce_ex__(self, protocol):
-        make, arguments, state, *rest = super().__reduce_ex__(protocol)
-        if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name != memory.KEY}
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: value for name, value in rest[0].items() if name != memory.KEY}
         if is_converted(self):
             # the mixed class is made at run time: pickle by what it is made of
             make, arguments = _rebuild, (type(self).kind, self.original_class())
-        return (make, arguments, state, *rest)
+        return (make, arguments, *rest)
 
 
 def check_chain(description: chain.Chain, x: Tensor, source: Tensor | None = None) -> None:

@@ -22,7 +22,7 @@ from .schedules.dense import Layer
 from .schedules.norm_pool import NormPool
 from .structure import RELUS, Call, Plan, Step, original_forward
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 class Hooked(Unsupported):
@@ -64,7 +64,7 @@ def child_of(module: nn.Module, path: str) -> nn.Module | None:
 
 def global_hooks() -> bool:
     """Whether a hook on every module of the process is registered, which inner modules must fire."""
-    return any(getattr(torch_module, f"_global{name}", None) for name in _HOOKS)
+    return any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
 
 
 def conv(module: nn.Module, dtype: torch.dtype | None) -> Conv:

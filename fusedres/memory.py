@@ -9,6 +9,7 @@ and never written into, so that threads and replicas that share a module's attri
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -41,11 +42,11 @@ class Part:
 
     def __init__(self, read: Callable[[torch.dtype | None], tuple[Any, Iterable[nn.Module]]]) -> None:
         self._read = read
-        self._known: tuple[Any, list[Tensor], list[Tensor]] | str | None = None
+        self._known: tuple[Any, dict[Tensor, int], list[Tensor]] | str | None = None
         self._passed: list[object] | None = None
 
-    def describe(self, dtype: torch.dtype | None) -> tuple[Any, list[Tensor]]:
-        """``(description, counters of the BatchNorms that are about to use a batch)``; raises Unsupported."""
+    def describe(self, dtype: torch.dtype | None) -> tuple[Any, dict[Tensor, int]]:
+        """``(description, counters of the BatchNorms that are about to use a batch, with how often)``; raises Unsupported."""
         known = self._known if dtype is None else None
         if known is None:
             try:
@@ -72,12 +73,12 @@ class Part:
         self._passed = measures
 
 
-def _counters(norms: Iterable[nn.Module]) -> list[Tensor]:
-    return [
+def _counters(norms: Iterable[nn.Module]) -> dict[Tensor, int]:
+    return Counter(
         norm.num_batches_tracked
         for norm in norms
         if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
-    ]
+    )
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

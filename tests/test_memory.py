@@ -267,6 +267,13 @@ def test_one_value_per_channel_is_an_error_also_after_other_calls():
     assert torch.equal(block[1].num_batches_tracked, before)
 
 
+def test_a_norm_that_stands_twice_counts_twice():
+    block = resnet.BasicBlock(6, 6)
+    block.bn2 = block.bn1
+    assert_computes_as_its_modules(fusedres.convert(block.double()))
+    assert block._fusedres_last == "cpp" and block.bn1.num_batches_tracked == 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_after_a_call_without(kind):
     block = warm(kind, False, torch.float32)
