@@ -50,12 +50,11 @@ def check(rows: list[dict], architectures: dict[str, str]) -> None:
 
 
 def test_representative_variants_compile_well(tmp_path):
-    rows = cross_compile(tmp_path, "--arch", "sm_90", "gfx942", "--quick")
-    check(rows, {"sm_90": "HGMMA", "gfx942": "MFMA"})
+    rows = cross_compile(tmp_path, "--arch", "sm_90", "--quick")
+    check(rows, {"sm_90": "HGMMA"})
     kernels = {row["kernel"].removesuffix("_kernel") for row in rows}
     assert {"conv_forward", "conv_dgrad", "conv_wgrad", "join_forward", "join_backward", "pool_backward"} <= kernels
-    page = (tmp_path / "cross-compile.md").read_text()
-    assert "## sm_90" in page and "## gfx942" in page
+    assert "## sm_90" in (tmp_path / "cross-compile.md").read_text()
 
 
 @pytest.mark.slow
