@@ -5,6 +5,8 @@ The contracts are those of :mod:`fusedres.backends.eager`; what is fresh is allo
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ else:
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _RELU = {"none": False, "relu": True}
+_this = sys.modules[__name__]  # what the convolutions call for the passes between them
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -63,12 +66,6 @@ if _C is not None:
         torch.library.register_fake(f"fusedres_cpp::{_name}", lambda *args: None)
 
 
-def _passes():
-    import sys
-
-    return sys.modules[__name__]
-
-
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
@@ -80,14 +77,14 @@ def statistics(x: Tensor, stats: Tensor) -> None:
 
 def conv_forward(x, affine, act, weight, bias, geometry, **epilogue) -> Tensor:
     """See :func:`fusedres.backends.eager.conv_forward`."""
-    return _convolutions.conv_forward(_passes(), x, affine, act, weight, bias, geometry, **epilogue)
+    return _convolutions.conv_forward(_this, x, affine, act, weight, bias, geometry, **epilogue)
 
 
 def conv_backward(
     grad, raw, coeff, x, affine, saved, act, weight, geometry, **epilogue
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :func:`fusedres.backends.eager.conv_backward`."""
-    return _convolutions.conv_backward(_passes(), grad, raw, coeff, x, affine, saved, act, weight, geometry, **epilogue)
+    return _convolutions.conv_backward(_this, grad, raw, coeff, x, affine, saved, act, weight, geometry, **epilogue)
 
 
 def dgrad_epilogue(
@@ -208,7 +205,8 @@ def bn_coefficients(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fusedres.backends.eager.bn_coefficients`."""
-    affine, saved = torch.empty(stats.shape, dtype=stats.dtype), torch.empty(stats.shape, dtype=stats.dtype)
+    affine = torch.empty(stats.shape, dtype=stats.dtype)  # fresh: stats may be columns of a wider tensor
+    saved = torch.empty_like(affine)
     _bn_coefficients(stats, count, weight, bias, running_mean, running_var, momentum, eps, affine, saved)
     if running_mean is not None:
         # the operator writes through pointers, which autograd's version counters do not see, and these two the user can
@@ -225,8 +223,8 @@ def bn_frozen(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fusedres.backends.eager.bn_frozen`."""
-    shape = (2, running_mean.numel())
-    affine, saved = torch.empty(shape, dtype=accum_dtype(dtype)), torch.empty(shape, dtype=accum_dtype(dtype))
+    affine = torch.empty((2, running_mean.numel()), dtype=accum_dtype(dtype))
+    saved = torch.empty_like(affine)
     _bn_frozen(weight, bias, running_mean, running_var, eps, affine, saved)
     return affine, saved
 
