@@ -85,6 +85,10 @@ def compare(
     """
     if draws is None:
         draws = {torch.float64: 2, torch.float32: 5}.get(dtype, 9)
+        if torch.finfo(dtype).bits == 16 and shape[0] > 1:
+            # rounding flips about one activation in a hundred: with enough of them a draw's error is a mean of many flips, where that of
+            # a map of 50 pixels is whether there was one, and the median of a coin's tosses says nothing
+            shape = (8 * shape[0], *shape[1:])
     results: dict[str, dict[str, list[Tensor]]] = {"truth": {}, "eager": {}, "fused": {}}
     for seeds in (range(draws), range(draws, 6 * draws)):
         for seed in seeds:
