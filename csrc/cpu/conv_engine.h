@@ -120,6 +120,8 @@ struct Indices {
 };
 
 thread_local Buffer scratch_a, scratch_b, scratch_c, scratch_v, scratch_m;
+// of the calling thread: fresh memory of this size would be mapped and cleared by the system at every call
+thread_local Buffer packed_weights, partial_sums;
 thread_local Indices scratch_base, scratch_pixel;
 
 // Runs body(i) for i in [0, n); work on fewer than kSerial values is done by the caller, because waking the threads costs microseconds. A
@@ -865,10 +867,9 @@ void forward(const ForwardArgs& a, Parallel parallel) {
             g.batch, g.in_c, g.out_c, g.out_h, g.out_w};
   p.plan();
   const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
-  Buffer packed, partial;
-  float* weights = packed.get(round_up(p.dst_c, kLanes) * p.depth());
+  float* weights = packed_weights.get(round_up(p.dst_c, kLanes) * p.depth());
   pack_weights(p, a.weight, a.weight.si, a.weight.so, weights, parallel);
-  float* stats = a.mean == nullptr ? nullptr : partial.get(p.tiles * 2 * p.dst_c);
+  float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * 2 * p.dst_c);
   const bool in_place = p.dst_c % kLanes == 0;
   run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
     const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
@@ -982,14 +983,12 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
     first_tile[i + 1] = tiles;
   }
   const int64_t panels = div_up(g.in_c, kPanel);
-  Buffer partial;
-  float* sums = a.sum_dz == nullptr ? nullptr : partial.get(tiles * 2 * g.in_c);
+  float* sums = a.sum_dz == nullptr ? nullptr : partial_sums.get(tiles * 2 * g.in_c);
   for (int64_t i = 0; i < phases; ++i) {
     const Problem& p = problems[i];
     if (first_tile[i + 1] == first_tile[i]) continue;
     const int64_t each = panels_per_task(p), parts = div_up(panels, each);
-    Buffer packed;
-    float* weights = packed.get(round_up(p.dst_c, kLanes) * p.depth());
+    float* weights = packed_weights.get(round_up(p.dst_c, kLanes) * p.depth());
     pack_weights(p, a.weight, a.weight.so, a.weight.si, weights, parallel);
     run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
       const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
@@ -1122,8 +1121,7 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
                                g.batch, g.in_c, g.out_c, g.out_h, g.out_w});
   const Problem& p = plan.p;
   const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
-  Buffer partial;
-  float* sums = partial.get(plan.groups * plan.size());
+  float* sums = partial_sums.get(plan.groups * plan.size());
   run_parallel(parallel, plan.groups * chunks * parts, pixels * p.dst_c * 8, [&](int64_t task) {
     const int64_t group = task / (chunks * parts), begin = task % parts * plan.each, end = least(panels, begin + plan.each);
     const Chunk chunk = p.chunk_at(task / parts % chunks);
