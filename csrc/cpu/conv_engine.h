@@ -41,7 +41,7 @@ constexpr int kMaxTaps = 16;                     // per dimension; larger kernel
 constexpr int64_t kTilePixels = 160;             // enough rows to amortise a pass over the packed weights
 constexpr int64_t kScratchFloats = 64 * 1024;    // 256 KiB, a quarter of a current L2
 constexpr int64_t kWinogradFloats = 160 * 1024;  // the transformed operand of a tile
-constexpr int64_t kSegment = 384;                // depth of one kernel call: its weights stay in L2, mostly L1
+constexpr int64_t kSegment = 192;                // depth of one kernel call: its weights stay in L2, mostly L1
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -651,15 +651,21 @@ struct Prefetch {
   // Channels [first, first + width) of pixels [begin, end).
   void add(const Map& map, int64_t begin, int64_t end, int64_t first, int64_t width) {
     if (map.data == nullptr || end <= begin) return;
-    ranges[count++] = {map.data + begin * map.stride + first, map.stride, end - begin, div_up(width, 16)};
-    total += (end - begin) * div_up(width, 16);
+    const float* data = map.data + begin * map.stride + first;
+    // whole pixels are one long run
+    Range range = width == map.stride ? Range{data, 0, 1, div_up((end - begin) * width, 16)} : Range{data, map.stride, end - begin, div_up(width, 16)};
+    ranges[count++] = range;
+    total += range.pixels * range.lines;
   }
   void issue(int64_t lines) {
     while (lines > 0 && current < count) {
       const Range& r = ranges[current];
-      __builtin_prefetch(r.data + pixel * r.stride + line * 16, 0, 2);
-      --lines;
-      if (++line < r.lines) continue;
+      const float* data = r.data + pixel * r.stride + line * 16;
+      const int64_t now = least(lines, r.lines - line);
+      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(data + i * 16, 0, 2);
+      lines -= now;
+      line += now;
+      if (line < r.lines) continue;
       line = 0;
       if (++pixel < r.pixels) continue;
       pixel = 0;
@@ -832,32 +838,37 @@ void merge_stats(const Problem& p, const float* partial, float* mean, float* m2,
 
 // --- forward ------------------------------------------------------------------------------------------------------------------------
 
-void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool in_place) {
-  const bool epilogue = a.out_scale != nullptr || a.residual.data != nullptr || a.out_relu;
-  if (in_place && !epilogue && a.bias == nullptr) return;
+template <bool kAffine, bool kResidual, bool kResidualAffine>
+void finish_rows(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc) {
+  const float* scale = kAffine ? a.out_scale + first : nullptr;
+  const float* shift = kAffine ? a.out_shift + first : nullptr;
+  const float* residual_scale = kResidualAffine ? a.residual_scale + first : nullptr;
+  const float* residual_shift = kResidualAffine ? a.residual_shift + first : nullptr;
+  const float floor = a.out_relu ? 0.f : -__builtin_inff();
   for (int64_t m = 0; m < where.pixels; ++m) {
     float* v = c + m * ldc;
-    if (a.bias != nullptr)
-      for (int64_t n = 0; n < columns; ++n) v[n] += a.bias[first + n];
-    if (a.out_scale != nullptr) {
-      const float* scale = a.out_scale + first;
-      const float* shift = a.out_shift + first;
-      for (int64_t n = 0; n < columns; ++n) v[n] = scale[n] * v[n] + shift[n];
+    const float* r = kResidual ? a.residual.data + where.pixel[m] * a.residual.stride + first : nullptr;
+    for (int64_t n = 0; n < columns; ++n) {
+      float value = kAffine ? scale[n] * v[n] + shift[n] : v[n];
+      if (kResidual) value += kResidualAffine ? residual_scale[n] * r[n] + residual_shift[n] : r[n];
+      v[n] = value <= floor ? floor : value;  // NaN passes
     }
-    if (a.residual.data != nullptr) {
-      const float* r = a.residual.data + where.pixel[m] * a.residual.stride + first;
-      if (a.residual_scale != nullptr) {
-        const float* scale = a.residual_scale + first;
-        const float* shift = a.residual_shift + first;
-        for (int64_t n = 0; n < columns; ++n) v[n] += scale[n] * r[n] + shift[n];
-      } else {
-        for (int64_t n = 0; n < columns; ++n) v[n] += r[n];
-      }
-    }
-    if (a.out_relu)
-      for (int64_t n = 0; n < columns; ++n) v[n] = v[n] <= 0.f ? 0.f : v[n];
-    if (!in_place) std::memcpy(a.out.data + where.pixel[m] * a.out.stride + first, v, columns * sizeof(float));
   }
+}
+
+// The epilogue of a tile, in place; then its way to the output where the product is not there already.
+void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool in_place) {
+  if (a.bias != nullptr)
+    for (int64_t m = 0; m < where.pixels; ++m)
+      for (int64_t n = 0; n < columns; ++n) c[m * ldc + n] += a.bias[first + n];
+  const bool residual = a.residual.data != nullptr;
+  if (a.out_scale != nullptr) {
+    (!residual ? finish_rows<true, false, false> : a.residual_scale ? finish_rows<true, true, true> : finish_rows<true, true, false>)(a, where, first, columns, c, ldc);
+  } else if (residual || a.out_relu) {
+    (!residual ? finish_rows<false, false, false> : a.residual_scale ? finish_rows<false, true, true> : finish_rows<false, true, false>)(a, where, first, columns, c, ldc);
+  }
+  if (in_place) return;
+  for (int64_t m = 0; m < where.pixels; ++m) std::memcpy(a.out.data + where.pixel[m] * a.out.stride + first, c + m * ldc, columns * sizeof(float));
 }
 
 void forward(const ForwardArgs& a, Parallel parallel) {
