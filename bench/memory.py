@@ -55,7 +55,7 @@ def count_kept(model: nn.Module, batch: int) -> Iterator[Callable[[], int]]:
         yield total
 
 
-def _cpu_peak(step: Callable[[], object]) -> int:
+def _cpu_peak(step: Callable[[], object], smallest: int) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,16 +63,17 @@ def _cpu_peak(step: Callable[[], object]) -> int:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return max(accumulate((size for _, size in changes), initial=0))
+    return max(accumulate((size for _, size in changes if abs(size) >= smallest), initial=0))
 
 
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(step: Callable[[], object], device: torch.device, smallest: int = 0) -> int:
     """The most bytes that were alive during ``step()`` beyond those alive before it.
 
-    On a GPU as the allocator counts them; on a CPU as the profiler sees PyTorch's allocations, without oneDNN's scratch space.
+    On a GPU as the allocator counts them; on a CPU as the profiler sees PyTorch's allocations, without oneDNN's scratch space,
+    and without those of fewer than ``smallest`` bytes.
     """
     if device.type != "cuda":
-        return _cpu_peak(step)
+        return _cpu_peak(step, smallest)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -59,6 +59,7 @@ class Settings:
     rounds: int = 15
     seconds_per_round: float = 0.3
     parity_draws: int = 3
+    bytes: bool = True
     cuda_graphs: bool = False
     compiler_caches: bool = False
 
@@ -352,7 +353,8 @@ def run_case(
         advance(f"{name} {mode}: memory and parity of {entry.name}")
         if entry in running:
             finish(entry, eager)
-            attempt(entry, measure_memory, images, labels, mode, settings)
+            if settings.bytes:
+                attempt(entry, measure_memory, images, labels, mode, settings)
             attempt(entry, measure_parity, base, mode, settings)
             if entry.name.startswith("fused"):
                 entry.record["fused_blocks"] = fused_blocks(entry.model)

@@ -251,7 +251,7 @@ def _tables(records: Sequence[dict]) -> Iterator[str]:
             yield markdown_table([_cells(r, eager.get(r["model"])) for r in group])
 
 
-def _environment(where: dict) -> str:
+def environment_list(where: dict) -> str:
     """The machine, the versions and the command, as a list."""
     packages = ("torch", "triton", "torchvision", "fusedres", "python")
     versions = ", ".join(f"{name} {where[name]}" for name in packages if where[name])
@@ -289,7 +289,7 @@ def write_report(
     if any(r["parity"] for r in records):
         reading += " Parity: errors against float64 of outputs, gradients and running statistics are at most twice eager's own."
     parts += [reading, "## How it was measured"]
-    parts += by_key(records, lambda r: _environment(r["environment"]))
+    parts += by_key(records, lambda r: environment_list(r["environment"]))
     page.write_text("\n\n".join(part for part in parts if part) + "\n")
     return page, picture
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
 sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
 
-from bench import memory, models, parity, report, roofline  # noqa: E402
+from bench import memory, models, parity, report, roofline, sweep  # noqa: E402
 
 FIELDS = {
     "model", "mode", "contender", "device", "dtype", "amp", "batch", "resolution", "rounds", "images_per_s", "ratio_to_eager",
@@ -214,3 +214,19 @@ def test_an_unknown_contender_is_a_clear_error(capsys):
         models.main(["--contenders", "eager", "fastest"])
     assert stopped.value.code == 2
     assert re.search(r"invalid choice: 'fastest' .*fused", capsys.readouterr().err)
+
+
+def test_the_sweep_tables_every_model_at_every_size(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sizes = ("--batch", "1", "2", "--resolution", "32", "--rounds", "2", "--device", "cpu")
+    assert sweep.main(["--models", "resnet18", *sizes, "--out", str(tmp_path)]) == 0
+    torch.set_num_threads(threads)
+    records = json.loads((tmp_path / "sweep.json").read_text())
+    assert len(records) == 2 * 2 * 2
+    text = (tmp_path / "sweep.md").read_text()
+    assert text.count("| model | 1 x 32 px | 2 x 32 px |") == 2 and text.count("| resnet18 |") == 2
+    for mode in ("train", "infer"):
+        least = min(r["ratio_to_eager"] for r in records if (r["mode"], r["contender"]) == (mode, "fused"))
+        assert f"Smallest: {least:.3f}x (resnet18, batch " in text
+    assert "ratio to eager" in capsys.readouterr().out

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +280,27 @@ def test_training_steps_do_not_grow_memory():
         step(model, optimizer, torch.randn(SHAPE))
         after.append(live_bytes())
     assert after[1] == after[2] == after[3]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process' memory from /proc")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_a_thousand_steps_do_not_grow_the_process(training):
+    model, x = fusedres.convert(small()).train(training), torch.randn(SHAPE)
+
+    def steps(number: int) -> int:
+        for _ in range(number):
+            with torch.set_grad_enabled(training):
+                y = model(x)
+            if training:
+                model.zero_grad(set_to_none=True)
+                y.sum().backward()
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    # allocators take a while to have what they want; one map lost in each step would be 4 MiB or more
+    steps(200)
+    before = steps(1)
+    assert steps(1000) - before < 2**20
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -8,9 +8,18 @@ are reduced once, where it is written. Backward, with dz_lc the gradient at the 
     dX_c = G_c - A_c - xhat_c * B_c,  G_c = dY_c + sum_l gamma_lc * invstd_c * dz_lc        (one buffer, accumulated in place)
     A_c  = sum_l gamma_lc * invstd_c * mean(dz_lc),  B_c = sum_l gamma_lc * invstd_c * mean(dz_lc * xhat_c)
 
-The correction (A, B) is a pending coeff of the slice's gradient, applied once, where the slice's gradient is consumed. Kept for
-backward: the buffer and each layer's bottleneck output, once; the peak adds one gradient buffer. With ``recompute`` the bottleneck outputs
-are not kept: backward runs the 1x1 convolutions again, from the buffer, without statistics.
+The correction (A, B) is a pending coeff of the slice's gradient, applied once, where the slice's gradient is consumed.
+
+Memory, in maps of one channel (M values), for C_0 channels in, C_L out, and layers of bottlenecks of m_l channels, C_{L-1} what the last
+layer reads. Kept for backward: the buffer and each bottleneck's raw output, once.
+
+    forward    C_L + sum_l m_l                      kept; C_L + max_l m_l with ``recompute`` and without gradients
+    backward   C_{L-1}                              the one gradient buffer
+               + max(max_l m_l, C_0)                the gradient of a bottleneck's output, and of x once those are gone
+
+With ``recompute`` the bottleneck outputs are not kept: backward runs the 1x1 convolutions again, from the buffer, without statistics, and
+the peak is C_L + C_{L-1} + max(2 max_l m_l, C_0). The extension's float32 convolutions hold to this to the byte; those of the vendor's
+library add their own maps.
 """
 
 from __future__ import annotations
@@ -77,8 +86,9 @@ def run(backend, layers: tuple[Layer, ...], x: Tensor, recompute: bool = False) 
     return buffer, stats
 
 
-def _forward(backend, layers: tuple[Layer, ...], x: Tensor, keep: bool):
-    """``(buffer, stats, kept)``; kept holds per layer the bottleneck's raw output and both (affine, saved), flat, if ``keep``."""
+def _forward(backend, layers: tuple[Layer, ...], x: Tensor, keep: bool, recompute: bool = False):
+    """``(buffer, stats, kept)``; kept holds per layer the bottleneck's raw output (None with ``recompute``) and both (affine, saved),
+    flat, if ``keep``."""
     first = x.shape[1]
     total = first + sum(layer.growth for layer in layers)
     buffer = empty_map((x.shape[0], total, *x.shape[2:]), x)
@@ -111,7 +121,7 @@ def _forward(backend, layers: tuple[Layer, ...], x: Tensor, keep: bool):
             affine2, saved2 = coefficients(backend, norm2, mid_stats, mid)
             pending = (affine2, norm2.act)
             if keep:
-                kept += [mid, affine1, saved1, affine2, saved2]
+                kept += [None if recompute else mid, affine1, saved1, affine2, saved2]
         else:
             mid = backend.conv_forward(
                 seen, affine1, layer.norm1.act, conv1.weight, conv1.bias, conv1.geometry,
@@ -121,6 +131,7 @@ def _forward(backend, layers: tuple[Layer, ...], x: Tensor, keep: bool):
         backend.conv_forward(
             mid, *pending, conv2.weight, conv2.bias, conv2.geometry, out=out, stats=stats_of(end, end + layer.growth)
         )
+        del mid  # before the next layer's comes to life
         end += layer.growth
     return buffer, stats, kept
 
@@ -130,9 +141,7 @@ class DenseFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, layers, recompute, x, *tensors):
-        buffer, stats, kept = _forward(backend, layers, as_map(x), keep=True)
-        if recompute:
-            kept[::5] = [None] * len(layers)
+        buffer, stats, kept = _forward(backend, layers, as_map(x), keep=True, recompute=recompute)
         ctx.backend, ctx.layers = backend, layers
         replayed = x if backend.name == "eager" else None  # only a replay needs x itself; the buffer holds its values
         ctx.save_for_backward(replayed, buffer, *kept, *tensors)
@@ -155,7 +164,8 @@ class DenseFunction(torch.autograd.Function):
 
         grad = as_map(grad)
         rows = count(buffer)
-        gathered = empty_map(buffer.shape, buffer)
+        below = total - layers[-1].growth  # the last layer's own slice is read by nobody
+        gathered = empty_map((buffer.shape[0], below, *buffer.shape[2:]), buffer)
         coeff = channel_empty(3, total, buffer)
         coeff[0].fill_(1.0)
         coeff[1:].zero_()
@@ -205,7 +215,7 @@ class DenseFunction(torch.autograd.Function):
             )
             grads[at] = gradient_of(sums1[1], tensors[at], wanted[0])
             grads[at + 1] = gradient_of(sums1[0], tensors[at + 1], wanted[1])
-            kept[5 * i] = None  # freed here, not at the end
+            del mid, grad1, raw1  # before the next layer's come to life
             end = start
         dx = backend.grad_affine(gathered[:, :first], buffer[:, :first], coeff[:, :first]) if need[0] else None
         return None, None, None, dx, *grads

@@ -1,0 +1,82 @@
+"""What a dense block holds at its peak, byte by byte, is what its schedule states."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedres
+from fusedres import dispatch
+
+densenet = pytest.importorskip("torchvision.models.densenet")
+ROOT = Path(__file__).parents[1]
+# the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
+spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
+sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
+
+from bench import memory  # noqa: E402
+
+BATCH, SIDE = 2, 48
+MAP = BATCH * SIDE * SIDE * 4  # bytes of a float32 map of one channel: more than any gradient of a weight has here
+LAYERS, GROWTH, BOTTLENECK = 4, 8, 4
+
+
+def block(recompute: bool, first: int) -> nn.Module:
+    dense = densenet._DenseBlock(LAYERS, first, BOTTLENECK, GROWTH, 0.0)
+    return fusedres.convert(nn.Sequential(dense), recompute=recompute).to(memory_format=torch.channels_last)
+
+
+def image(first: int) -> Tensor:
+    return torch.randn(BATCH, first, SIDE, SIDE).to(memory_format=torch.channels_last)
+
+
+def peak(step, smallest: int = MAP) -> int:
+    """The peak of the second call, in maps of one channel: what a first call remembers is no part of a step."""
+    step()
+    size = memory.peak_bytes(step, torch.device("cpu"), smallest=smallest)
+    assert size % MAP == 0
+    return size // MAP
+
+
+@pytest.fixture(autouse=True)
+def on_the_extension():
+    if dispatch.backends()["cpp"] != "available":
+        pytest.skip(f"cpp: {dispatch.backends()['cpp']}")
+    with fusedres.use_backend("cpp"):
+        yield
+
+
+# x wider and narrower than the gradient of a bottleneck's output, which share the last place of the peak
+@pytest.mark.parametrize("first", [16, 80], ids=["narrow", "wide"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["keeping", "recompute"])
+def test_a_dense_blocks_training_peak_is_the_formulas(first, recompute):
+    model, x = block(recompute, first), image(first).requires_grad_()
+    last, read = first + LAYERS * GROWTH, first + (LAYERS - 1) * GROWTH
+    mid = BOTTLENECK * GROWTH
+    grad = torch.randn(BATCH, last, SIDE, SIDE).to(memory_format=torch.channels_last)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+        model(x).backward(grad)
+
+    kept, working = (0, max(2 * mid, first)) if recompute else (LAYERS * mid, max(mid, first))
+    assert peak(step) == last + kept + read + working
+    assert fusedres.report(model)[0].fused
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_a_dense_block_without_gradients_holds_its_buffer_and_one_bottleneck(training):
+    model, x = block(False, 16).train(training), image(16)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(x)
+
+    assert peak(step) == 16 + LAYERS * GROWTH + BOTTLENECK * GROWTH
+    assert fusedres.report(model)[0].fused
