@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fusedres
 from fusedres import dispatch
 
-densenet = pytest.importorskip("torchvision.models.densenet")
+torchvision = pytest.importorskip("torchvision")
 ROOT = Path(__file__).parents[1]
 # the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
 spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
@@ -27,7 +27,7 @@ LAYERS, GROWTH, BOTTLENECK = 4, 8, 4
 
 
 def block(recompute: bool, first: int) -> nn.Module:
-    dense = densenet._DenseBlock(LAYERS, first, BOTTLENECK, GROWTH, 0.0)
+    dense = torchvision.models.densenet._DenseBlock(LAYERS, first, BOTTLENECK, GROWTH, 0.0)
     return fusedres.convert(nn.Sequential(dense), recompute=recompute).to(memory_format=torch.channels_last)
 
 
@@ -80,3 +80,21 @@ def test_a_dense_block_without_gradients_holds_its_buffer_and_one_bottleneck(tra
 
     assert peak(step) == 16 + LAYERS * GROWTH + BOTTLENECK * GROWTH
     assert fusedres.report(model)[0].fused
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute", "most"),
+    [("densenet121", False, 29), ("densenet121", True, 12), ("resnet50", False, 65), ("resnet50", True, 34)],
+    ids=["densenet121", "densenet121-recompute", "resnet50", "resnet50-recompute"],
+)
+def test_what_a_whole_model_keeps_for_backward_per_image(name, recompute, most):
+    """In MiB, float32, 224 pixels; eager keeps 124.3 of a densenet121 and 81.9 of a resnet50."""
+    batch = 3  # not 2, the rows of per-channel tensors
+    model = torchvision.models.get_model(name).to(memory_format=torch.channels_last)
+    model = fusedres.convert(model, recompute=recompute)
+    x = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
+    with memory.count_kept(model, batch) as kept:
+        y = model(x)
+        assert 0.5 * most < kept() / batch / 2**20 <= most
+    del y
+    assert all(row.fused for row in fusedres.report(model))
