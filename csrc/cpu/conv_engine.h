@@ -1105,24 +1105,20 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
   }
 }
 
-// The sums of all groups, in order, of `rows` channels from `line` on; `width` floats a row.
-void add_groups(const WgradPlan& plan, const float* line, int64_t rows, int64_t width, float* to) {
-  for (int64_t c = 0; c < rows; ++c) {
-    const float* from = line + c * width;
-    float* row = to + c * kPanel;
-    for (int64_t n = 0; n < width; ++n) row[n] = from[n];
-    for (int64_t k = 1; k < plan.used_groups(); ++k)
-      for (int64_t n = 0; n < width; ++n) row[n] += from[k * plan.size() + n];
-  }
-}
-
-// A block of `rows` source and `valid` destination channels, laid out as the weight is.
-void store_weights(const Weight& w, const float* block, int64_t rows, int64_t valid, float* to) {
+// A block of `rows` source and `valid` destination channels (rows of `width`), laid out as the weight is.
+void store_weights(const Weight& w, const float* block, int64_t width, int64_t rows, int64_t valid, float* to) {
   int64_t n = 0;
-  if (w.si == 1 && rows == kLanes)
-    for (; n + kLanes <= valid; n += kLanes) transpose<0>(block + n, kPanel, to + n * w.so, w.so);
+  if (w.si == 1) {
+    // 16 rows of the weight from end to end before the next 16: memory is written in long runs
+    const int64_t whole = rows / kLanes * kLanes;
+    for (; n + kLanes <= valid; n += kLanes) {
+      for (int64_t c = 0; c < whole; c += kLanes) transpose<0>(block + c * width + n, width, to + n * w.so + c, w.so);
+      for (int64_t c = whole; c < rows; ++c)
+        for (int64_t i = n; i < n + kLanes; ++i) to[i * w.so + c] = block[c * width + i];
+    }
+  }
   for (; n < valid; ++n)
-    for (int64_t c = 0; c < rows; ++c) to[n * w.so + c * w.si] = block[c * kPanel + n];
+    for (int64_t c = 0; c < rows; ++c) to[n * w.so + c * w.si] = block[c * width + n];
 }
 
 void wgrad(const WgradArgs& a, Parallel parallel) {
@@ -1164,30 +1160,29 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
     const int64_t panel = task / chunks, first = panel * kPanel, width = panel_width(p.dst_c, panel);
     const int64_t valid = least(width, p.dst_c - first);
     const Chunk chunk = p.chunk_at(task % chunks);
-    const float* from = sums + first * p.depth() + chunk.row * width;
+    float* from = sums + first * p.depth() + chunk.row * width;
+    // the groups, in order, into the first
+    for (int64_t k = 1; k < plan.used_groups(); ++k)
+      for (int64_t i = 0; i < p.taps() * chunk.width * width; ++i) from[i] += from[i + k * plan.size()];
     const auto place = [&](int i, int j, int64_t c) {
       return a.dweight.data + i * a.dweight.sh + j * a.dweight.sw + (chunk.first + c) * a.dweight.si + first * a.dweight.so;
     };
+    if (!p.winograd) {
+      for (int t = 0; t < p.taps(); ++t)
+        store_weights(a.dweight, from + t * chunk.width * width, width, chunk.width, valid, place(t / p.w.taps, t % p.w.taps, 0));
+      return;
+    }
     for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
-      const int64_t rows = least(kLanes, chunk.width - c0);
-      float block[kPositions][kLanes][kPanel];
-      if (!p.winograd) {
-        for (int t = 0; t < p.h.taps * p.w.taps; ++t) {
-          add_groups(plan, from + (t * chunk.width + c0) * width, rows, width, block[0][0]);
-          store_weights(a.dweight, block[0][0], rows, valid, place(t / p.w.taps, t % p.w.taps, c0));
-        }
-        continue;
-      }
-      for (int t = 0; t < kPositions; ++t) add_groups(plan, from + (t * chunk.width + c0) * width, rows, width, block[t][0]);
-      for (int64_t c = 0; c < rows; ++c) {
+      float block[9][kLanes][kPanel];
+      for (int64_t c = 0; c < kLanes; ++c) {
         for (int64_t n = 0; n < width; n += kLanes) {
           vec u[4][4], dw[3][3];
-          load_positions(block[0][c] + n, kLanes * kPanel, u);
+          load_positions(from + (c0 + c) * width + n, chunk.width * width, u);
           both_axes(u, dw, weight_gradient_line);
           for (int t = 0; t < 9; ++t) store(block[t][c] + n, dw[t / 3][t % 3]);
         }
       }
-      for (int t = 0; t < 9; ++t) store_weights(a.dweight, block[t][0], rows, valid, place(t / 3, t % 3, c0));
+      for (int t = 0; t < 9; ++t) store_weights(a.dweight, block[t][0], kPanel, kLanes, valid, place(t / 3, t % 3, c0));
     }
   });
 }
