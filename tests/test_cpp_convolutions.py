@@ -42,7 +42,20 @@ WINOGRAD = {
     "wide rows": ((1, 32, 6, 120, 32), (3, 3), (1, 1), (1, 1), (1, 1)),
     "a phase of a strided 5x5's input gradient": ((2, 32, 24, 25, 32), (5, 5), (2, 2), (2, 2), (1, 1)),
 }
-cases = pytest.mark.parametrize("case", [*DIRECT.values(), *WINOGRAD.values()], ids=[*DIRECT, *WINOGRAD])
+# so few pixels that a channels_last weight is read as it lies
+FEW = {
+    "few pixels, 3x3": ((2, 64, 4, 3, 96), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "few pixels, 3x3, odd outputs": ((1, 48, 5, 4, 37), (3, 3), (1, 1), (1, 1), (1, 1)),
+    "few pixels, deep 1x1": ((1, 528, 2, 3, 80), (1, 1), (1, 1), (0, 0), (1, 1)),
+    "few pixels, 3x3 strided": ((3, 32, 5, 6, 48), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "few pixels, 1x1 strided": ((2, 32, 7, 6, 64), (1, 1), (2, 2), (0, 0), (1, 1)),
+    "few pixels, 3x3 dilated": ((1, 32, 6, 5, 16), (3, 3), (1, 1), (2, 2), (2, 2)),
+    "few pixels, most of them outside": ((2, 32, 1, 1, 16), (5, 3), (1, 1), (2, 1), (1, 1)),
+    "few outputs of many pixels": ((1, 32, 12, 11, 32), (3, 3), (3, 3), (0, 0), (1, 1)),
+    "pixels that only the gradients call few": ((1, 32, 7, 7, 48), (3, 3), (1, 1), (1, 1), (1, 1)),
+}
+EVERY = {**DIRECT, **WINOGRAD, **FEW}
+cases = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 
 
 class Draw:
@@ -55,6 +68,8 @@ class Draw:
         sizes = zip((h, w), kernel, stride, padding, dilation, strict=True)
         self.out = (n, k, *((s + 2 * p - d * (r - 1) - 1) // t + 1 for s, r, t, p, d in sizes))
         self.weight = (self.values(k, c, *kernel) * (2 / (c * kernel[0] * kernel[1])) ** 0.5).to(dtype)
+        if case in FEW.values():
+            self.weight = self.weight.to(memory_format=torch.channels_last)
         self.x = self.map(n, c, h, w)
 
     def values(self, *shape: int) -> Tensor:
@@ -150,7 +165,7 @@ def test_a_weight_may_have_any_layout(case, layout):
     assert backward_pending(cpp, again)["dw"].stride() == again.weight.stride()
 
 
-@pytest.mark.parametrize("case", [DIRECT["1x1, many channels"], *list(WINOGRAD.values())[:3]], ids=str)
+@pytest.mark.parametrize("case", [DIRECT["1x1, many channels"], *list(WINOGRAD.values())[:3], FEW["few pixels, 3x3"]], ids=str)
 def test_the_number_of_threads_changes_no_bit(case):
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)

@@ -12,6 +12,9 @@
 // Large 3 x 3 convolutions of stride 1 go the same way by Winograd's algorithm: the scratch is transformed, the register kernel runs for each
 // of 16 positions, and the result is transformed back before the epilogue.
 //
+// Where a weight meets few pixels (small batches, late stages), packing it would cost more than the product: kernels then read it as it lies,
+// each number once.
+//
 // No template of the standard library is instantiated here: such functions are shared between translation units at link time, and a copy
 // compiled for AVX-512 could be the one that an older machine runs.
 #include <cstdint>
@@ -31,9 +34,11 @@ typedef float vec __attribute__((vector_size(4 * FUSEDRES_LANES), aligned(4)));
 #define FUSEDRES_SIXTEEN_REGISTERS 1
 constexpr int kPanelVectors = 2;  // 16 registers: 6 x 2 accumulators, 2 weights, 1 broadcast
 constexpr int rows_for(int vectors) { return vectors == 2 ? 6 : 10; }
+constexpr int kDotPixels = 3, kDotOutputs = 4;
 #else
 constexpr int kPanelVectors = 4;  // 32 registers: 6 x 4 accumulators, 4 weights, 1 broadcast
 constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 14; }
+constexpr int kDotPixels = 6, kDotOutputs = 4;
 #endif
 constexpr int kMaxRows = 14;
 constexpr int64_t kPanel = kPanelVectors * kLanes;
@@ -41,6 +46,9 @@ constexpr int kMaxTaps = 16;                     // per dimension; larger kernel
 constexpr int64_t kTilePixels = 160;             // enough rows to amortise a pass over the packed weights
 constexpr int64_t kScratchFloats = 64 * 1024;    // 256 KiB, a quarter of a current L2
 constexpr int64_t kWinogradFloats = 160 * 1024;  // the transformed operand of a tile
+constexpr int64_t kFewPixels = 64;               // up to here gradients read a weight as it lies
+constexpr int64_t kFewerPixels = 32;             // and forward, whose sums over a vector's lanes cost more
+constexpr int64_t kFewFloats = 256 * 1024;       // of the operand, whole in one scratch
 constexpr int64_t kSegment = 192;                // depth of one kernel call: its weights stay in L2, mostly L1
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -122,7 +130,7 @@ struct Indices {
 thread_local Buffer scratch_a, scratch_b, scratch_c, scratch_v, scratch_m;
 // of the calling thread: fresh memory of this size would be mapped and cleared by the system at every call
 thread_local Buffer packed_weights, partial_sums;
-thread_local Indices scratch_base, scratch_pixel;
+thread_local Indices scratch_base, scratch_pixel, scratch_strided;
 
 // Runs body(i) for i in [0, n); work on fewer than kSerial values is done by the caller, because waking the threads costs microseconds. A
 // thread that is done with its own part goes on with what the others have not begun, from the far end of theirs: cores are never equally fast.
@@ -253,6 +261,26 @@ struct Problem {
     return 16 * tiles * (1 + transforms) + 100 < 9.0 * static_cast<double>(rows() * w.grid);
   }
 
+  int64_t scratch_rows(int64_t of_rows, int64_t images) const {
+    const int64_t extra = h.taps == 1 ? 0 : (h.span - 1) + (h.step > 1 ? h.step - 1 : 0);
+    return (h.taps == 1 ? of_rows : of_rows * h.step) + extra * least(images, of_rows);
+  }
+
+  // One tile of all pixels, one chunk of all channels, where that is little enough and the weight can be read as it lies: `vector_c` channels
+  // of it lie side by side.
+  bool plan_few(const Weight& weight, int64_t vector_c, int64_t most_pixels) {
+    const int64_t pixels = rows() * w.grid;
+    if (pixels == 0 || pixels > most_pixels || weight.si != 1 || vector_c % kLanes != 0 || h.taps == 0 || w.taps == 0) return false;
+    winograd = false;
+    scratch_w = w.scratch_size(w.grid);
+    tile_rows = rows();
+    tiles = 1;
+    tile_pixels = tile_rows * w.grid;
+    scratch_pixels = scratch_rows(tile_rows, batch) * scratch_w;
+    chunk = src_c;
+    return scratch_pixels * src_c <= kFewFloats;
+  }
+
   void plan() {
     winograd = winograd_pays();
     scratch_w = w.taps ? w.scratch_size(w.grid) : 0;
@@ -268,9 +296,7 @@ struct Problem {
     const int64_t images = (tile_rows - 1) / h.grid + 2;
     scratch_pixels = 0;
     if (h.taps && w.taps) {
-      const int64_t extra = h.taps == 1 ? 0 : (h.span - 1) + (h.step > 1 ? h.step - 1 : 0);
-      const int64_t in_rows = (h.taps == 1 ? tile_rows : tile_rows * h.step) + extra * least(images, tile_rows);
-      scratch_pixels = in_rows * scratch_w;
+      scratch_pixels = scratch_rows(tile_rows, images) * scratch_w;
       const int64_t fit = winograd ? kWinogradFloats / (4 * tile_pixels) : kScratchFloats / scratch_pixels;
       const int64_t pieces = div_up(src_c, least(512, most(64, fit)));
       chunk = pieces == 1 ? src_c : round_up(div_up(src_c, pieces), kLanes);
@@ -548,10 +574,10 @@ void pack_weights(const Problem& p, const Weight& w, int64_t source_stride, int6
 
 // --- register kernels ---------------------------------------------------------------------------------------------------------------
 
-// c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors]. The sum starts at zero and joins c at the end: one chain of additions
+// c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors], `ldb` floats a row. The sum starts at zero and joins c at the end: one chain of additions
 // over all segments would round worse.
 template <int R, int V>
-__attribute__((noinline)) void multiply(const float* scratch, const int64_t* base, const float* b, int64_t depth, float* c, int64_t ldc, bool first) {
+__attribute__((noinline)) void multiply(const float* scratch, const int64_t* base, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool first) {
   vec acc[R][V];
   const float* a[R];
   for (int i = 0; i < R; ++i) {
@@ -561,7 +587,7 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
   for (int64_t k = 0; k < depth; ++k) {
     vec weights[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) weights[j] = load(b + (k * V + j) * kLanes);
+    for (int j = 0; j < V; ++j) weights[j] = load(b + k * ldb + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const float value = a[i][k];
@@ -573,22 +599,23 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
     for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, first ? acc[i][j] : acc[i][j] + load(c + i * ldc + j * kLanes));
 }
 
-using Multiply = void (*)(const float*, const int64_t*, const float*, int64_t, float*, int64_t, bool);
+using Multiply = void (*)(const float*, const int64_t*, const float*, int64_t, int64_t, float*, int64_t, bool);
 
-// c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors], as in multiply.
+// c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors], as in multiply; both have a base per pixel.
 template <int R, int V>
-__attribute__((noinline)) void outer(const float* scratch, const int64_t* base, int64_t pixels, const float* g, int64_t ldg, float* c, int64_t ldc, bool first) {
+__attribute__((noinline)) void outer(const float* a, const int64_t* a_base, const float* g, const int64_t* g_base, int64_t pixels, float* c, int64_t ldc, bool first) {
   vec acc[R][V];
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < V; ++j) acc[i][j] = vec{};
   for (int64_t m = 0; m < pixels; ++m) {
-    const float* a = scratch + base[m];
+    const float* from = a + a_base[m];
+    const float* other = g + g_base[m];
     vec values[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) values[j] = load(g + m * ldg + j * kLanes);
+    for (int j = 0; j < V; ++j) values[j] = load(other + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const float value = a[i];
+      const float value = from[i];
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) acc[i][j] += value * values[j];
     }
@@ -597,11 +624,53 @@ __attribute__((noinline)) void outer(const float* scratch, const int64_t* base, 
     for (int j = 0; j < V; ++j) store(c + i * ldc + j * kLanes, first ? acc[i][j] : acc[i][j] + load(c + i * ldc + j * kLanes));
 }
 
-using Outer = void (*)(const float*, const int64_t*, int64_t, const float*, int64_t, float*, int64_t, bool);
+using Outer = void (*)(const float*, const int64_t*, const float*, const int64_t*, int64_t, float*, int64_t, bool);
+
+// A stretch of a product's depth: where it begins, from a pixel's base and from the weight's row or column.
+struct Run {
+  int64_t operand, weight, depth;
+};
+
+inline float total(vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+// c[R pixels x O outputs] = the products of their rows along `runs`, whose depths are whole vectors: the weight's row of an output is read from
+// end to end.
+template <int R, int O>
+__attribute__((noinline)) void dots(const float* scratch, const int64_t* base, const float* w, int64_t ldw, const Run* runs, int count, float* c, int64_t ldc) {
+  vec acc[R][O];
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < O; ++j) acc[i][j] = vec{};
+  for (int run = 0; run < count; ++run) {
+    const float* a = scratch + runs[run].operand;
+    const float* b = w + runs[run].weight;
+    for (int64_t k = 0; k < runs[run].depth; k += kLanes) {
+      vec weights[O];
+#pragma GCC unroll 4
+      for (int j = 0; j < O; ++j) weights[j] = load(b + j * ldw + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        const vec value = load(a + base[i] + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < O; ++j) acc[i][j] += value * weights[j];
+      }
+    }
+  }
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < O; ++j) c[i * ldc + j] = total(acc[i][j]);
+}
+
+using Dots = void (*)(const float*, const int64_t*, const float*, int64_t, const Run*, int, float*, int64_t);
 
 struct Kernels {
   Multiply multiply[kPanelVectors + 1][kMaxRows + 1];
   Outer outer[kPanelVectors + 1][kMaxRows + 1];
+  Dots dots[kDotOutputs + 1][kDotPixels + 1];
 };
 
 template <int V, int R>
@@ -617,6 +686,19 @@ struct Fill<V, 0> {
   static void into(Kernels&) {}
 };
 
+template <int R>
+struct FillDots {
+  static void into(Kernels& k) {
+    k.dots[1][R] = dots<R, 1>;
+    k.dots[kDotOutputs][R] = dots<R, kDotOutputs>;
+    FillDots<R - 1>::into(k);
+  }
+};
+template <>
+struct FillDots<0> {
+  static void into(Kernels&) {}
+};
+
 Kernels make_kernels() {
   Kernels k{};
   Fill<1, rows_for(1)>::into(k);
@@ -625,6 +707,7 @@ Kernels make_kernels() {
   Fill<3, rows_for(3)>::into(k);
   Fill<4, rows_for(4)>::into(k);
 #endif
+  FillDots<kDotPixels>::into(k);
   return k;
 }
 
@@ -711,7 +794,7 @@ void multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
     for (int position = 0; position < kPositions; ++position) {
       for (int64_t m = 0; m < patches; m += block) {
         kernels().multiply[vectors][least(block, patches - m)](transformed + position * step, base + m, weights + position * chunk.width * width,
-                                                               chunk.width, product + position * product_step + m * width, width, k == 0);
+                                                               width, chunk.width, product + position * product_step + m * width, width, k == 0);
         prefetch->issue(lines);
       }
     }
@@ -756,7 +839,7 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
         const bool first = k == 0 && i == 0;
         for (int64_t m = 0; m < where->pixels; m += block) {
           const int64_t rows = least(block, where->pixels - m);
-          kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m, weights + segments[i].row * width, segments[i].depth,
+          kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m, weights + segments[i].row * width, width, segments[i].depth,
                                             c + m * ldc + (panel - first_panel) * kPanel, ldc, first);
           prefetch.issue(lines);
         }
@@ -773,6 +856,34 @@ int64_t panels_per_task(const Problem& p) {
   const int64_t fit = most(1, 2 * kScratchFloats / (p.tile_pixels * kPanel * each));
   return most(1, least(fit, div_up(panels, wanted)));
 }
+
+// --- few pixels ---------------------------------------------------------------------------------------------------------------------
+
+// The operand of a problem that plan_few took: loaded, or the source map itself where nothing is pending and nothing padded.
+const float* load_whole(const Problem& p, const Source& s, Tile* where) {
+  const Source* in_place = s.scale == nullptr && !s.relu && p.h.inside() && p.w.inside() ? &s : nullptr;
+  *where = locate(p, 0, p.src_c, in_place);
+  if (in_place) return s.map.data;
+  float* loaded = scratch_a.get(p.scratch_pixels * p.src_c);
+  load_tile(p, s, 0, p.chunk_at(0), loaded);
+  return loaded;
+}
+
+// The taps, as a weight lies. For the operand's channels side by side in it, a row of consecutive taps is one run where they are so, too.
+int make_runs(const Problem& p, const Weight& w, bool side_by_side, Run* runs) {
+  int count = 0;
+  const bool merged = side_by_side && p.w.consecutive() && w.sw == p.src_c && p.w.kernel[0] == 0;
+  const int columns = merged ? 1 : p.w.taps;
+  for (int i = 0; i < p.h.taps; ++i)
+    for (int j = 0; j < columns; ++j)
+      runs[count++] = {(p.h.shift(i) * p.scratch_w + p.w.shift(j)) * p.src_c, p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw, merged ? p.w.taps * p.src_c : p.src_c};
+  return count;
+}
+
+constexpr int kMaxRuns = kMaxTaps * kMaxTaps;
+
+// How many of `channels` a task takes: enough tasks for many threads, each a multiple of `multiple`.
+int64_t few_per_task(int64_t channels, int64_t multiple) { return round_up(div_up(channels, 16), multiple); }
 
 // --- statistics ---------------------------------------------------------------------------------------------------------------------
 
@@ -871,11 +982,33 @@ void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int6
   for (int64_t m = 0; m < where.pixels; ++m) std::memcpy(a.out.data + where.pixel[m] * a.out.stride + first, c + m * ldc, columns * sizeof(float));
 }
 
+void forward_few(const ForwardArgs& a, const Problem& p, Parallel parallel) {
+  Run runs[kMaxRuns];
+  const int count = make_runs(p, a.weight, true, runs);
+  const int64_t each = few_per_task(p.dst_c, kDotOutputs);
+  run_parallel(parallel, div_up(p.dst_c, each), p.dst_c * p.depth(), [&](int64_t task) {
+    const int64_t first = task * each, columns = least(each, p.dst_c - first), ldc = a.out.stride;
+    Tile where;
+    const float* operand = load_whole(p, a.x, &where);
+    const int64_t block = even_block(where.pixels, kDotPixels);
+    float* c = a.out.data + first;
+    for (int64_t n = 0; n < columns;) {
+      const int64_t outputs = columns - n >= kDotOutputs ? kDotOutputs : 1;
+      for (int64_t m = 0; m < where.pixels; m += block)
+        kernels().dots[outputs][least(block, where.pixels - m)](operand, where.base + m, a.weight.data + (first + n) * a.weight.so, a.weight.so, runs, count, c + m * ldc + n, ldc);
+      n += outputs;
+    }
+    finish_forward(a, where, first, columns, c, ldc, true);
+    if (a.mean != nullptr) column_stats(c, ldc, where.pixels, columns, a.mean + first, a.m2 + first);
+  });
+}
+
 void forward(const ForwardArgs& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   Problem p{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
             forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
             g.batch, g.in_c, g.out_c, g.out_h, g.out_w};
+  if (p.plan_few(a.weight, g.in_c, kFewerPixels)) return forward_few(a, p, parallel);
   p.plan();
   const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
   float* weights = packed_weights.get(round_up(p.dst_c, kLanes) * p.depth());
@@ -977,10 +1110,35 @@ void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t 
   tile(a, where, first, columns, c, ldc, sum_dz, sum_dz_xhat);
 }
 
+// The sums of the only tile go to `sums`.
+void dgrad_few(const DgradArgs& a, const Problem& p, float* sums, Parallel parallel) {
+  Run runs[kMaxRuns];
+  const int count = make_runs(p, a.weight, false, runs);
+  run_parallel(parallel, div_up(p.dst_c, kPanel), p.dst_c * p.depth(), [&](int64_t panel) {
+    const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel);
+    const int vectors = static_cast<int>(width / kLanes);
+    Tile where;
+    const float* operand = load_whole(p, a.grad, &where);
+    float* c = scratch_c.get(p.tile_pixels * width);
+    const int64_t block = even_block(where.pixels, rows_for(vectors)), part = even_block(p.src_c, kSegment);
+    for (int i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < p.src_c; k += part) {
+        const float* weights = a.weight.data + runs[i].weight + k * a.weight.so + first;
+        for (int64_t m = 0; m < where.pixels; m += block)
+          kernels().multiply[vectors][least(block, where.pixels - m)](operand + runs[i].operand + k, where.base + m, weights, a.weight.so, least(part, p.src_c - k),
+                                                                      c + m * width, width, i == 0 && k == 0);
+      }
+    }
+    float* own = sums == nullptr ? nullptr : sums + first;
+    finish_dgrad(a, where, first, width, c, width, own, own == nullptr ? nullptr : own + p.dst_c);
+  });
+}
+
 void dgrad(const DgradArgs& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   const int64_t phases = g.stride_h * g.stride_w;
   Problem problems[16];
+  bool few[16] = {};
   int64_t tiles = 0, first_tile[17] = {0};
   for (int64_t i = 0; i < phases; ++i) {
     Problem& p = problems[i];
@@ -988,7 +1146,8 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
                 dgrad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w, i % g.stride_w),
                 g.batch, g.out_c, g.in_c, g.in_h, g.in_w};
     if (p.h.grid > 0 && p.w.grid > 0) {
-      p.plan();
+      few[i] = p.plan_few(a.weight, g.in_c, kFewPixels);
+      if (!few[i]) p.plan();
       tiles += p.tiles;
     }
     first_tile[i + 1] = tiles;
@@ -998,6 +1157,10 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
   for (int64_t i = 0; i < phases; ++i) {
     const Problem& p = problems[i];
     if (first_tile[i + 1] == first_tile[i]) continue;
+    if (few[i]) {
+      dgrad_few(a, p, sums == nullptr ? nullptr : sums + first_tile[i] * 2 * g.in_c, parallel);
+      continue;
+    }
     const int64_t each = panels_per_task(p), parts = div_up(panels, each);
     float* weights = packed_weights.get(round_up(p.dst_c, kLanes) * p.depth());
     pack_weights(p, a.weight, a.weight.so, a.weight.si, weights, parallel);
@@ -1057,12 +1220,20 @@ struct WgradPlan {
   }
 };
 
+// The bases of pixels that lie `stride` apart.
+const int64_t* strided_base(int64_t pixels, int64_t stride) {
+  int64_t* base = scratch_strided.get(pixels);
+  for (int64_t m = 0; m < pixels; ++m) base[m] = m * stride;
+  return base;
+}
+
 // The products of one tile: panels [begin, end) of one chunk, added to the sums of a group unless they are `fresh`. `gradient` holds the
 // tile's output gradients, `ldg` floats a pixel.
 void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient, int64_t ldg, int64_t begin, int64_t end, float* sums, bool fresh, Prefetch* prefetch) {
   const Problem& p = plan.p;
   Segment segments[kMaxSegments];
   const int count = make_segments(p, chunk, int64_t(1) << 40, segments);
+  const int64_t* gradient_base = strided_base(where.pixels, ldg);
   const int64_t calls = (end - begin) * count * div_up(segments[0].depth, rows_for(kPanelVectors)), lines = div_up(prefetch->total, calls);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t width = panel_width(p.dst_c, panel);
@@ -1073,7 +1244,7 @@ void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const flo
       const int64_t block = even_block(segments[i].depth, rows_for(vectors));
       for (int64_t k = 0; k < segments[i].depth; k += block) {
         const int64_t rows = least(block, segments[i].depth - k);
-        kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, where.pixels, values, ldg,
+        kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, values, gradient_base, where.pixels,
                                        to + (segments[i].row + k) * width, width, fresh);
         prefetch->issue(lines);
       }
@@ -1092,14 +1263,15 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
   transform_gradient(p, tile, gradient, width, gradients, gradient_step);
   int64_t* base = scratch_base.get(patches);
   for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
+  const int64_t* gradient_base = strided_base(patches, width);
   const int vectors = static_cast<int>(width / kLanes);
   const int64_t block = even_block(chunk.width, rows_for(vectors));
   const int64_t lines = div_up(prefetch->total, kPositions * div_up(chunk.width, block));
   float* to = sums + panel * kPanel * p.depth() + chunk.row * width;
   for (int position = 0; position < kPositions; ++position, to += chunk.width * width) {
     for (int64_t k = 0; k < chunk.width; k += block) {
-      kernels().outer[vectors][least(block, chunk.width - k)](transformed + position * step + k, base, patches, gradients + position * gradient_step,
-                                                              width, to + k * width, width, fresh);
+      kernels().outer[vectors][least(block, chunk.width - k)](transformed + position * step + k, base, gradients + position * gradient_step, gradient_base, patches,
+                                                              to + k * width, width, fresh);
       prefetch->issue(lines);
     }
   }
@@ -1121,11 +1293,38 @@ void store_weights(const Weight& w, const float* block, int64_t width, int64_t r
     for (int64_t c = 0; c < rows; ++c) to[n * w.so + c * w.si] = block[c * width + n];
 }
 
+// Every product is a finished number of the weight's gradient, which is written in its rows.
+void wgrad_few(const WgradArgs& a, const Problem& p, Parallel parallel) {
+  Run runs[kMaxRuns];
+  const Weight& dweight = a.dweight;
+  const int count = make_runs(p, dweight, true, runs);
+  const int64_t block = rows_for(kPanelVectors), each = few_per_task(p.dst_c, block);
+  run_parallel(parallel, div_up(p.dst_c, each), p.dst_c * p.depth(), [&](int64_t task) {
+    const int64_t first = task * each, columns = least(each, p.dst_c - first);
+    Tile where;
+    const float* operand = load_whole(p, a.x, &where);
+    float* gradient = scratch_b.get(where.pixels * columns);
+    for (int64_t m = 0; m < where.pixels; ++m) load_pixel(a.grad, where.pixel[m], first, columns, gradient + m * columns);
+    const int64_t* base = strided_base(where.pixels, columns);
+    for (int64_t n = 0; n < columns; n += block) {
+      for (int i = 0; i < count; ++i) {
+        float* to = dweight.data + (first + n) * dweight.so + runs[i].weight;
+        for (int64_t k = 0; k < runs[i].depth; k += kPanel) {
+          const int64_t vectors = least(kPanel, runs[i].depth - k) / kLanes;
+          kernels().outer[vectors][least(block, columns - n)](gradient + n, base, operand + runs[i].operand + k, where.base, where.pixels, to + k, dweight.so, true);
+        }
+      }
+    }
+  });
+}
+
 void wgrad(const WgradArgs& a, Parallel parallel) {
   const Geometry2d& g = a.g;
-  const WgradPlan plan(Problem{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
-                               forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
-                               g.batch, g.in_c, g.out_c, g.out_h, g.out_w});
+  Problem problem{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
+                  forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+                  g.batch, g.in_c, g.out_c, g.out_h, g.out_w};
+  if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, parallel);
+  const WgradPlan plan(problem);
   const Problem& p = plan.p;
   const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
   float* sums = partial_sums.get(plan.groups * plan.size());
