@@ -165,7 +165,9 @@ def test_a_weight_may_have_any_layout(case, layout):
     assert backward_pending(cpp, again)["dw"].stride() == again.weight.stride()
 
 
-@pytest.mark.parametrize("case", [DIRECT["1x1, many channels"], *list(WINOGRAD.values())[:3], FEW["few pixels, 3x3"]], ids=str)
+@pytest.mark.parametrize(
+    "case", [DIRECT["1x1, many channels"], *list(WINOGRAD.values())[:3], FEW["few pixels, 3x3"]], ids=str
+)
 def test_the_number_of_threads_changes_no_bit(case):
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
