@@ -1,14 +1,15 @@
 """Where a step's time or traffic goes, primitive by primitive, against the machine's limits.
 
-    python -m bench.roofline --model resnet50 --batch 8 --resolution 160 --mode train            (measured on this machine)
-    python -m bench.roofline --model resnet50 --batch 256 --resolution 224 --dtype bfloat16 --device cuda   (on a GPU)
-    python -m bench.roofline --model densenet121 --batch 256 --dtype bfloat16 --count            (counted on meta tensors, no device needed)
+    python -m bench.roofline --model densenet121 --batch 256 --dtype bfloat16     (counted on meta tensors, no device needed)
+    python -m bench.roofline --model resnet50 --batch 8 --device cpu              (measured on this machine)
+    python -m bench.roofline --model resnet50 --batch 256 --resolution 224 --dtype bfloat16 --device cuda    (on a GPU)
 
 Bytes and FLOPs are those of the calls that the schedules really make, recorded at the backend's boundary; a convolution's two gradients
 count as two kernels. Measured runs compare each primitive with a floor: its bytes over the bandwidth of a large copy or its FLOPs over the
 rate of a well-shaped vendor convolution, whichever is larger, both taken in the same run. Counted runs compare the feature-map traffic with
 eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once, its backward reads four times and writes once,
-ReLU works in place.
+ReLU works in place. They also count what the triton backend launches in the step, with every convolution fused and by the plans that hold
+where nothing was measured, which leave some convolutions to the vendor and pay for it with passes: its kernels, and PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class Clock:
     def head_start(self) -> None:
         """Keep the GPU busy for a moment, so that launches queue up and no time is lost between kernels."""
         if self._cuda:
-            torch.cuda._sleep(200_000_000)
+            torch.cuda._sleep(400_000_000)
 
 
 class Recorder:
@@ -132,7 +133,10 @@ class Recorder:
         self._inner, self._calls, self._clock, self.name = inner, calls, clock, inner.name
 
     def __getattr__(self, name: str):
-        function, signature = getattr(self._inner, name), _signature(name)
+        function = getattr(self._inner, name)
+        if not hasattr(eager, name):
+            return function  # no primitive: what a backend offers beside them
+        signature = _signature(name)
 
         def recorded(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)
@@ -202,7 +206,7 @@ class Shapes:
 
 
 class EagerTraffic(TorchDispatchMode):
-    """Counts the feature-map bytes of eager's operators: each its own pass over its maps."""
+    """Counts PyTorch's operators that compute something, and their feature-map bytes: each its own pass over its maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,8 +236,8 @@ class EagerTraffic(TorchDispatchMode):
             moved = (3 if args[5] else 2) * _bytes(args[0])
         else:
             moved = _bytes(*maps, *outs)
+        self.operators += 1
         if maps:
-            self.operators += 1
             self.total += moved
         return result
 
@@ -341,18 +345,41 @@ def measured(args, console: Console) -> dict:
     }  # fmt: skip
 
 
-def counted(args, console: Console) -> dict:
+def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[str, int] | None:
+    """What a step of the converted ``model`` launches on the triton backend by ``plan``, on meta tensors: the backend's own kernels,
+    PyTorch's operators beside them, and the bytes of the feature maps that both read and write. None where Triton is missing."""
+    backend = dispatch.load("triton")
+    if isinstance(backend, str):
+        return None
+    from fusedres.kernels import helpers
+
+    with helpers.record() as launches, backend.use_plan(plan), dispatch.observe(lambda inner: backend):
+        with EagerTraffic() as operators:
+            step(model, x, mode)
+    moved = sum(
+        _bytes(value)
+        for launch in launches
+        for name, value in launch.arguments.items()
+        if isinstance(value, Tensor) and value.dim() == 4 and name != "weight"
+    )
+    return {"kernels": len(launches), "operators": operators.operators, "bytes": moved + operators.total}
+
+
+PLANS = {"fused": "every convolution fused", "auto": "by the default plans"}
+
+
+def counted(args, mode: str, console: Console) -> dict:
     """Count the traffic of a step on meta tensors, ours and eager's, and print floors for a given device."""
     dtype = getattr(torch, args.dtype)
     x = torch.empty(args.batch, 3, args.resolution, args.resolution, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last)
-    model = build(args.model, "meta", dtype, args.mode)
+    model = build(args.model, "meta", dtype, mode)
     with EagerTraffic() as theirs:
-        step(model, x, args.mode)
+        step(model, x, mode)
     calls: list[Call] = []
     fusedres.convert(model)
     with dispatch.observe(lambda inner: Recorder(Shapes(), calls, Clock(torch.device("cpu")))):
-        step(model, x, args.mode)
+        step(model, x, mode)
     settle(calls, Clock(torch.device("cpu")))
     bandwidth, rate = args.bandwidth * 1e12, args.rate * 1e12
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
@@ -363,17 +390,14 @@ def counted(args, console: Console) -> dict:
         row[2] += call.flops
         row[3] += max((call.read + call.written) / bandwidth, call.flops / rate)
     table = Table(
-        title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule"
+        title=f"{args.model} {mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule"
     )
-    for head in (
-        "primitive",
-        "launches",
-        "MB per image",
-        "GFLOP per image",
-        f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)",
-    ):
+    heads = (
+        "primitive", "kernels", "MB per image", "GFLOP per image", f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)",
+    )  # fmt: skip
+    for head in heads:
         table.add_column(head, justify="left" if head == "primitive" else "right")
-    for label, (kernels, moved, flops, floor) in sorted(rows.items(), key=lambda item: -item[1][1]):
+    for label, (kernels, moved, flops, floor) in sorted(rows.items(), key=lambda item: -item[1][3]):
         table.add_row(
             label,
             str(kernels),
@@ -381,37 +405,61 @@ def counted(args, console: Console) -> dict:
             f"{flops / args.batch / 1e9:.2f}",
             f"{floor * 1e3:.2f}",
         )
-    console.print(table)
     ours = sum(row[1] for row in rows.values())
-    launches = sum(row[0] for row in rows.values())
-    console.print(
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(
         f"feature-map traffic per image: {ours / args.batch / 1e6:.0f} MB, eager {theirs.total / args.batch / 1e6:.0f} MB: "
-        f"{ours / theirs.total:.2f}x; {launches} launches, eager {theirs.operators} operators; "
-        f"floor {sum(row[3] for row in rows.values()) * 1e3:.1f} ms",
-        highlight=False,
+        f"{ours / theirs.total:.2f}x; floor {sum(row[3] for row in rows.values()) * 1e3:.1f} ms, "
+        f"of eager's traffic {theirs.total / bandwidth * 1e3:.1f} ms"
     )
-    return {"bytes": ours, "eager_bytes": theirs.total, "launches": launches, "calls": [asdict(c) for c in calls]}
+    say(f"launches per step: eager {theirs.operators} operators")
+    plans = {}
+    for plan, words in PLANS.items():
+        found = plans[plan] = launched(model, x, mode, plan)
+        if found is not None:
+            say(
+                f"  triton backend, {words}: {found['kernels'] + found['operators']} "
+                f"({found['kernels']} kernels of its own, {found['operators']} operators); "
+                f"{found['bytes'] / args.batch / 1e6:.0f} MB per image, {found['bytes'] / theirs.total:.2f}x eager's"
+            )
+    return {
+        "bytes": ours, "eager_bytes": theirs.total, "eager_operators": theirs.operators, "launches": plans,
+        "calls": [asdict(c) for c in calls],
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=known_model, default="resnet50", help="a torchvision model")
-    parser.add_argument("--mode", choices=("train", "infer"), default="train")
+    parser.add_argument("--mode", choices=("train", "infer"), help="default: both counted, train measured")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=None, help="pixels; 160 measured, 224 counted")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what a measured run uses")
-    parser.add_argument("--count", action="store_true", help="count on meta tensors instead of measuring")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="measure on this device instead of counting")
+    parser.add_argument("--count", action="store_true", help="count on meta tensors, as without --device")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s for counted floors (an H200's copy)")
     parser.add_argument(
         "--rate", type=float, default=790, help="TFLOP/s for counted floors (an H200's bfloat16 product)"
     )
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    args.resolution = args.resolution or (224 if args.count else 160)
-    result = (counted if args.count else measured)(args, Console(width=130))
+    if args.count and args.device:
+        parser.error("--count needs no --device: it runs nothing")
+    args.resolution = args.resolution or (160 if args.device else 224)
+    console = Console(width=130)
+    if args.device:
+        args.mode = args.mode or "train"
+        result = measured(args, console)
+    elif args.mode:
+        result = counted(args, args.mode, console)
+    else:
+        result = {mode: counted(args, mode, console) for mode in ("train", "infer")}
     if args.json:
         environment = {"torch": torch.__version__, "fusedres": fusedres.__version__, "machine": platform.machine()}
         with open(args.json, "w") as file:
