@@ -354,8 +354,11 @@ def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[st
     from fusedres.kernels import helpers
 
     with helpers.record() as launches, backend.use_plan(plan), dispatch.observe(lambda inner: backend):
-        with EagerTraffic() as operators:
-            step(model, x, mode)
+        with EagerTraffic() as operators, torch.set_grad_enabled(mode == "train"):
+            y = model(x)
+            if mode == "train":
+                # not backward(): a recorded launch holds its tensors, and what is held a parameter's gradient copies
+                torch.autograd.grad(y.sum(), list(model.parameters()))
     moved = sum(
         _bytes(value)
         for launch in launches
