@@ -18,10 +18,12 @@ import argparse
 import functools
 import inspect
 import json
+import math
 import platform
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -55,14 +57,21 @@ def _bytes(*maps: Tensor | None) -> int:
     return sum(m.numel() * m.element_size() for m in maps if m is not None)
 
 
+def _met(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> int:
+    """The bytes of the map ``x`` that a convolution meets: a stride wider than the kernel skips pixels, as in a projection."""
+    met = [min(1.0, k / step) for k, step in zip(kernel, stride, strict=True)]
+    return int(_bytes(x) * math.prod(met))
+
+
 def account(name: str, a: dict, result) -> tuple[str, int, int, int, int]:
     """``(label, bytes read, bytes written, FLOPs, kernels)`` of a call of primitive ``name`` with arguments ``a``."""
     if name in ("conv_forward", "conv_backward"):
         weight = a["weight"]
         shape = "x".join(str(k) for k in weight.shape[2:]) + ("" if a["geometry"].stride[0] == 1 else " strided")
+        met = _met(a["x"], weight.shape[2:], a["geometry"].stride)
     if name == "conv_forward":
         flops = 2 * result.numel() * weight[0].numel()
-        return f"convolution {shape}", _bytes(a["x"], a["residual"]), _bytes(result), flops, 1
+        return f"convolution {shape}", met + _bytes(a["residual"]), _bytes(result), flops, 1
     if name == "conv_backward":
         g, raw, x = a["grad"], a["raw"] if a["coeff"] is not None else None, a["x"]
         flops = 2 * g.numel() * weight[0].numel()
@@ -72,7 +81,7 @@ def account(name: str, a: dict, result) -> tuple[str, int, int, int, int]:
             old = x if a["accumulate"] or a["base"] is not None else None
             read, written, kernels = _bytes(g, raw, below, old), _bytes(x), 1
         if a["need_dw"]:
-            read, kernels = read + _bytes(g, raw, x), kernels + 1
+            read, kernels = read + _bytes(g, raw) + met, kernels + 1
         return f"convolution {shape} backward", read, written, flops * kernels, kernels
     if name == "join_forward":
         label = "join" if a["residual"] is not None else "copy with statistics" if a["affine"] is None else "normalise"
@@ -226,10 +235,11 @@ class EagerTraffic(TorchDispatchMode):
         if func.is_view or "detach" in name or name.startswith(("empty", "t.", "view", "new_")):
             return result
         if name == "convolution":
-            moved = _bytes(args[0], result)
+            moved = _met(args[0], args[1].shape[2:], args[3]) + _bytes(result)
         elif name == "convolution_backward":
             grad, x = args[0], args[1]
-            moved = _bytes(grad, x) + (_bytes(grad, x) if result[0] is not None else 0)
+            moved = _bytes(grad) + _met(x, args[2].shape[2:], args[4])
+            moved += _bytes(grad, x) if result[0] is not None else 0
         elif "batch_norm_backward" in name:
             moved = 5 * _bytes(args[1])
         elif "batch_norm" in name:
@@ -347,7 +357,7 @@ def measured(args, console: Console) -> dict:
 
 def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[str, int] | None:
     """What a step of the converted ``model`` launches on the triton backend by ``plan``, on meta tensors: the backend's own kernels,
-    PyTorch's operators beside them, and the bytes of the feature maps that both read and write. None where Triton is missing."""
+    PyTorch's operators beside them, and the bytes of the feature maps that both read and write, whole. None where Triton is missing."""
     backend = dispatch.load("triton")
     if isinstance(backend, str):
         return None
