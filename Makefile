@@ -4,6 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # the newest set that the package is tested with; the package itself runs on torch 2.11 and newer
 TORCH := torch==2.14.1 torchvision==0.29.1
+# SYSTEM=1 fetches nothing and makes no .venv: the package is built into the environment that PYTHON belongs to, which has
+# torch, torchvision, rich, matplotlib and pytest already (a GPU machine without a network: make gpu SYSTEM=1)
+ifdef SYSTEM
+VENV := build/system
+BIN := $(patsubst %/,%,$(dir $(shell command -v $(PYTHON))))
+endif
 
 .PHONY: demo test lint bench gpu clean
 
@@ -28,10 +34,15 @@ gpu: $(VENV)/installed
 	$(BIN)/python -m bench.gpu --out results/gpu $(GPU_FLAGS)
 
 $(VENV)/installed: Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+ifdef SYSTEM
+	mkdir -p $(VENV)
+	$(BIN)/python -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH) "setuptools>=77,<82" wheel ninja
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,bench]"
+endif
 	touch $@
 
 clean:

@@ -4,8 +4,8 @@
     python -m bench.gpu --out /tmp/rehearsal --dry-run  (every stage at toy size on the CPU, to prove this script)
 
 The stages run in the order of their worth, each in a process of its own: one that fails or is cut off by the budget
-takes no other's results with it. After each of them the folder holds its log, its figures as JSON, ``summary.json`` and
-``summary.md``.
+takes no other's results with it. After each of them the folder holds its log, its figures as JSON, ``summary.json``,
+``summary.md`` and the plots of what was measured so far. A run of some stages (``--only``) adds to what the folder has.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import fusedres
 
-from . import environment, roofline
+from . import environment, report, roofline
 
 MODELS = ("densenet121", "resnet50")
 
@@ -50,12 +51,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, not started with less than ``least`` seconds left and stopped after ``most``."""
+    """A command, not started with less than ``least`` seconds left and stopped after ``most``; ``tuned`` ones follow the
+    measured plans, the others those that hold where nothing was measured."""
 
     name: str
     command: Callable[[Run], list[str]]
     least: float = 20.0
     most: float = 150.0
+    tuned: bool = False
 
 
 @dataclass
@@ -77,22 +80,23 @@ def own(name: str) -> Callable[[Run], list[str]]:
     return lambda run: ["-m", "bench.gpu", "--stage", name, "--out", str(run.out), *(["--dry-run"] if run.dry else [])]
 
 
-def tests(run: Run) -> list[str]:
-    """The tests that need a GPU, and those of the kernels, which run on one where it is."""
-    chosen = ["tests/test_gpu.py", "tests/test_triton_kernels.py"]
-    if run.dry:
-        chosen = [
-            "tests/test_gpu.py",
-            "tests/test_triton_kernels.py",
-            "-k",
-            "gpu or test_conv_forward_training[1x1-float32]",
-        ]
-    parallel = importlib.util.find_spec("xdist") is not None and not run.dry
-    spread = ["-n", str(min(8, os.cpu_count() or 1))] if parallel else []
-    return ["-m", "pytest", "-q", "-rs", *spread, *chosen]
+def tests(file: str, rehearsed: str) -> Callable[[Run], list[str]]:
+    """The tests of a file, spread over the cores: most of their time is compilation. A rehearsal runs those whose names
+    contain ``rehearsed``."""
+
+    def command(run: Run) -> list[str]:
+        if run.dry:
+            return ["-m", "pytest", "-q", "-rs", f"tests/{file}", "-k", rehearsed]
+        workers = min(16, os.cpu_count() or 1)
+        spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") is not None else []
+        return ["-m", "pytest", "-q", "-rs", *spread, f"tests/{file}"]
+
+    return command
 
 
-def whole_models(contenders: str, batch: int, *, graphs: bool, name: str) -> Stage:
+def whole_models(
+    contenders: str, batch: int, *, graphs: bool, name: str, least: float = 40.0, tuned: bool = False
+) -> Stage:
     """A run of bench.models in bfloat16, in training and inference."""
 
     def command(run: Run) -> list[str]:
@@ -109,7 +113,7 @@ def whole_models(contenders: str, batch: int, *, graphs: bool, name: str) -> Sta
             *(["--cuda-graphs"] if graphs and not run.dry else []),
         ]  # fmt: skip
 
-    return Stage(name, command, least=40.0, most=240.0)
+    return Stage(name, command, least, most=240.0 if "compile" in contenders else 120.0, tuned=tuned)
 
 
 def primitives(model: str, mode: str) -> Stage:
@@ -127,21 +131,25 @@ def primitives(model: str, mode: str) -> Stage:
 
 STAGES = (
     Stage("environment", own("environment"), least=0.0, most=60.0),
-    Stage("tests", tests, least=30.0, most=180.0),
+    Stage("tests", tests("test_gpu.py", "same_bits"), least=30.0, most=150.0),
     Stage("ceilings", own("ceilings"), most=30.0),
+    Stage("compile", own("compile"), most=90.0),
     whole_models("eager fused", 256, graphs=False, name="models-256"),
     whole_models("eager fused", 256, graphs=True, name="models-256-graphs"),
     *(primitives(model, mode) for model in MODELS for mode in ("train", "infer")),
-    whole_models("eager compile fused", 256, graphs=False, name="models-256-compile"),
-    Stage("memcheck", own("memcheck"), most=90.0),
-    Stage("racecheck", own("racecheck"), most=90.0),
-    whole_models("eager compile fused", 256, graphs=True, name="models-256-compile-graphs"),
-    Stage("tune", own("tune"), least=60.0, most=200.0),
-    whole_models("eager fused", 256, graphs=True, name="models-256-tuned-graphs"),
-    whole_models("eager compile fused", 32, graphs=False, name="models-32"),
-    whole_models("eager compile fused", 32, graphs=True, name="models-32-graphs"),
-    whole_models("eager compile-max-autotune fused", 256, graphs=False, name="models-256-autotune"),
-    whole_models("eager compile-max-autotune fused", 256, graphs=True, name="models-256-autotune-graphs"),
+    # the sanitizer's kernels are among these, compiled when its turn comes
+    Stage("kernel-tests", tests("test_triton_kernels.py", "test_conv_forward_training[1x1-float32]"), most=120.0),
+    Stage("memcheck", own("memcheck"), most=60.0),
+    Stage("racecheck", own("racecheck"), most=60.0),
+    whole_models("eager compile fused", 256, graphs=False, name="models-256-compile", least=90.0),
+    whole_models("eager compile fused", 256, graphs=True, name="models-256-compile-graphs", least=90.0),
+    Stage("tune", own("tune"), least=60.0, most=240.0, tuned=True),
+    whole_models("eager fused", 256, graphs=True, name="models-256-tuned-graphs", tuned=True),
+    whole_models("eager fused", 256, graphs=False, name="models-256-tuned", tuned=True),
+    whole_models("eager compile fused", 32, graphs=False, name="models-32", least=90.0),
+    whole_models("eager compile fused", 32, graphs=True, name="models-32-graphs", least=90.0),
+    whole_models("eager compile-max-autotune fused", 256, graphs=False, name="models-256-autotune", least=120.0),
+    whole_models("eager compile-max-autotune fused", 256, graphs=True, name="models-256-autotune-graphs", least=120.0),
 )
 
 
@@ -177,7 +185,8 @@ def sanitize(run: Run, kind: str) -> int:
     """The tests of a few kernels under compute-sanitizer; passed with a remark where it is not installed."""
     folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
-    cases = "float16 and (1x1-odd or 3x3-stride2 or (test_join and odd) or (test_pool and max-stem))"
+    some = "1x1-odd or 3x3-stride2 or (test_join and odd-projection) or (test_pool and max-stem)"
+    cases = f"float16 and not bfloat16 and ({some})"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_triton_kernels.py"]
     if run.dry or tool is None:
         # a rehearsal runs what would be checked
@@ -190,25 +199,46 @@ def sanitize(run: Run, kind: str) -> int:
     return subprocess.call([tool, *options, *command, "-k", cases], env=apart)
 
 
+def example(run: Run, name: str, mode: str, batch: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A converted model and its input."""
+    model = fusedres.convert(roofline.build(name, run.device, torch.bfloat16, mode))
+    x = torch.randn(batch, 3, 224, 224, dtype=torch.bfloat16, device=run.device)
+    return model, x.contiguous(memory_format=torch.channels_last)
+
+
+def toy() -> tuple[torch.nn.Module, torch.Tensor]:
+    """What a rehearsal has in the place of a model."""
+    conv = torch.nn.Conv2d(8, 16, 1, bias=False)
+    model = fusedres.convert(torch.nn.Sequential(conv, torch.nn.BatchNorm2d(16), torch.nn.ReLU()))
+    return model, torch.randn(2, 8, 4, 4)
+
+
+def compile_models(run: Run) -> int:
+    """The kernels of both models by the default plans, into Triton's cache, where the stages after it find them."""
+    if run.dry:
+        with fusedres.use_backend("triton"):
+            model, x = toy()
+            return int(fusedres.precompile(model, x) != 0)  # interpreted kernels do not compile
+    for batch in (256, 32):
+        for name in MODELS:
+            for mode in ("train", "infer"):
+                start = time.perf_counter()
+                count = fusedres.precompile(*example(run, name, mode, batch))
+                print(f"{name} {mode} {batch}: {count} kernels, {time.perf_counter() - start:.1f} s", flush=True)
+    return 0
+
+
 def tune_models(run: Run) -> int:
     """Measured plans for both models, in the folder: for the stages after it, and to be committed."""
-
-    def tuned(name: str, mode: str) -> fusedres.tuning.TuningReport:
-        model = fusedres.convert(roofline.build(name, run.device, torch.bfloat16, mode))
-        x = torch.randn(256, 3, 224, 224, dtype=torch.bfloat16, device=run.device)
-        return fusedres.tune(model, x.contiguous(memory_format=torch.channels_last))
-
     if run.dry:
-        conv = torch.nn.Conv2d(8, 16, 1, bias=False)
-        model = fusedres.convert(torch.nn.Sequential(conv, torch.nn.BatchNorm2d(16), torch.nn.ReLU()))
         with fusedres.use_backend("triton"):
             clock = functools.partial(roofline.best_of, device=torch.device("cpu"), repeats=1)
-            report = fusedres.tune(model, torch.randn(2, 8, 4, 4), measure=clock)
-        print(report)
-        return int(not report)
-    for name in MODELS:
-        for mode in ("infer", "train"):
-            print(f"{name} {mode}", tuned(name, mode), sep="\n", flush=True)
+            found = fusedres.tune(*toy(), measure=clock)
+        print(found)
+        return int(not found)
+    for mode in ("train", "infer"):
+        for name in MODELS:
+            print(f"{name} {mode}", fusedres.tune(*example(run, name, mode, 256)), sep="\n", flush=True)
             torch.cuda.empty_cache()
     return 0
 
@@ -216,6 +246,7 @@ def tune_models(run: Run) -> int:
 OWN: dict[str, Callable[[Run], int]] = {
     "environment": show_environment,
     "ceilings": measure_ceilings,
+    "compile": compile_models,
     "memcheck": lambda run: sanitize(run, "memcheck"),
     "racecheck": lambda run: sanitize(run, "racecheck"),
     "tune": tune_models,
@@ -231,7 +262,8 @@ def perform(stage: Stage, run: Run, left: float) -> Outcome:
     shown = " ".join(["python", *arguments])
     if left < stage.least:
         return Outcome(stage.name, "left out", 0.0, shown, "no time left")
-    variables = os.environ | {"FUSEDRES_CACHE_DIR": str(run.out / "plans"), "PYTHONUNBUFFERED": "1"}
+    folder = run.out / ("plans" if stage.tuned else "no-plans")
+    variables = os.environ | {"FUSEDRES_CACHE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
     if run.dry:
         # the kernels' stages; whole models would take the interpreter minutes, and run as they do on a CPU
         variables |= {"TRITON_INTERPRET": "1"}
@@ -252,7 +284,7 @@ def perform(stage: Stage, run: Run, left: float) -> Outcome:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     remarks = [line.removeprefix("remark: ") for line in lines if line.startswith("remark: ")]
     remark = (
-        remarks[0] if remarks else lines[-1][:200] if lines and (stage.name == "tests" or status != "passed") else ""
+        remarks[0] if remarks else lines[-1][:200] if lines and ("tests" in stage.name or status != "passed") else ""
     )
     return Outcome(stage.name, status, time.perf_counter() - start, shown, remark)
 
@@ -312,10 +344,47 @@ def markdown(outcomes: list[Outcome], run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def save(outcomes: list[Outcome], run: Run) -> None:
+def known_outcomes(run: Run) -> dict[str, Outcome]:
+    """What an earlier run has left in the folder, by stage."""
+    return {entry["stage"]: Outcome(**entry) for entry in _load(run.out / "summary.json") or []}
+
+
+def save(outcomes: dict[str, Outcome], run: Run) -> None:
     """Write the summary."""
-    (run.out / "summary.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    (run.out / "summary.md").write_text(markdown(outcomes, run))
+    ordered = [outcomes[stage.name] for stage in STAGES if stage.name in outcomes]
+    (run.out / "summary.json").write_text(json.dumps([asdict(o) for o in ordered], indent=1) + "\n")
+    (run.out / "summary.md").write_text(markdown(ordered, run))
+
+
+def draw(run: Run) -> None:
+    """The plots of what the folder holds: whole models, of every contender the first measurement in a setting, and each
+    primitive against its floor."""
+    records: dict[tuple, dict] = {}
+    for stage in STAGES:
+        for record in (_load(run.out / f"{stage.name}.json") or []) if stage.name.startswith("models") else []:
+            if stage.tuned and record["contender"].startswith("fused"):
+                record["contender"] += ", tuned"
+            key = tuple(record[name] for name in ("batch", "cuda_graphs", "model", "mode", "contender"))
+            records.setdefault(key, record)
+    if records:
+        report.write_report(list(records.values()), run.out, "ResNet and DenseNet on a GPU")
+    found = {stage.name: _load(run.out / f"{stage.name}.json") for stage in STAGES if "primitives" in stage.name}
+    found = {name: page["primitives"] for name, page in found.items() if page}
+    if not found:
+        return
+    most = max(map(len, found.values()))
+    figure = Figure(figsize=(5.5 * len(found), 1.2 + 0.3 * most), dpi=120, layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        ordered = sorted(rows.items(), key=lambda row: row[1]["seconds"])
+        labels = [label for label, _ in ordered]
+        axes.barh(labels, [1e3 * row["seconds"] for _, row in ordered], color="#9a9a9a", label="measured")
+        axes.barh(
+            labels, [1e3 * row["floor_seconds"] for _, row in ordered], height=0.4, color="#0072b2", label="floor"
+        )
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_xlabel("ms per step")
+        axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(run.out / "primitives.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -334,20 +403,23 @@ def main(arguments: list[str] | None = None) -> int:
         return OWN[args.stage](run)
     if not run.dry and not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run rehearses the stages without one")
-    console, outcomes = Console(width=140), []
+    console = Console(width=140)
+    # a whole run starts anew; one of some stages adds to what is there
+    outcomes = known_outcomes(run) if args.only else {}
     for stage in STAGES:
         if args.only and stage.name not in args.only:
             continue
         console.print(f"{stage.name} ...", highlight=False)
-        outcomes.append(perform(stage, run, end - time.perf_counter()))
-        console.print(
-            f"  {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s {outcomes[-1].remark}",
-            highlight=False,
-            markup=False,
-        )
+        outcome = outcomes[stage.name] = perform(stage, run, end - time.perf_counter())
+        console.print(f"  {outcome.status}, {outcome.seconds:.0f} s {outcome.remark}", highlight=False, markup=False)
         save(outcomes, run)
+        # a plot that fails takes no stage after it along
+        try:
+            draw(run)
+        except Exception as error:
+            console.print(f"  no plot: {type(error).__name__}: {error}", highlight=False, markup=False)
     console.print(f"{run.out / 'summary.md'}", highlight=False)
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+    return int(any(outcome.status == "failed" for outcome in outcomes.values()))
 
 
 if __name__ == "__main__":

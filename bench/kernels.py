@@ -125,7 +125,8 @@ def variant(launch: helpers.Launch) -> Variant:
     signature, constants, attributes = [], [], []
     for i, parameter in enumerate(launch.kernel.params):
         value = arguments.pop(parameter.name)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             signature.append((parameter.name, "constexpr"))
             constants.append((i, value))
             continue
@@ -137,7 +138,7 @@ def variant(launch: helpers.Launch) -> Variant:
         else:
             kind = "fp32" if isinstance(value, float) else "i64" if value >= 2**31 else "i32"
             signature.append((parameter.name, kind))
-            if isinstance(value, int) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and not plain:
                 attributes.append((i, ("tt.divisibility",)))
     function = launch.kernel.fn
     return Variant(

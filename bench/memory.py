@@ -7,7 +7,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -62,8 +61,19 @@ def _cpu_peak(step: Callable[[], object], smallest: int) -> int:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return max(accumulate((size for _, size in changes if abs(size) >= smallest), initial=0))
+    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda event: event["ts"])
+    alive: dict[int, int] = {}
+    peak = 0
+    for size, address in ((change["args"]["Bytes"], change["args"]["Addr"]) for change in changes):
+        if abs(size) < smallest:
+            continue
+        # the profiler also reports the end of what lay at an address when an earlier profile ended
+        if size > 0:
+            alive[address] = size
+        else:
+            alive.pop(address, None)
+        peak = max(peak, sum(alive.values()))
+    return peak
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device, smallest: int = 0) -> int:

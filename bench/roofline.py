@@ -1,14 +1,15 @@
 """Where a step's time or traffic goes, primitive by primitive, against the machine's limits.
 
-    python -m bench.roofline --model resnet50 --batch 8 --resolution 160 --mode train            (measured on this machine)
-    python -m bench.roofline --model resnet50 --batch 256 --resolution 224 --dtype bfloat16 --device cuda   (on a GPU)
-    python -m bench.roofline --model densenet121 --batch 256 --dtype bfloat16 --count            (counted on meta tensors, no device needed)
+    python -m bench.roofline --model densenet121 --batch 256 --dtype bfloat16     (counted on meta tensors, no device needed)
+    python -m bench.roofline --model resnet50 --batch 8 --device cpu              (measured on this machine)
+    python -m bench.roofline --model resnet50 --batch 256 --resolution 224 --dtype bfloat16 --device cuda    (on a GPU)
 
 Bytes and FLOPs are those of the calls that the schedules really make, recorded at the backend's boundary; a convolution's two gradients
 count as two kernels. Measured runs compare each primitive with a floor: its bytes over the bandwidth of a large copy or its FLOPs over the
 rate of a well-shaped vendor convolution, whichever is larger, both taken in the same run. Counted runs compare the feature-map traffic with
 eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once, its backward reads four times and writes once,
-ReLU works in place.
+ReLU works in place. They also count what the triton backend launches in the step, with every convolution fused and by the plans that hold
+where nothing was measured, which leave some convolutions to the vendor and pay for it with passes: its kernels, and PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import argparse
 import functools
 import inspect
 import json
+import math
 import platform
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -54,14 +57,21 @@ def _bytes(*maps: Tensor | None) -> int:
     return sum(m.numel() * m.element_size() for m in maps if m is not None)
 
 
+def _met(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> int:
+    """The bytes of the map ``x`` that a convolution meets: a stride wider than the kernel skips pixels, as in a projection."""
+    met = [min(1.0, k / step) for k, step in zip(kernel, stride, strict=True)]
+    return int(_bytes(x) * math.prod(met))
+
+
 def account(name: str, a: dict, result) -> tuple[str, int, int, int, int]:
     """``(label, bytes read, bytes written, FLOPs, kernels)`` of a call of primitive ``name`` with arguments ``a``."""
     if name in ("conv_forward", "conv_backward"):
         weight = a["weight"]
         shape = "x".join(str(k) for k in weight.shape[2:]) + ("" if a["geometry"].stride[0] == 1 else " strided")
+        met = _met(a["x"], weight.shape[2:], a["geometry"].stride)
     if name == "conv_forward":
         flops = 2 * result.numel() * weight[0].numel()
-        return f"convolution {shape}", _bytes(a["x"], a["residual"]), _bytes(result), flops, 1
+        return f"convolution {shape}", met + _bytes(a["residual"]), _bytes(result), flops, 1
     if name == "conv_backward":
         g, raw, x = a["grad"], a["raw"] if a["coeff"] is not None else None, a["x"]
         flops = 2 * g.numel() * weight[0].numel()
@@ -71,7 +81,7 @@ def account(name: str, a: dict, result) -> tuple[str, int, int, int, int]:
             old = x if a["accumulate"] or a["base"] is not None else None
             read, written, kernels = _bytes(g, raw, below, old), _bytes(x), 1
         if a["need_dw"]:
-            read, kernels = read + _bytes(g, raw, x), kernels + 1
+            read, kernels = read + _bytes(g, raw) + met, kernels + 1
         return f"convolution {shape} backward", read, written, flops * kernels, kernels
     if name == "join_forward":
         label = "join" if a["residual"] is not None else "copy with statistics" if a["affine"] is None else "normalise"
@@ -121,7 +131,7 @@ class Clock:
     def head_start(self) -> None:
         """Keep the GPU busy for a moment, so that launches queue up and no time is lost between kernels."""
         if self._cuda:
-            torch.cuda._sleep(200_000_000)
+            torch.cuda._sleep(400_000_000)
 
 
 class Recorder:
@@ -132,7 +142,10 @@ class Recorder:
         self._inner, self._calls, self._clock, self.name = inner, calls, clock, inner.name
 
     def __getattr__(self, name: str):
-        function, signature = getattr(self._inner, name), _signature(name)
+        function = getattr(self._inner, name)
+        if not hasattr(eager, name):
+            return function  # no primitive: what a backend offers beside them
+        signature = _signature(name)
 
         def recorded(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)
@@ -202,7 +215,7 @@ class Shapes:
 
 
 class EagerTraffic(TorchDispatchMode):
-    """Counts the feature-map bytes of eager's operators: each its own pass over its maps."""
+    """Counts PyTorch's operators that compute something, and their feature-map bytes: each its own pass over its maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,18 +235,19 @@ class EagerTraffic(TorchDispatchMode):
         if func.is_view or "detach" in name or name.startswith(("empty", "t.", "view", "new_")):
             return result
         if name == "convolution":
-            moved = _bytes(args[0], result)
+            moved = _met(args[0], args[1].shape[2:], args[3]) + _bytes(result)
         elif name == "convolution_backward":
             grad, x = args[0], args[1]
-            moved = _bytes(grad, x) + (_bytes(grad, x) if result[0] is not None else 0)
+            moved = _bytes(grad) + _met(x, args[2].shape[2:], args[4])
+            moved += _bytes(grad, x) if result[0] is not None else 0
         elif "batch_norm_backward" in name:
             moved = 5 * _bytes(args[1])
         elif "batch_norm" in name:
             moved = (3 if args[5] else 2) * _bytes(args[0])
         else:
             moved = _bytes(*maps, *outs)
+        self.operators += 1
         if maps:
-            self.operators += 1
             self.total += moved
         return result
 
@@ -341,18 +355,44 @@ def measured(args, console: Console) -> dict:
     }  # fmt: skip
 
 
-def counted(args, console: Console) -> dict:
+def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[str, int] | None:
+    """What a step of the converted ``model`` launches on the triton backend by ``plan``, on meta tensors: the backend's own kernels,
+    PyTorch's operators beside them, and the bytes of the feature maps that both read and write, whole. None where Triton is missing."""
+    backend = dispatch.load("triton")
+    if isinstance(backend, str):
+        return None
+    from fusedres.kernels import helpers
+
+    with helpers.record() as launches, backend.use_plan(plan), dispatch.observe(lambda inner: backend):
+        with EagerTraffic() as operators, torch.set_grad_enabled(mode == "train"):
+            y = model(x)
+            if mode == "train":
+                # not backward(): a recorded launch holds its tensors, and what is held a parameter's gradient copies
+                torch.autograd.grad(y.sum(), list(model.parameters()))
+    moved = sum(
+        _bytes(value)
+        for launch in launches
+        for name, value in launch.arguments.items()
+        if isinstance(value, Tensor) and value.dim() == 4 and name != "weight"
+    )
+    return {"kernels": len(launches), "operators": operators.operators, "bytes": moved + operators.total}
+
+
+PLANS = {"fused": "every convolution fused", "auto": "by the default plans"}
+
+
+def counted(args, mode: str, console: Console) -> dict:
     """Count the traffic of a step on meta tensors, ours and eager's, and print floors for a given device."""
     dtype = getattr(torch, args.dtype)
     x = torch.empty(args.batch, 3, args.resolution, args.resolution, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last)
-    model = build(args.model, "meta", dtype, args.mode)
+    model = build(args.model, "meta", dtype, mode)
     with EagerTraffic() as theirs:
-        step(model, x, args.mode)
+        step(model, x, mode)
     calls: list[Call] = []
     fusedres.convert(model)
     with dispatch.observe(lambda inner: Recorder(Shapes(), calls, Clock(torch.device("cpu")))):
-        step(model, x, args.mode)
+        step(model, x, mode)
     settle(calls, Clock(torch.device("cpu")))
     bandwidth, rate = args.bandwidth * 1e12, args.rate * 1e12
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
@@ -363,17 +403,14 @@ def counted(args, console: Console) -> dict:
         row[2] += call.flops
         row[3] += max((call.read + call.written) / bandwidth, call.flops / rate)
     table = Table(
-        title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule"
+        title=f"{args.model} {mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule"
     )
-    for head in (
-        "primitive",
-        "launches",
-        "MB per image",
-        "GFLOP per image",
-        f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)",
-    ):
+    heads = (
+        "primitive", "kernels", "MB per image", "GFLOP per image", f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)",
+    )  # fmt: skip
+    for head in heads:
         table.add_column(head, justify="left" if head == "primitive" else "right")
-    for label, (kernels, moved, flops, floor) in sorted(rows.items(), key=lambda item: -item[1][1]):
+    for label, (kernels, moved, flops, floor) in sorted(rows.items(), key=lambda item: -item[1][3]):
         table.add_row(
             label,
             str(kernels),
@@ -381,37 +418,61 @@ def counted(args, console: Console) -> dict:
             f"{flops / args.batch / 1e9:.2f}",
             f"{floor * 1e3:.2f}",
         )
-    console.print(table)
     ours = sum(row[1] for row in rows.values())
-    launches = sum(row[0] for row in rows.values())
-    console.print(
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(
         f"feature-map traffic per image: {ours / args.batch / 1e6:.0f} MB, eager {theirs.total / args.batch / 1e6:.0f} MB: "
-        f"{ours / theirs.total:.2f}x; {launches} launches, eager {theirs.operators} operators; "
-        f"floor {sum(row[3] for row in rows.values()) * 1e3:.1f} ms",
-        highlight=False,
+        f"{ours / theirs.total:.2f}x; floor {sum(row[3] for row in rows.values()) * 1e3:.1f} ms, "
+        f"of eager's traffic {theirs.total / bandwidth * 1e3:.1f} ms"
     )
-    return {"bytes": ours, "eager_bytes": theirs.total, "launches": launches, "calls": [asdict(c) for c in calls]}
+    say(f"launches per step: eager {theirs.operators} operators")
+    plans = {}
+    for plan, words in PLANS.items():
+        found = plans[plan] = launched(model, x, mode, plan)
+        if found is not None:
+            say(
+                f"  triton backend, {words}: {found['kernels'] + found['operators']} "
+                f"({found['kernels']} kernels of its own, {found['operators']} operators); "
+                f"{found['bytes'] / args.batch / 1e6:.0f} MB per image, {found['bytes'] / theirs.total:.2f}x eager's"
+            )
+    return {
+        "bytes": ours, "eager_bytes": theirs.total, "eager_operators": theirs.operators, "launches": plans,
+        "calls": [asdict(c) for c in calls],
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=known_model, default="resnet50", help="a torchvision model")
-    parser.add_argument("--mode", choices=("train", "infer"), default="train")
+    parser.add_argument("--mode", choices=("train", "infer"), help="default: both counted, train measured")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=None, help="pixels; 160 measured, 224 counted")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what a measured run uses")
-    parser.add_argument("--count", action="store_true", help="count on meta tensors instead of measuring")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="measure on this device instead of counting")
+    parser.add_argument("--count", action="store_true", help="count on meta tensors, as without --device")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s for counted floors (an H200's copy)")
     parser.add_argument(
         "--rate", type=float, default=790, help="TFLOP/s for counted floors (an H200's bfloat16 product)"
     )
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    args.resolution = args.resolution or (224 if args.count else 160)
-    result = (counted if args.count else measured)(args, Console(width=130))
+    if args.count and args.device:
+        parser.error("--count needs no --device: it runs nothing")
+    args.resolution = args.resolution or (160 if args.device else 224)
+    console = Console(width=130)
+    if args.device:
+        args.mode = args.mode or "train"
+        result = measured(args, console)
+    elif args.mode:
+        result = counted(args, args.mode, console)
+    else:
+        result = {mode: counted(args, mode, console) for mode in ("train", "infer")}
     if args.json:
         environment = {"torch": torch.__version__, "fusedres": fusedres.__version__, "machine": platform.machine()}
         with open(args.json, "w") as file:

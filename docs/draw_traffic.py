@@ -21,7 +21,7 @@ from torchvision.models.densenet import _DenseBlock
 from torchvision.models.resnet import Bottleneck
 
 import fusedres
-from bench.roofline import Call, EagerTraffic, Recorder, Shapes
+from bench.roofline import Call, Clock, EagerTraffic, Recorder, Shapes
 from fusedres import dispatch
 
 READ, WRITTEN, INK, FAINT = "#0072b2", "#e69f00", "#222222", "#8a8a8a"
@@ -176,7 +176,7 @@ def counted(block: nn.Module, channels: int) -> tuple[int, int]:
         step()
     calls: list[Call] = []
     fusedres.convert(model)
-    with dispatch.observe(lambda inner: Recorder(Shapes(), calls)):
+    with dispatch.observe(lambda inner: Recorder(Shapes(), calls, Clock(torch.device("cpu")))):
         step()
     unit = SIZE * SIZE * torch.float32.itemsize
     return eager.total // unit, sum(call.read + call.written for call in calls) // unit

@@ -7,7 +7,7 @@
 from . import functional, nn, ops
 from .conversion import Report, convert, report, revert
 from .dispatch import BackendError, backends, use_backend
-from .tuning import tune
+from .tuning import precompile, tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "functional",
     "nn",
     "ops",
+    "precompile",
     "report",
     "revert",
     "tune",

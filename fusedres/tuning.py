@@ -1,7 +1,9 @@
-"""``tune``: which convolutions of a model are faster fused, and in which tiles, measured on the user's machine."""
+"""``tune``: which convolutions of a model are faster fused, and in which tiles, measured on the user's machine; and
+``precompile``: the kernels of a model's step compiled in parallel, before its first call would compile them in a row."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +84,52 @@ def tune(
     return TuningReport(rows, "every convolution has a plan already; again=True measures anew", file)
 
 
+def precompile(model: nn.Module, *example: object, **keywords: object) -> int:
+    """Compile in parallel every Triton kernel that the converted ``model`` launches for ``model(*example, **keywords)`` by the plans that
+    hold now, and keep them in Triton's cache on disk; returns how many.
+
+    A first call compiles its kernels one after the other, which takes minutes for a large model on a machine with an empty cache. Nothing
+    runs here: the step is followed on meta tensors, of a model in training mode also backward. Returns 0 where the triton backend would
+    not run.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"precompile expects a torch.nn.Module, found {type(model).__name__}")
+    first = next((t for t in (*_tensors(example), *_tensors(keywords)) if t.is_floating_point()), None)
+    backend = None if first is None else dispatch.resolve(first.device, first.dtype)
+    if backend is None or backend.name != "triton":
+        return 0
+    from .kernels import helpers
+
+    launches = _followed(model, example, keywords, first.device)
+    return 0 if helpers.INTERPRETED else _compile_launches(launches, first.device)
+
+
+def _followed(model: nn.Module, example, keywords, device: torch.device) -> list:
+    """The launches of one step on ``device``, from meta tensors."""
+    from .backends import triton as backend
+    from .kernels import helpers
+
+    def to_meta(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.detach().to("meta").requires_grad_(value.requires_grad)
+        if isinstance(value, Mapping):
+            return {name: to_meta(v) for name, v in value.items()}
+        return type(value)(map(to_meta, value)) if isinstance(value, (list, tuple)) else value
+
+    # a copy whose tensors have no values: what deepcopy finds in its memo it does not copy
+    memo: dict[int, object] = {id(b): b.to("meta") for b in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    twin = copy.deepcopy(model, memo)
+    # the outer choice is the triton backend, which serves no meta tensors by itself
+    with (
+        dispatch.use_backend(None),
+        dispatch.observe(lambda inner: backend),
+        helpers.record(helpers.limits(device), device) as launches,
+    ):
+        _step(twin, to_meta(example), to_meta(keywords))
+    return launches
+
+
 # ---- which convolutions ----------------------------------------------------------------------------------------------
 
 
@@ -115,12 +163,18 @@ def _record(model: nn.Module, example, keywords) -> tuple[dict[torch.device, dic
         others.add("the original modules" if inner is None else inner.name)
         return inner
 
-    with _unchanged(model), dispatch.observe(wrap), torch.set_grad_enabled(model.training):
+    with _unchanged(model), dispatch.observe(wrap):
+        _step(model, example, keywords)
+    return problems, others
+
+
+def _step(model: nn.Module, example, keywords) -> None:
+    """A call, of a model in training mode also backward."""
+    with torch.set_grad_enabled(model.training):
         result = model(*example, **keywords)
         if model.training:
             outputs = [t for t in _tensors(result) if t.requires_grad]
             torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-    return problems, others
 
 
 def _tensors(value: object) -> list[Tensor]:
@@ -154,13 +208,12 @@ def _unchanged(model: nn.Module):
 def _do_bench(function: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
-    return do_bench(function, warmup=5, rep=20, return_mode="median") / 1e3
+    # in ms: two models are some four thousand measurements
+    return do_bench(function, warmup=2, rep=10, return_mode="median") / 1e3
 
 
 def _compile(problems: Iterable[Problem], device: torch.device) -> None:
     """Compile in parallel what the measurements will launch; what fails to compile fails again where it is measured."""
-    from triton.runtime._async_compile import AsyncCompileMode
-
     from .backends import triton as backend
     from .kernels import helpers
 
@@ -170,9 +223,18 @@ def _compile(problems: Iterable[Problem], device: torch.device) -> None:
             for plan in (Plan(False), *_fused_plans(problem, device)):
                 with backend.use_plan(plan):
                     call()
-    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
-        for launch in launches:
-            launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+    _compile_launches(launches, device)
+
+
+def _compile_launches(launches: Iterable, device: torch.device) -> int:
+    """Compile each distinct launch for ``device`` in parallel; returns how many there are."""
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    with torch.cuda.device(device), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with AsyncCompileMode(pool, ignore_errors=True) as mode:
+            for launch in launches:
+                launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+        return len(mode.future_kernels)
 
 
 def _groups(problems: Iterable[Problem]) -> list[list[Problem]]:

@@ -2,7 +2,9 @@
 size.
 
 ``coefficients_kernel`` turns (mean, M2) or running statistics into affine and saved, and updates the running
-statistics; ``gradient_kernel`` turns the two sums of backward into the pending form (p, q, r) of the gradient.
+statistics; ``gradient_kernel`` turns the two sums of backward into the pending form (p, q, r) of the gradient. Where
+the moments or sums are a :class:`~fusedres.kernels.reduce.Reduction`, both merge them from the partials (2 * tiles * C
+float32 read) instead of reading them from a launch of its own.
 """
 
 from __future__ import annotations
@@ -12,25 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .helpers import launch, vector, vectors
+from .helpers import SIZES, launch, vector, vectors
+from .reduce import Reduction, merge_blocks, merge_warps, merged_moments, merged_sum
 
 BLOCK_C = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def coefficients_kernel(
-    mean, m2, weight, bias, running_mean, running_var, scale, shift, saved_mean, saved_invstd,
-    C, count, unbiased_count, momentum, eps, BLOCK_C: tl.constexpr,
+    mean, m2, partials, tiles, stride, tile_rows, rows, weight, bias, running_mean, running_var, scale, shift,
+    saved_mean, saved_invstd, C, count, unbiased_count, momentum, eps, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """From the (mean, M2), updating the running statistics if given; without mean from the running statistics."""
+    """From the (mean, M2) or their partials, updating the running statistics if given; without both from the running
+    statistics."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
-    if mean is None:
+    if mean is None and partials is None:
         center = vector(running_mean, c, inside, 0.0)
         variance = vector(running_var, c, inside, 0.0)
     else:
-        center = vector(mean, c, inside, 0.0)
-        spread = vector(m2, c, inside, 0.0)
+        if partials is None:
+            center = vector(mean, c, inside, 0.0)
+            spread = vector(m2, c, inside, 0.0)
+        else:
+            center, spread = merged_moments(partials, stride, C, c, inside, 0, tiles, tile_rows, rows, BLOCK_T, BLOCK_C)
         variance = spread / count
         if running_mean is not None:
             blend(running_mean, c, inside, center, momentum)
@@ -52,14 +59,26 @@ def blend(running, c, inside, value, momentum):
     tl.store(running + c, new.to(running.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    sum_dz, sum_dz_xhat, weight, mean, invstd, p, q, r, C, count,
-    TRAINING: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_C: tl.constexpr,
+    sums, sums_stride, partials, tiles, stride, rounded, weight, mean, invstd, p, q, r, C, count,
+    TRAINING: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """p = gamma * invstd, q = -p * invstd * mean(dz * xhat), r = -p * mean(dz) - q * mean."""
+    """p = gamma * invstd, q = -p * invstd * mean(dz * xhat), r = -p * mean(dz) - q * mean. With partials the sums are
+    merged from them and written, ``rounded`` too, in its dtype."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
+    if partials is None:
+        sum_dz = vector(sums, c, inside, 0.0)
+        sum_dz_xhat = vector(sums + sums_stride, c, inside, 0.0)
+    else:
+        sum_dz = merged_sum(partials, C, c, inside, 0, tiles, BLOCK_T, BLOCK_C)
+        sum_dz_xhat = merged_sum(partials + stride, C, c, inside, 0, tiles, BLOCK_T, BLOCK_C)
+        tl.store(sums + c, sum_dz, mask=inside)
+        tl.store(sums + sums_stride + c, sum_dz_xhat, mask=inside)
+        if rounded is not None:
+            tl.store(rounded + c, sum_dz.to(rounded.dtype.element_ty), mask=inside)
+            tl.store(rounded + C + c, sum_dz_xhat.to(rounded.dtype.element_ty), mask=inside)
     rstd = vector(invstd, c, inside, 0.0)
     gain = rstd * vector(weight, c, inside, 1.0)
     slope = tl.zeros((BLOCK_C,), tl.float32)
@@ -70,15 +89,15 @@ def gradient_kernel(
     else:
         tl.store(p + c, gain, mask=inside)
     if TRAINING:
-        own = -gain * rstd * vector(sum_dz_xhat, c, inside, 0.0) / count
+        own = -gain * rstd * sum_dz_xhat / count
         slope += own
-        constant -= gain * vector(sum_dz, c, inside, 0.0) / count + own * vector(mean, c, inside, 0.0)
+        constant -= gain * sum_dz / count + own * vector(mean, c, inside, 0.0)
     tl.store(q + c, slope, mask=inside)
     tl.store(r + c, constant, mask=inside)
 
 
 def bn_coefficients(
-    stats: Tensor,
+    stats: Tensor | Reduction,
     count: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -106,20 +125,37 @@ def bn_frozen(
 def _coefficients(stats, count, weight, bias, running_mean, running_var, momentum, eps, like) -> tuple[Tensor, Tensor]:
     channels = like.shape[-1]
     affine, saved = torch.empty(2, 2, channels, dtype=torch.float32, device=like.device).unbind(0)
-    mean, m2 = vectors(stats)
+    merging = _Merging(stats, channels)
+    mean, m2 = vectors(None if merging.partials is not None else stats)
     scale, shift = affine.unbind(0)
     saved_mean, saved_invstd = saved.unbind(0)
     launch(
-        coefficients_kernel, (triton.cdiv(channels, BLOCK_C),), like.device,
-        mean=mean, m2=m2, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, scale=scale,
+        coefficients_kernel, (triton.cdiv(channels, merging.block_c),), like.device,
+        mean=mean, m2=m2, partials=merging.partials, tiles=merging.tiles, stride=merging.stride,
+        tile_rows=merging.tile_rows, rows=merging.rows, weight=weight, bias=bias, running_mean=running_mean,
+        running_var=running_var, scale=scale,
         shift=shift, saved_mean=saved_mean, saved_invstd=saved_invstd, C=channels, count=float(count),
-        unbiased_count=float(max(count - 1, 1)), momentum=float(momentum), eps=float(eps), BLOCK_C=BLOCK_C, num_warps=4,
+        unbiased_count=float(max(count - 1, 1)), momentum=float(momentum), eps=float(eps),
+        BLOCK_T=merging.block_t, BLOCK_C=merging.block_c, num_warps=merging.warps,
     )  # fmt: skip
     return affine, saved
 
 
+class _Merging:
+    """How a C-sized kernel merges what it reads, where that is left to it; else only the block of channels."""
+
+    def __init__(self, reduced: Tensor | Reduction | None, channels: int) -> None:
+        self.partials, self.tiles, self.stride, self.tile_rows, self.rows = None, 0, 0, 0, 0
+        self.block_t, self.block_c, self.warps = 1, BLOCK_C, 4
+        if isinstance(reduced, Reduction):
+            self.partials, self.tile_rows, self.rows = reduced.partials, reduced.tile_rows, reduced.rows
+            self.tiles, self.stride = self.partials.shape[1], self.partials.stride(0)
+            self.block_t, self.block_c = merge_blocks(self.tiles, channels)
+            self.warps = merge_warps(self.block_t, self.block_c)
+
+
 def bn_backward(
-    sums: Tensor,
+    sums: Tensor | Reduction,
     count: int,
     weight: Tensor | None,
     saved: Tensor,
@@ -129,11 +165,17 @@ def bn_backward(
 ) -> None:
     """``coeff`` (p, q, r) from ``sums``; with ``accumulate`` q and r are added to and p is left alone."""
     channels = coeff.shape[1]
-    sum_dz, sum_dz_xhat = sums.unbind(0)
+    merging, values, rounded = _Merging(sums, channels), sums, None
+    if isinstance(sums, Reduction):
+        values = sums.values[torch.float32] = torch.empty(2, channels, dtype=torch.float32, device=coeff.device)
+        if weight is not None and weight.dtype != torch.float32:
+            rounded = sums.values[weight.dtype] = torch.empty_like(values, dtype=weight.dtype)
     mean, invstd = saved.unbind(0)
     p, q, r = coeff.unbind(0)
     launch(
-        gradient_kernel, (triton.cdiv(channels, BLOCK_C),), coeff.device,
-        sum_dz=sum_dz, sum_dz_xhat=sum_dz_xhat, weight=weight, mean=mean, invstd=invstd, p=p, q=q, r=r, C=channels,
-        count=float(count), TRAINING=training, ACCUMULATE=accumulate, BLOCK_C=BLOCK_C, num_warps=4,
+        gradient_kernel, (triton.cdiv(channels, merging.block_c),), coeff.device,
+        sums=values, sums_stride=values.stride(0), partials=merging.partials, tiles=merging.tiles,
+        stride=merging.stride, rounded=rounded, weight=weight, mean=mean, invstd=invstd, p=p, q=q, r=r, C=channels,
+        count=float(count), TRAINING=training, ACCUMULATE=accumulate,
+        BLOCK_T=merging.block_t, BLOCK_C=merging.block_c, num_warps=merging.warps,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .conv_forward import ConvConfig, candidates
 from .helpers import (
+    SIZES,
     affine,
     align,
     aligned,
@@ -66,7 +67,7 @@ def first_tap(phase, EXTENT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.co
     return first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_dgrad_kernel(
     grad, grad_pitch, raw, raw_pitch, p, q, r, weight, x, x_pitch, scale, shift, mean, invstd,
     base, base_pitch, dx, dx_pitch, partials,
@@ -103,8 +104,11 @@ def conv_dgrad_kernel(
     first_s = first_tap(left, S, STRIDE_W, GEOMETRY.dilation[1])
     taps_s = tl.cdiv(S - first_s, STEP_S)
     taps = tl.cdiv(R - first_r, STEP_R) * taps_s
+    steps = tl.cdiv(K, BLOCK_K) * taps
+    # a pipelined loop computes addresses ahead, also those of no step: there is no division by a residue's zero taps
+    taps, taps_s = tl.maximum(taps, 1), tl.maximum(taps_s, 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(tl.cdiv(K, BLOCK_K) * taps):
+    for i in range(steps):
         tap = i % taps
         k = i // taps * BLOCK_K + tl.arange(0, BLOCK_K)
         in_k = k < K

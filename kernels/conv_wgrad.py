@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .conv_forward import ConvConfig, candidates
 from .helpers import (
+    SIZES,
     activate,
     affine,
     align,
@@ -56,7 +57,7 @@ def wgrad_candidates(
     return candidates(channels, outputs, rows, (1, 2 if pending else 1), 0, itemsize, device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_wgrad_kernel(
     grad, grad_pitch, raw, raw_pitch, p, q, r, x, x_pitch, scale, shift, out,
     rows, chunk, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, RELU: tl.constexpr,

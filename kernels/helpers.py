@@ -19,6 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Arguments that change with the batch or the resolution, and by whose divisibility no access gets wider (channels are what
+# is contiguous): one compilation serves all of them.
+SIZES = ("N", "H", "W", "HO", "WO", "rows", "chunk", "tiles", "tile_rows")
+
 # ---- on the device ---------------------------------------------------------------------------------------------------
 
 
@@ -131,18 +135,24 @@ class Limits(NamedTuple):
 
 _record: list[Launch] | None = None
 _limits = Limits(163 * 1024, 32)  # of sm_80, where no device says otherwise
+_device: torch.device | None = None
 
 
 @contextlib.contextmanager
-def record(limits: Limits = _limits) -> Iterator[list[Launch]]:
+def record(limits: Limits = _limits, device: torch.device | None = None) -> Iterator[list[Launch]]:
     """Collect launches instead of running them: to compile or count the kernels of a call, for meta tensors, without a
-    GPU. ``limits`` are those of the device that is meant."""
-    global _record, _limits
-    previous, _record, _limits = (_record, _limits), [], limits
+    GPU. ``limits`` are those of the device that is meant, ``device`` is that device where it is here."""
+    global _record, _limits, _device
+    previous, _record, _limits, _device = (_record, _limits, _device), [], limits, device
     try:
         yield _record
     finally:
-        _record, _limits = previous
+        _record, _limits, _device = previous
+
+
+def meant(device: torch.device) -> torch.device:
+    """``device``, or for meta tensors the one that :func:`record` was told."""
+    return _device if _device is not None and device.type == "meta" else device
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *, num_warps: int, **arguments) -> None:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .helpers import (
+    SIZES,
     activate,
     add_row,
     affine,
@@ -61,7 +62,7 @@ def pass_config(rows: int, channels: int, tile: int = 2048) -> PassConfig:
     return PassConfig(block_m, block_c, block_m * max(1, min(32, tiles // 4096)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def join_forward_kernel(
     raw, raw_pitch, scale, shift, residual, residual_pitch, residual_scale, residual_shift, out, out_pitch, partials,
     rows, C, chunk, RELU: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -100,7 +101,7 @@ def join_forward_kernel(
         store_partial(partials, 1, tl.program_id(0), tl.num_programs(0), c, C, m2_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def join_backward_kernel(
     grad, grad_pitch, raw, raw_pitch, scale, shift, mean, invstd,
     residual, residual_pitch, residual_scale, residual_shift, residual_mean, residual_invstd,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .helpers import (
+    SIZES,
     activate,
     add_row,
     affine,
@@ -41,7 +42,7 @@ from .reduce import merge
 TILE = 1024  # values of a program's tile: a window's bookkeeping (best value, its position) doubles what a pass holds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_forward_kernel(
     x, x_pitch, scale, shift, out, out_pitch, index, partials,
     rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, RELU: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
@@ -102,7 +103,7 @@ def pool_forward_kernel(
         store_partial(partials, 1, tl.program_id(0), tl.num_programs(0), c, C, m2_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_backward_kernel(
     grad, grad_pitch, index, x, x_pitch, scale, shift, mean, invstd, p, q, r, dx, dx_pitch, partials,
     rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, RELU: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,

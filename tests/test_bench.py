@@ -190,15 +190,29 @@ def test_peak_bytes_are_those_counted_by_hand():
     assert memory.peak_bytes(lambda: torch.ones(1000) + torch.ones(1000), torch.device("cpu")) == 3 * 4000
 
 
-@pytest.mark.parametrize("mode", ["train", "infer"])
-def test_roofline_counts_totals_without_running(mode, tmp_path, capsys):
+def test_roofline_counts_totals_without_running(tmp_path, capsys):
+    pytest.importorskip("triton")
     path = tmp_path / "count.json"
-    roofline.main(["--count", "--model", "resnet18", "--mode", mode, "--resolution", "64", "--json", str(path)])
+    roofline.main(
+        ["--model", "resnet18", "--batch", "64", "--dtype", "bfloat16", "--resolution", "64", "--json", str(path)]
+    )
     printed = capsys.readouterr().out
-    totals = re.search(r"feature-map traffic per image: (\d+) MB, eager (\d+) MB", printed)
-    assert totals and int(totals[1]) < int(totals[2])
-    counted = json.loads(path.read_text())
-    assert counted["bytes"] == sum(c["read"] + c["written"] for c in counted["calls"]) < counted["eager_bytes"]
+    totals = re.findall(r"feature-map traffic per image: (\d+) MB, eager (\d+) MB", printed)
+    assert len(totals) == 2 and all(int(ours) < int(theirs) for ours, theirs in totals)
+    page = json.loads(path.read_text())
+    for mode in ("train", "infer"):
+        counted = page[mode]
+        assert counted["bytes"] == sum(c["read"] + c["written"] for c in counted["calls"]) < counted["eager_bytes"]
+        # what is launched moves what the schedule counts, and each call is a launch at least
+        fused = counted["launches"]["fused"]
+        assert fused["bytes"] == pytest.approx(counted["bytes"], rel=0.1)
+        assert fused["kernels"] + fused["operators"] >= len(counted["calls"])
+
+
+def test_roofline_measures_where_it_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        roofline.main(["--count", "--device", "cpu"])
+    assert "--device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main, option", [(models.main, "--models"), (roofline.main, "--model")])

@@ -79,7 +79,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "timm-seresnet18": (lambda: timm("seresnet18"), IMAGE, 8),
     "timm-resnetblur18": (lambda: timm("resnetblur18"), IMAGE, 8),
     "timm-ecaresnet26t": (lambda: timm("ecaresnet26t"), IMAGE, 8),
-    "timm-skresnet18": (lambda: timm("skresnet18"), IMAGE, 8),
+    # a BatchNorm over as many values as there are images decides its attention: over two it forgets their size
+    "timm-skresnet18": (lambda: timm("skresnet18"), (6, 3, 64, 64), 8),
     "timm-resnest14d": (lambda: without_gradient(timm("resnest14d"), "fc1.bias"), IMAGE, 4),
     "timm-resnext50": (lambda: timm("resnext50_32x4d"), IMAGE, 16),
     "timm-drop-block": (lambda: timm("resnet26", drop_block_rate=0.1).eval(), IMAGE, 8),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 torchvision = pytest.importorskip("torchvision")
 
 from parity import compare, run_training  # noqa: E402
@@ -17,6 +17,7 @@ from parity import compare, run_training  # noqa: E402
 import fusedres  # noqa: E402
 from fusedres.backends import triton as fused  # noqa: E402
 from fusedres.backends.eager import Geometry  # noqa: E402
+from fusedres.kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, join, pool, reduce  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,8 +94,11 @@ def images(seed: int) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def test_two_runs_give_the_same_bits():
-    first, second = (run_training(fusedres.convert(network()).train(), images(0)) for _ in range(2))
+@pytest.mark.parametrize("plan", ["fused", "auto"])
+def test_two_runs_give_the_same_bits(plan):
+    # what a plan leaves to the vendor is as deterministic as the vendor is told to be
+    with fused.use_plan(plan), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        first, second = (run_training(fusedres.convert(network()).train(), images(0)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -113,7 +117,7 @@ def test_cuda_graph(mode, plan):
             return [y]
         return [y, *torch.autograd.grad(y.float().square().mean(), list(of.parameters()))]
 
-    with fused.use_plan(plan):
+    with fused.use_plan(plan), torch.backends.cudnn.flags(enabled=True, deterministic=True):
         # compile, and choose the vendor's algorithms, outside the capture; running statistics are put back
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -130,6 +134,23 @@ def test_cuda_graph(mode, plan):
             expected = step(reference, images(seed))
             for ours, theirs in zip(captured, expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
+
+
+def test_precompile():
+    """What is compiled in parallel beforehand is what the step launches: nothing is left for its first call."""
+    model, x = fusedres.convert(network()).train(), images(0)
+    with fused.use_plan("fused"):
+        assert fusedres.precompile(model, x.detach().requires_grad_()) > 0
+        before = _compiled()
+        run_training(model, x)
+    assert before and _compiled() == before
+
+
+def _compiled() -> int:
+    """How many variants of all kernels this process holds."""
+    modules = (batchnorm, conv_dgrad, conv_forward, conv_wgrad, join, pool, reduce)
+    kernels = [v for module in modules for v in vars(module).values() if isinstance(v, triton.JITFunction)]
+    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 
 HUGE = 2**31

@@ -34,6 +34,7 @@ def test_some_stages(tmp_path):
     assert list((tmp_path / "plans").glob("*.json"))
     page = (tmp_path / "summary.md").read_text()
     assert "rehearsal" in page and "| tune | passed |" in page
+    assert (tmp_path / "primitives.png").stat().st_size > 10_000
 
 
 def test_what_is_cut_off_leaves_the_rest(tmp_path):
@@ -42,6 +43,9 @@ def test_what_is_cut_off_leaves_the_rest(tmp_path):
     assert {stage: o["status"] for stage, o in outcomes.items()} == {
         "environment": "cut off", "tests": "left out", "models-32": "left out",
     }  # fmt: skip
+    # some stages more add to what is there
+    code, outcomes = rehearse(tmp_path, "--only", "ceilings", "--budget", "0")
+    assert code == 0 and list(outcomes) == ["environment", "tests", "ceilings", "models-32"]
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

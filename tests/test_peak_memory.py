@@ -51,6 +51,18 @@ def on_the_extension():
         yield
 
 
+def test_what_was_alive_before_a_step_is_no_part_of_its_peak():
+    """Not even if it came to life in an earlier step: its end would hide as much of this one."""
+    held = []
+
+    def step() -> None:
+        held.clear()
+        held.append(torch.empty(1000, 1000))
+
+    for _ in range(3):
+        assert memory.peak_bytes(step, torch.device("cpu")) == 4_000_000
+
+
 # x wider and narrower than the gradient of a bottleneck's output, which share the last place of the peak
 @pytest.mark.parametrize("first", [16, 80], ids=["narrow", "wide"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["keeping", "recompute"])

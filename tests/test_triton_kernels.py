@@ -21,7 +21,7 @@ from parity import assert_parity, error  # noqa: E402
 from fusedres.backends import eager  # noqa: E402
 from fusedres.backends import triton as fused  # noqa: E402
 from fusedres.backends.eager import Geometry, Pool  # noqa: E402
-from fusedres.kernels import helpers, join, pool  # noqa: E402
+from fusedres.kernels import helpers, join, pool, reduce  # noqa: E402
 from fusedres.kernels.reduce import merge  # noqa: E402
 
 DEVICE = "cpu" if helpers.INTERPRETED else "cuda"
@@ -548,7 +548,7 @@ def test_bn_backward(parameters, accumulate, training):
 
 def test_merge_of_many_tiles():
     """More tiles than one program takes: two levels, for sums and for moments, the last tile short."""
-    tiles, tile_rows, channels = 700, 3, 5
+    tiles, tile_rows, channels = reduce.ONE_LEVEL + 300, 3, 5
     rows = tiles * tile_rows - 1
     values = torch.randn(rows, channels, dtype=torch.float64)
     parts = [values[i * tile_rows : (i + 1) * tile_rows] for i in range(tiles)]
@@ -563,6 +563,47 @@ def test_merge_of_many_tiles():
     torch.testing.assert_close(sums[1].cpu().double(), m2s.sum(0), rtol=1e-5, atol=0)
 
 
+@each_dtype
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("channels", [5, 35])  # 35: more than one block
+def test_what_one_kernel_reads_is_merged_there(channels, levels, dtype, monkeypatch):
+    """Statistics and sums that are left to the C-sized kernel after them are those of a merge of their own: the same
+    arithmetic in the same order, so that only the compiler's contraction of products may differ."""
+    monkeypatch.setattr(join, "pass_config", lambda *_: join.PassConfig(BLOCK_M=4, BLOCK_C=64, chunk=8))
+    monkeypatch.setattr(reduce, "ONE_LEVEL", 1024 if levels == 1 else 3)
+    shape, rows = (2, channels, 7, 5), 70
+
+    def run(deferred: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
+        draw = Inputs(dtype, 0, False)
+        x, grad, weight, bias = draw.map(*shape), draw.map(*shape), draw.parameter(channels), draw.parameter(channels)
+        running = draw.parameter(channels), draw.parameter(channels).abs()
+        room = (lambda: fused.new_reduction(channels, x)) if deferred else (lambda: draw.out_vectors(2, channels))
+        stats, sums, coeff = room(), room(), draw.out_vectors(3, channels)
+
+        def step():
+            fused.statistics(x, stats)
+            affine, saved = fused.bn_coefficients(stats, rows, weight, bias, *running, 0.1, 1e-5)
+            fused.join_backward(grad, x, affine, saved, "relu", sums=sums)
+            fused.bn_backward(sums, rows, weight, saved, True, coeff)
+            return affine, saved
+
+        affine, saved = step()
+        found = {"affine": affine, "saved": saved, "coeff": coeff, "mean": running[0], "variance": running[1]}
+        for i in range(2):
+            rounded = sums.as_gradient(i, dtype) if deferred else sums[i].to(dtype)
+            assert rounded.dtype == dtype
+            found |= {f"sum {i}": sums[i].clone(), f"gradient {i}": rounded.clone()}
+        with helpers.record() as launches:
+            step()
+        return found, [launch.kernel.__name__ for launch in launches]
+
+    (ours, launched), (plain, separate) = run(True), run(False)
+    for key, value in ours.items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(value, plain[key], rtol=1e-6, atol=1e-6)
+    assert launched.count("merge_kernel") == 2 * (levels - 1) and separate.count("merge_kernel") == 2 * levels
+
+
 # ---- numerics --------------------------------------------------------------------------------------------------------
 
 
@@ -574,13 +615,13 @@ def test_large_mean_keeps_three_digits():
     truth = x.double().var((0, 2, 3), correction=0).rsqrt()
     stats = torch.full((2, 5), NAN, device=DEVICE)
     geometry = Geometry((1, 1), (0, 0), (1, 1), 1)
-    for reduce in (
+    for measure in (
         lambda: fused.statistics(x, stats),
         lambda: fused.conv_forward(x, None, "none", weight, None, geometry, stats=stats),
         lambda: fused.pool_forward(x, None, "none", Pool("max", (1, 1), (1, 1), (0, 0)), stats=stats),
     ):
         stats.fill_(NAN)
-        reduce()
+        measure()
         _, saved = fused.bn_coefficients(stats, 2 * 13 * 17, None, None, None, None, 0.1, 0.0)
         assert ((saved[1].double() - truth).abs() / truth).max() < 5e-4
 

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 import fusedres  # noqa: E402
-from fusedres import plans  # noqa: E402
+from fusedres import plans, tuning  # noqa: E402
 from fusedres.backends import triton as fused  # noqa: E402
 from fusedres.backends.eager import Geometry  # noqa: E402
 from fusedres.kernels import helpers  # noqa: E402
@@ -230,3 +230,54 @@ def test_nothing_to_tune_says_why():
     assert "no fused block ran" in str(fusedres.tune(nn.Linear(2, 2), torch.ones(1, 2)))
     with pytest.raises(TypeError, match="Module"):
         fusedres.tune(lambda x: x, torch.ones(1))
+
+
+# ---- precompile ------------------------------------------------------------------------------------------------------
+
+
+def described(launches) -> list[tuple]:
+    """The launches as far as compilation goes: kernels, sizes, and of a tensor its dtype."""
+    return [
+        (
+            launch.kernel.__name__, launch.grid,
+            tuple((k, v.dtype if isinstance(v, torch.Tensor) else v) for k, v in launch.arguments.items()),
+        )
+        for launch in launches
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("measured", [False, True], ids=["guessed", "measured"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "infer"])
+def test_a_step_is_followed_without_running(training, measured):
+    """What precompile compiles is what the step launches, by the plans of the device; and nothing has run or changed."""
+    model = network().train(training)
+    x = torch.randn(2, 8, 6, 6, device=DEVICE, requires_grad=True)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with fusedres.use_backend("triton"):
+        if measured:
+            problems, _ = tuning._record(model, (x,), {})
+            plans.remember(DEVICE, {p: Plan(p.op == "wgrad", CONFIG) for p in problems[DEVICE]})
+        followed = tuning._followed(model, (x,), {}, DEVICE)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        with helpers.record() as launches:
+            tuning._step(model, (x,), {})
+    assert described(followed) == described(launches)
+    names = {launch.kernel.__name__ for launch in followed}
+    assert ("conv_forward_kernel" in names) != measured and ("conv_wgrad_kernel" in names) == training
+    tensors = [v for launch in followed for v in launch.arguments.values() if isinstance(v, torch.Tensor)]
+    assert tensors and all(tensor.is_meta for tensor in tensors)
+
+
+def test_precompile_where_nothing_compiles():
+    """Interpreted kernels do not compile, other backends have none, and what is no module is refused."""
+    x = torch.randn(2, 8, 6, 6, device=DEVICE)
+    with fusedres.use_backend("eager"):
+        assert fusedres.precompile(network(), x) == 0
+    if helpers.INTERPRETED:
+        with fusedres.use_backend("triton"):
+            assert fusedres.precompile(network(), x) == 0
+    else:
+        assert fusedres.precompile(network(), x) > 0
+    with pytest.raises(TypeError, match="Module"):
+        fusedres.precompile(lambda x: x, x)

@@ -19,15 +19,16 @@ from ..kernels import conv_forward as _forward
 from ..kernels import conv_wgrad as _wgrad
 from ..kernels.batchnorm import bn_backward, bn_coefficients, bn_frozen
 from ..kernels.conv_forward import ConvConfig
-from ..kernels.helpers import INTERPRETED, pitch, pitch_or_zero
+from ..kernels.helpers import INTERPRETED, meant, pitch, pitch_or_zero
 from ..kernels.join import dgrad_epilogue, grad_affine, join_backward, join_forward, statistics
 from ..kernels.pool import pool_backward, pool_forward
+from ..kernels.reduce import Reduction
 from ..plans import Plan, Problem
 from . import vendor
 
 __all__ = [
     "bn_backward", "bn_coefficients", "bn_frozen", "conv_backward", "conv_forward", "dgrad_epilogue", "grad_affine",
-    "backward_problems", "forward_problem", "join_backward", "join_forward", "name", "pool_backward", "pool_forward",
+    "backward_problems", "forward_problem", "join_backward", "join_forward", "name", "new_reduction", "pool_backward", "pool_forward",
     "statistics", "supports", "use_plan",
 ]  # fmt: skip
 
@@ -115,6 +116,11 @@ def _is_guessed_fused(x: Tensor, weight: Tensor, geometry) -> bool:
     )
 
 
+def new_reduction(channels: int, like: Tensor) -> Reduction:
+    """Room for two reductions of a map like ``like`` that ``bn_coefficients`` or ``bn_backward`` reads next."""
+    return Reduction(channels, like.device)
+
+
 def _config(plan: Plan) -> ConvConfig | None:
     return None if plan.config is None else ConvConfig(*plan.config)
 
@@ -145,7 +151,7 @@ def conv_forward(
     }  # fmt: skip
     # the fused kernel reduces the convolution's statistics, not those of a sum
     servable = stats is None or residual is None
-    plan, measured = _plan, plans.table(x.device)
+    plan, measured = _plan, plans.table(meant(x.device))
     if plan is None and measured:
         plan = measured.get(forward_problem(x, affine, act, weight, bias, geometry, **epilogue))
     plan = plan or Plan(_is_guessed_fused(x, weight, geometry))
@@ -177,7 +183,7 @@ def conv_backward(
     target = {"dx": dx, "base": base, "accumulate": accumulate, "scaled": scaled, "sums": sums}
     operands = (grad, raw, coeff, x, affine, saved, act, weight, geometry)
     chosen: dict[str, Plan] = {}
-    measured = plans.table(x.device)
+    measured = plans.table(meant(x.device))
     if _plan is None and measured:
         problems = backward_problems(*operands, need_dx=need_dx, need_dw=need_dw, **target)
         chosen = {p.op: measured[p] for p in problems if p in measured}

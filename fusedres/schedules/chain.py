@@ -42,6 +42,7 @@ from .common import (
     mean_pool_gradient,
     new_stats,
     norm_tensors,
+    reduction,
     reference_conv,
     reference_norm,
 )
@@ -235,7 +236,7 @@ class _State:
 
 def _conv_bn(backend, unit: Unit, x: Tensor, affine: Tensor | None, act: str):
     conv, norm = unit.conv, unit.norm
-    stats = None if norm is None else new_stats(norm, conv.weight.shape[0], x)
+    stats = None if norm is None else new_stats(backend, norm, conv.weight.shape[0], x)
     raw = backend.conv_forward(x, affine, act, conv.weight, conv.bias, conv.geometry, stats=stats)
     return raw, *((None, None) if norm is None else coefficients(backend, norm, stats, raw))
 
@@ -245,7 +246,7 @@ def _forward(backend, chain: Chain, x: Tensor, source: Tensor | None, stats: Ten
     affine = saved = None
     if first is not None:
         if first.training and stats is None:
-            stats = new_stats(first, x.shape[1], x)
+            stats = new_stats(backend, first, x.shape[1], x)
             backend.statistics(x, stats)
         affine, saved = coefficients(backend, first, stats, x)
     state = _State([x], [affine], [saved])
@@ -332,7 +333,11 @@ class _Backward:
         """Room for the sums of the BatchNorm behind map i, None where there is none."""
         if self.affines[i] is None:
             return None
-        self.sums[i] = channel_empty(2, self.affines[i].shape[1], self.maps[0])
+        channels = self.affines[i].shape[1]
+        # the input's gather from several places before the BatchNorm's step reads them
+        self.sums[i] = (
+            reduction(self.backend, channels, self.maps[0]) if i else channel_empty(2, channels, self.maps[0])
+        )
         return self.sums[i]
 
     def raw(self, i: int) -> Tensor | None:
@@ -363,7 +368,7 @@ class _Backward:
         """From the sums behind map i: the pending form of the map's gradient, and the C-sized gradients."""
         norm, rows, at = self.norms[i], count(self.raw(i)), self.at(i)
         sums, saved = self.sums[i], self.saveds[i]
-        coeff = self.coeffs[i] = channel_empty(3, sums.shape[1], sums)
+        coeff = self.coeffs[i] = channel_empty(3, sums.shape[1], self.maps[0])
         self.backend.bn_backward(sums, rows, norm.weight, saved, norm.training, coeff)
         self.norm_gradients(i)
         if i and self.need[at + 1]:
@@ -371,8 +376,8 @@ class _Backward:
 
     def norm_gradients(self, i: int) -> None:
         at, norm = self.at(i), self.norms[i]
-        self.grads[at + 2] = gradient_of(self.sums[i][1], norm.weight, self.need[at + 2])
-        self.grads[at + 3] = gradient_of(self.sums[i][0], norm.bias, self.need[at + 3])
+        self.grads[at + 2] = gradient_of(self.sums[i], 1, norm.weight, self.need[at + 2])
+        self.grads[at + 3] = gradient_of(self.sums[i], 0, norm.bias, self.need[at + 3])
 
     def conv(self, i: int, g: Tensor, pending: bool, need_dx: bool, **target) -> Tensor | None:
         """The input gradient of unit i from the gradient behind its BatchNorm, and its weight's."""

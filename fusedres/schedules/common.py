@@ -82,9 +82,16 @@ def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def new_stats(norm: Norm, channels: int, like: Tensor) -> Tensor | None:
+def reduction(backend, channels: int, like: Tensor):
+    """Room for two reductions per channel that one C-sized step reads next (:func:`coefficients`, ``bn_backward``): a tensor, or where
+    the backend has one a form of its own, which lets it merge partial results in that step."""
+    make = getattr(backend, "new_reduction", None)
+    return channel_empty(2, channels, like) if make is None else make(channels, like)
+
+
+def new_stats(backend, norm: Norm, channels: int, like: Tensor):
     """Room for the statistics that a BatchNorm in training needs, None where it uses the running ones."""
-    return channel_empty(2, channels, like) if norm.training else None
+    return reduction(backend, channels, like) if norm.training else None
 
 
 def coefficients(backend, norm: Norm, stats: Tensor | None, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,12 +110,14 @@ def frozen(backend, norm: Norm, like: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def gradient_of(vector: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
+def gradient_of(sums, row: int, parameter: Tensor | None, needed: bool) -> Tensor | None:
     """A row of ``sums`` as the gradient of a BatchNorm's parameter."""
-    return vector.to(parameter.dtype) if needed else None
+    if not needed:
+        return None
+    return sums[row].to(parameter.dtype) if isinstance(sums, Tensor) else sums.as_gradient(row, parameter.dtype)
 
 
-def bias_gradient(sums: Tensor, coeff: Tensor, saved: Tensor, n: int, conv: Conv, needed: bool) -> Tensor | None:
+def bias_gradient(sums, coeff: Tensor, saved: Tensor, n: int, conv: Conv, needed: bool) -> Tensor | None:
     """The gradient of a bias in front of a BatchNorm, from C numbers: ``sum(p * dz + q * raw + r)``.
 
     In training it is zero up to rounding, because normalisation removes the bias.
@@ -212,6 +221,7 @@ __all__ = [
     "mean_pool_gradient",
     "new_stats",
     "norm_tensors",
+    "reduction",
     "reference_conv",
     "reference_norm",
 ]

@@ -46,6 +46,7 @@ from .common import (
     map_bias_gradient,
     new_stats,
     norm_tensors,
+    reduction,
     reference_conv,
     reference_norm,
 )
@@ -114,7 +115,7 @@ def _forward(backend, layers: tuple[Layer, ...], x: Tensor, keep: bool, recomput
             end += layer.growth
             continue
         if keep or norm2.training:
-            mid_stats = new_stats(norm2, conv1.weight.shape[0], x)
+            mid_stats = new_stats(backend, norm2, conv1.weight.shape[0], x)
             mid = backend.conv_forward(
                 seen, affine1, layer.norm1.act, conv1.weight, conv1.bias, conv1.geometry, stats=mid_stats
             )
@@ -190,7 +191,7 @@ class DenseFunction(torch.autograd.Function):
                         buffer[:, :start], affine1, layer.norm1.act, tensors[at + 2], tensors[at + 3], conv1.geometry
                     )
                 # conv2 <- norm2
-                sums2 = channel_empty(2, mid.shape[1], mid)
+                sums2 = reduction(backend, mid.shape[1], mid)
                 coeff1 = channel_empty(3, mid.shape[1], mid)
                 if wanted[7]:
                     grads[at + 7] = map_bias_gradient(own, tensors[at + 7], own_raw, own_coeff)
@@ -199,12 +200,12 @@ class DenseFunction(torch.autograd.Function):
                     layer.conv2.geometry, need_dw=wanted[6], sums=sums2,
                 )  # fmt: skip
                 backend.bn_backward(sums2, rows, tensors[at + 4], saved2, layer.norm2.training, coeff1)
-                grads[at + 4] = gradient_of(sums2[1], tensors[at + 4], wanted[4])
-                grads[at + 5] = gradient_of(sums2[0], tensors[at + 5], wanted[5])
+                grads[at + 4] = gradient_of(sums2, 1, tensors[at + 4], wanted[4])
+                grads[at + 5] = gradient_of(sums2, 0, tensors[at + 5], wanted[5])
                 grads[at + 3] = bias_gradient(sums2, coeff1, saved2, rows, conv1, wanted[3])
                 raw1 = mid if layer.norm2.training else None
             # conv1 <- norm1, into the one gradient buffer
-            sums1 = channel_empty(2, start, buffer)
+            sums1 = reduction(backend, start, buffer)
             _, grads[at + 2] = backend.conv_backward(
                 grad1, raw1, coeff1, buffer[:, :start], affine1, saved1, layer.norm1.act, tensors[at + 2],
                 conv1.geometry, need_dw=wanted[2], sums=sums1, scaled=True, dx=gathered[:, :start],
@@ -213,8 +214,8 @@ class DenseFunction(torch.autograd.Function):
             backend.bn_backward(
                 sums1, rows, tensors[at], saved1, layer.norm1.training, coeff[:, :start], accumulate=True
             )
-            grads[at] = gradient_of(sums1[1], tensors[at], wanted[0])
-            grads[at + 1] = gradient_of(sums1[0], tensors[at + 1], wanted[1])
+            grads[at] = gradient_of(sums1, 1, tensors[at], wanted[0])
+            grads[at + 1] = gradient_of(sums1, 0, tensors[at + 1], wanted[1])
             del mid, grad1, raw1  # before the next layer's come to life
             end = start
         dx = backend.grad_affine(gathered[:, :first], buffer[:, :first], coeff[:, :first]) if need[0] else None

@@ -31,6 +31,7 @@ from .common import (
     map_bias_gradient,
     new_stats,
     norm_tensors,
+    reduction,
     reference_conv,
     reference_norm,
 )
@@ -61,7 +62,7 @@ def run(backend, block: NormPool, x: Tensor, stats: Tensor | None = None) -> Ten
 
 def _forward(backend, block: NormPool, x: Tensor, stats: Tensor | None):
     if block.norm.training and stats is None:
-        stats = new_stats(block.norm, x.shape[1], x)
+        stats = new_stats(backend, block.norm, x.shape[1], x)
         backend.statistics(x, stats)
     affine, saved = coefficients(backend, block.norm, stats, x)
     y, _ = backend.pool_forward(x, affine, block.norm.act, block.pool)
@@ -110,11 +111,11 @@ class NormPoolFunction(torch.autograd.Function):
             )
         dx = dgamma = dbeta = None
         if any(need[:3]):
-            sums, coeff = channel_empty(2, x.shape[1], x), channel_empty(3, x.shape[1], x)
+            sums, coeff = reduction(backend, x.shape[1], x), channel_empty(3, x.shape[1], x)
             args = (dpooled, None, x, affine, saved, block.norm.act, block.pool)
             backend.pool_backward(*args, sums=sums)
             backend.bn_backward(sums, count(x), gamma, saved, block.norm.training, coeff)
-            dgamma, dbeta = gradient_of(sums[1], gamma, need[1]), gradient_of(sums[0], beta, need[2])
+            dgamma, dbeta = gradient_of(sums, 1, gamma, need[1]), gradient_of(sums, 0, beta, need[2])
             if need[0]:
                 dx = backend.pool_backward(*args, coeff=coeff)
         return None, None, None, dx, dgamma, dbeta, dweight, dbias
