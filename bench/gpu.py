@@ -331,10 +331,10 @@ def markdown(outcomes: list[Outcome], run: Run) -> str:
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     for stage in STAGES:
         found = _load(run.out / f"{stage.name}.json") if stage.name.startswith("primitives") else None
-        if found:
-            lines += ["", f"## {stage.name}: {found['total_seconds'] * 1e3:.1f} ms", ""]
+        for page in found or []:
+            lines += ["", f"## {stage.name}: {page['total_seconds'] * 1e3:.1f} ms", ""]
             lines += ["| primitive | calls | ms | floor ms | of floor |", "|---|---:|---:|---:|---:|"]
-            for label, p in sorted(found["primitives"].items(), key=lambda item: -item[1]["seconds"]):
+            for label, p in sorted(page["primitives"].items(), key=lambda item: -item[1]["seconds"]):
                 share = f"{p['floor_seconds'] / p['seconds']:.0%}" if p["seconds"] else ""
                 lines.append(
                     f"| {label} | {p['calls']} | {p['seconds'] * 1e3:.2f} | {p['floor_seconds'] * 1e3:.2f} | {share} |"
@@ -369,7 +369,7 @@ def draw(run: Run) -> None:
     if records:
         report.write_report(list(records.values()), run.out, "ResNet and DenseNet on a GPU")
     found = {stage.name: _load(run.out / f"{stage.name}.json") for stage in STAGES if "primitives" in stage.name}
-    found = {name: page["primitives"] for name, page in found.items() if page}
+    found = {name: pages[0]["primitives"] for name, pages in found.items() if pages}
     if not found:
         return
     most = max(map(len, found.values()))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.table import Table
 
 from . import models
 
@@ -209,11 +210,24 @@ def _caption(records: Sequence[dict]) -> Iterator[str]:
     yield where["date"][:10]
 
 
+#: columns of words; all others are numbers
+LEFT = ("model", "contender", "parity", "remark", "primitive")
+
+
+def console_table(rows: Sequence[dict[str, str]], title: str) -> Table:
+    """Rows as a table for a terminal."""
+    table = Table(title=title)
+    for head in rows[0]:
+        table.add_column(head, justify="left" if head in LEFT else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
 def markdown_table(rows: Sequence[dict[str, str]]) -> str:
     """Rows as a Markdown table, without columns that nobody fills."""
-    left = ("model", "contender", "parity", "remark")
     heads = [head for head in rows[0] if any(row[head] for row in rows)]
-    lines = [heads, [":--" if head in left else "--:" for head in heads]]
+    lines = [heads, [":--" if head in LEFT else "--:" for head in heads]]
     lines += [[row[head].replace("|", "\\|") for head in heads] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

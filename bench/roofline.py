@@ -17,19 +17,19 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import itertools
 import json
 import math
-import platform
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torchvision
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,6 +38,7 @@ from fusedres import dispatch
 from fusedres.backends import eager
 from fusedres.schedules.common import Conv, accum_dtype
 
+from . import environment, report
 from .models import known_model
 
 
@@ -301,22 +302,42 @@ def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     return bandwidth, rate
 
 
-def measured(args, console: Console) -> dict:
-    """Run the converted model and print each primitive's time against its floor."""
+@dataclass
+class Page:
+    """What one model and mode gave: figures for a file, and rows and sentences to read."""
+
+    title: str
+    rows: list[dict[str, str]]
+    sentences: list[str]
+    figures: dict
+
+    def show(self, console: Console) -> None:
+        """On the console."""
+        console.print(report.console_table(self.rows, self.title))
+        for sentence in self.sentences:
+            console.print(sentence, highlight=False, soft_wrap=True)
+
+    def markdown(self) -> str:
+        """As a section."""
+        return "\n\n".join([f"## {self.title}", report.markdown_table(self.rows), *self.sentences])
+
+
+def measured(args, name: str, mode: str) -> Page:
+    """Run the converted model and hold each primitive's time against its floor."""
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    model = fusedres.convert(build(args.model, args.device, dtype, args.mode))
+    model = fusedres.convert(build(name, args.device, dtype, mode))
     x = torch.randn(args.batch, 3, args.resolution, args.resolution, dtype=dtype, device=device)
     x = x.to(memory_format=torch.channels_last)
     bandwidth, rate = ceilings(dtype, device)
     clock = Clock(device)
-    step(model, x, args.mode)
+    step(model, x, mode)
     runs, totals = [], []
     for _ in range(args.repeats):
         calls: list[Call] = []
         clock.head_start()
         start = clock.now()
         with dispatch.observe(lambda inner, calls=calls: Recorder(inner or eager, calls, clock)):
-            step(model, x, args.mode)
+            step(model, x, mode)
         end = clock.now()
         settle(calls, clock)
         totals.append(clock.seconds(start, end))
@@ -332,27 +353,27 @@ def measured(args, console: Console) -> dict:
     total = statistics.median(totals)
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
-    table = Table(
-        title=f"{args.model} {args.mode}, batch {args.batch}, {args.resolution} px, {args.dtype}, {where}: "
+    title = (
+        f"{name} {mode}, batch {args.batch}, {args.resolution} px, {args.dtype}, {where}: "
         f"{total * 1e3:.0f} ms (ceilings: copy {bandwidth / 1e9:.1f} GB/s, product {rate / 1e9:.0f} GFLOP/s)"
     )
-    for head in ("primitive", "calls", "ms", "floor ms", "of floor", "share", "GB/s", "GFLOP/s"):
-        table.add_column(head, justify="left" if head == "primitive" else "right")
-    for label, (calls, seconds, floor, moved, flops) in sorted(rows.items(), key=lambda item: -item[1][1]):
-        table.add_row(
-            label, str(calls), f"{seconds * 1e3:.1f}", f"{floor * 1e3:.1f}", f"{floor / seconds:.0%}" if floor else "-",
-            f"{seconds / total:.1%}", f"{moved / seconds / 1e9:.1f}", f"{flops / seconds / 1e9:.0f}",
-        )  # fmt: skip
-    inside = sum(row[1] for row in rows.values())
-    table.add_row(
-        "outside the primitives", "", f"{(total - inside) * 1e3:.1f}", "", "", f"{1 - inside / total:.1%}", "", ""
-    )
-    console.print(table)
+    shown = [
+        {
+            "primitive": label, "calls": str(calls), "ms": f"{seconds * 1e3:.1f}", "floor ms": f"{floor * 1e3:.1f}",
+            "of floor": f"{floor / seconds:.0%}" if floor else "-", "share": f"{seconds / total:.1%}",
+            "GB/s": f"{moved / seconds / 1e9:.1f}", "GFLOP/s": f"{flops / seconds / 1e9:.0f}",
+        }
+        for label, (calls, seconds, floor, moved, flops) in sorted(rows.items(), key=lambda item: -item[1][1])
+    ]  # fmt: skip
+    outside = total - sum(row[1] for row in rows.values())
+    rest = {"primitive": "outside the primitives", "ms": f"{outside * 1e3:.1f}", "share": f"{outside / total:.1%}"}
+    shown.append(dict.fromkeys(shown[0], "") | rest)
     names = ("calls", "seconds", "floor_seconds", "bytes", "flops")
-    return {
+    figures = {
         "total_seconds": total, "copy_bytes_per_s": bandwidth, "flops_per_s": rate,
         "primitives": {label: dict(zip(names, row, strict=True)) for label, row in rows.items()},
     }  # fmt: skip
+    return Page(title, shown, [], figures)
 
 
 def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[str, int] | None:
@@ -381,12 +402,12 @@ def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[st
 PLANS = {"fused": "every convolution fused", "auto": "by the default plans"}
 
 
-def counted(args, mode: str, console: Console) -> dict:
-    """Count the traffic of a step on meta tensors, ours and eager's, and print floors for a given device."""
+def counted(args, name: str, mode: str) -> Page:
+    """Count the traffic of a step on meta tensors, ours and eager's, with floors for a given device."""
     dtype = getattr(torch, args.dtype)
     x = torch.empty(args.batch, 3, args.resolution, args.resolution, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last)
-    model = build(args.model, "meta", dtype, mode)
+    model = build(name, "meta", dtype, mode)
     with EagerTraffic() as theirs:
         step(model, x, mode)
     calls: list[Call] = []
@@ -402,54 +423,43 @@ def counted(args, mode: str, console: Console) -> dict:
         row[1] += call.read + call.written
         row[2] += call.flops
         row[3] += max((call.read + call.written) / bandwidth, call.flops / rate)
-    table = Table(
-        title=f"{args.model} {mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule"
-    )
-    heads = (
-        "primitive", "kernels", "MB per image", "GFLOP per image", f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)",
-    )  # fmt: skip
-    for head in heads:
-        table.add_column(head, justify="left" if head == "primitive" else "right")
-    for label, (kernels, moved, flops, floor) in sorted(rows.items(), key=lambda item: -item[1][3]):
-        table.add_row(
-            label,
-            str(kernels),
-            f"{moved / args.batch / 1e6:.1f}",
-            f"{flops / args.batch / 1e9:.2f}",
-            f"{floor * 1e3:.2f}",
-        )
+    floor_head = f"floor ms ({args.bandwidth} TB/s, {args.rate} TFLOP/s)"
+    shown = [
+        {
+            "primitive": label, "kernels": str(kernels), "MB per image": f"{moved / args.batch / 1e6:.1f}",
+            "GFLOP per image": f"{flops / args.batch / 1e9:.2f}", floor_head: f"{floor * 1e3:.2f}",
+        }
+        for label, (kernels, moved, flops, floor) in sorted(rows.items(), key=lambda item: -item[1][3])
+    ]  # fmt: skip
     ours = sum(row[1] for row in rows.values())
-    console.print(table)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
-
-    say(
+    said = [
         f"feature-map traffic per image: {ours / args.batch / 1e6:.0f} MB, eager {theirs.total / args.batch / 1e6:.0f} MB: "
         f"{ours / theirs.total:.2f}x; floor {sum(row[3] for row in rows.values()) * 1e3:.1f} ms, "
-        f"of eager's traffic {theirs.total / bandwidth * 1e3:.1f} ms"
-    )
-    say(f"launches per step: eager {theirs.operators} operators")
+        f"of eager's traffic {theirs.total / bandwidth * 1e3:.1f} ms",
+        f"launches per step: eager {theirs.operators} operators",
+    ]
     plans = {}
     for plan, words in PLANS.items():
         found = plans[plan] = launched(model, x, mode, plan)
         if found is not None:
-            say(
-                f"  triton backend, {words}: {found['kernels'] + found['operators']} "
+            said.append(
+                f"launches per step, triton backend, {words}: {found['kernels'] + found['operators']} "
                 f"({found['kernels']} kernels of its own, {found['operators']} operators); "
                 f"{found['bytes'] / args.batch / 1e6:.0f} MB per image, {found['bytes'] / theirs.total:.2f}x eager's"
             )
-    return {
+    figures = {
         "bytes": ours, "eager_bytes": theirs.total, "eager_operators": theirs.operators, "launches": plans,
         "calls": [asdict(c) for c in calls],
     }  # fmt: skip
+    title = f"{name} {mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule"
+    return Page(title, shown, said, figures)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=known_model, default="resnet50", help="a torchvision model")
-    parser.add_argument("--mode", choices=("train", "infer"), help="default: both counted, train measured")
+    parser.add_argument("--model", type=known_model, nargs="+", default=["resnet50"], help="torchvision models")
+    parser.add_argument("--mode", choices=("train", "infer"), nargs="+", default=("train", "infer"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=None, help="pixels; 160 measured, 224 counted")
     parser.add_argument("--dtype", default="float32")
@@ -460,23 +470,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--rate", type=float, default=790, help="TFLOP/s for counted floors (an H200's bfloat16 product)"
     )
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     args = parser.parse_args(argv)
     if args.count and args.device:
         parser.error("--count needs no --device: it runs nothing")
     args.resolution = args.resolution or (160 if args.device else 224)
-    console = Console(width=130)
-    if args.device:
-        args.mode = args.mode or "train"
-        result = measured(args, console)
-    elif args.mode:
-        result = counted(args, args.mode, console)
-    else:
-        result = {mode: counted(args, mode, console) for mode in ("train", "infer")}
+    where = environment.describe(torch.device(args.device or "cpu"), environment.command("bench.roofline", argv))
+    console, pages, records = Console(width=130), [], []
+    for name, mode in itertools.product(args.model, args.mode):
+        page = (measured if args.device else counted)(args, name, mode)
+        page.show(console)
+        pages.append(page)
+        records.append({"model": name, "mode": mode, **page.figures, "environment": where})
     if args.json:
-        environment = {"torch": torch.__version__, "fusedres": fusedres.__version__, "machine": platform.machine()}
-        with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "environment": environment, **result}, file, indent=1)
+        args.json.write_text(json.dumps(records, indent=1) + "\n")
+    if args.markdown:
+        parts = ["# A step, primitive by primitive", *(page.markdown() for page in pages)]
+        parts += ["## How it was taken", report.environment_list(where)]
+        args.markdown.write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

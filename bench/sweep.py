@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from . import environment, models, report
 
@@ -50,13 +49,8 @@ def smallest(records: Sequence[dict], mode: str) -> str:
 def show(records: Sequence[dict], console: Console) -> None:
     """The tables on the console."""
     for mode in dict.fromkeys(r["mode"] for r in records):
-        rows = grid(records, mode)
-        shown = Table(title=f"{WORDS[mode]}, ratio to eager; smallest {smallest(records, mode)}")
-        for head in rows[0]:
-            shown.add_column(head, justify="left" if head == "model" else "right")
-        for row in rows:
-            shown.add_row(*row.values())
-        console.print(shown)
+        title = f"{WORDS[mode]}, ratio to eager; smallest {smallest(records, mode)}"
+        console.print(report.console_table(grid(records, mode), title))
 
 
 def page(records: Sequence[dict]) -> str:

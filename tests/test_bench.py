@@ -192,16 +192,16 @@ def test_peak_bytes_are_those_counted_by_hand():
 
 def test_roofline_counts_totals_without_running(tmp_path, capsys):
     pytest.importorskip("triton")
-    path = tmp_path / "count.json"
-    roofline.main(
-        ["--model", "resnet18", "--batch", "64", "--dtype", "bfloat16", "--resolution", "64", "--json", str(path)]
-    )
+    path, page = tmp_path / "count.json", tmp_path / "count.md"
+    sizes = ("--batch", "64", "--dtype", "bfloat16", "--resolution", "64")
+    roofline.main(["--model", "resnet18", *sizes, "--json", str(path), "--markdown", str(page)])
     printed = capsys.readouterr().out
     totals = re.findall(r"feature-map traffic per image: (\d+) MB, eager (\d+) MB", printed)
     assert len(totals) == 2 and all(int(ours) < int(theirs) for ours, theirs in totals)
-    page = json.loads(path.read_text())
-    for mode in ("train", "infer"):
-        counted = page[mode]
+    records = json.loads(path.read_text())
+    assert [r["mode"] for r in records] == ["train", "infer"]
+    assert all(f"## resnet18 {r['mode']}, batch 64" in page.read_text() for r in records)
+    for counted in records:
         assert counted["bytes"] == sum(c["read"] + c["written"] for c in counted["calls"]) < counted["eager_bytes"]
         # what is launched moves what the schedule counts, and each call is a launch at least
         fused = counted["launches"]["fused"]
