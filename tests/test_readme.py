@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -35,3 +36,22 @@ def test_its_modules_exist():
     for module in re.findall(r"python -m ((?:bench|fusedres)[.\w]*)", README):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+@pytest.mark.parametrize("model", ["densenet121", "resnet50"])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize("contender", ["fused", "fused-recompute"])
+def test_its_figures_are_the_measured_ones(model, mode, contender):
+    found = {(r["model"], r["mode"], r["contender"]): r for r in json.loads((ROOT / "results" / "models.json").read_text())}
+    record, eager, compiled = (found.get((model, mode, name)) for name in (contender, "eager", "compile"))
+    if record is None:
+        assert (mode, contender) == ("infer", "fused-recompute")
+        return
+    words = {"densenet121": "DenseNet-121", "resnet50": "ResNet-50", "train": "training", "infer": "inference"}
+    cells = [f"{words[model]} {words[mode]}{', recompute' * (contender != 'fused')}"]
+    cells += [f"{r['images_per_s']:.1f}" for r in (eager, compiled, record)]
+    cells += [f"{r['ratio_to_eager']:.2f}x" for r in (compiled, record)]
+    kept = "kept_for_backward_bytes"
+    cells.append(f"{record[kept] / eager[kept]:.2f}x" if mode == "train" else "")
+    assert f"| {' | '.join(cells)} |".replace("  |", " |") in README
+    assert record["environment"]["date"][:10] in README and record["environment"]["device"] in README
