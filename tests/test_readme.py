@@ -42,7 +42,9 @@ def test_its_modules_exist():
 @pytest.mark.parametrize("mode", ["train", "infer"])
 @pytest.mark.parametrize("contender", ["fused", "fused-recompute"])
 def test_its_figures_are_the_measured_ones(model, mode, contender):
-    found = {(r["model"], r["mode"], r["contender"]): r for r in json.loads((ROOT / "results" / "models.json").read_text())}
+    found = {
+        (r["model"], r["mode"], r["contender"]): r for r in json.loads((ROOT / "results" / "models.json").read_text())
+    }
     record, eager, compiled = (found.get((model, mode, name)) for name in (contender, "eager", "compile"))
     if record is None:
         assert (mode, contender) == ("infer", "fused-recompute")
