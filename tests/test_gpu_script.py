@@ -30,7 +30,7 @@ def test_some_stages(tmp_path):
     code, outcomes = rehearse(tmp_path, "--only", "environment", "primitives-resnet50-infer", "tune")
     assert code == 0 and {o["status"] for o in outcomes.values()} == {"passed"}
     assert json.loads((tmp_path / "environment.json").read_text())["backends"]["torch.float32"]["triton"] == "available"
-    assert json.loads((tmp_path / "primitives-resnet50-infer.json").read_text())["primitives"]
+    assert json.loads((tmp_path / "primitives-resnet50-infer.json").read_text())[0]["primitives"]
     assert list((tmp_path / "plans").glob("*.json"))
     page = (tmp_path / "summary.md").read_text()
     assert "rehearsal" in page and "| tune | passed |" in page
