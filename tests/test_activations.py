@@ -94,14 +94,15 @@ class DenseLayer(nn.Module):
     def __init__(self, act: nn.Module, inplanes: int, growth: int) -> None:
         super().__init__()
         self.bn1, self.bn2, self.act = nn.BatchNorm2d(inplanes), nn.BatchNorm2d(4), act
-        self.conv1, self.conv2 = nn.Conv2d(inplanes, 4, 1), nn.Conv2d(4, growth, 3, padding=1)
+        self.conv1 = nn.Conv2d(inplanes, 4, 1, bias=False)
+        self.conv2 = nn.Conv2d(4, growth, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.conv2(self.act(self.bn2(self.conv1(self.act(self.bn1(x))))))], 1)
 
 
-def row(act: nn.Module, *behind: nn.Module, kernel: int = 3) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(5, 7, kernel, padding=kernel // 2), nn.BatchNorm2d(7), act, *behind)
+def row(act: nn.Module, *behind: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(5, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7), act, *behind)
 
 
 BLOCKS: dict[str, Callable[[nn.Module], nn.Module]] = {

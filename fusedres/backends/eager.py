@@ -11,7 +11,7 @@ saved     ``[2, C]`` (mean, invstd) with which ``xhat = (raw - mean) * invstd``.
 stats     ``[2, C]`` (mean, M2): M2 is the sum of squared deviations from the mean, over the M rows.
 coeff     ``[3, C]`` (p, q, r): the pending form of a gradient, ``g = p * grad + q * raw + r``.
 sums      ``[2, C]`` (sum of dz, sum of dz * xhat), what a BatchNorm's backward needs from a pass.
-act       ``"none"`` or ``"relu"``; NaN passes through ReLU, and where the activation is NaN the gradient passes.
+act       a name of :mod:`fusedres.activations`; NaN passes, and where ReLU is NaN so does the gradient.
 geometry  a :class:`Geometry`; convolution padding is zero *after* affine and act.
 
 Per-channel tensors may be column slices of wider ones (``stride(1) == 1``, any ``stride(0)``). An ``out``, ``stats``, ``dx``,
