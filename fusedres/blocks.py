@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import describe, dispatch, memory, structure
+from . import activations, describe, dispatch, memory, structure
 from .memory import Part, Unsupported
 from .schedules import chain, dense, norm_pool
 from .schedules.common import Unit
@@ -137,6 +137,7 @@ class FusedBlock:
 def check_chain(description: chain.Chain, x: Tensor, source: Tensor | None = None) -> None:
     """Check a residual chain against its input, and what its shortcut reads where that is another map."""
     units, first, shortcut = description.units, description.first, description.shortcut
+    activations.parse(description.act)
     dtype = next((unit.conv.weight.dtype for unit in description.all_units), x.dtype)
     describe.check_map(x, dtype)
     shape = tuple(x.shape)
@@ -350,9 +351,10 @@ def conv_runs(children: list[nn.Module]) -> list[tuple[int, int]]:
     while i < len(children) - 1:
         if isinstance(children[i], nn.Conv2d) and isinstance(children[i + 1], nn.BatchNorm2d):
             stop = i + 2
-            for types in (nn.ReLU, nn.MaxPool2d):
-                if stop < len(children) and isinstance(children[stop], types):
-                    stop += 1
+            if stop < len(children) and activations.of_module(children[stop]) is not None:
+                stop += 1
+            if stop < len(children) and isinstance(children[stop], nn.MaxPool2d):
+                stop += 1
             runs.append((i, stop))
             i = stop
         else:
@@ -401,7 +403,7 @@ class FusedSequential(_ChainKind):
 
 def _run_part(run: list[nn.Module]) -> Part:
     convolution, batch_norm, *rest = run
-    act = next((c for c in rest if isinstance(c, nn.ReLU)), None)
+    act = next((c for c in rest if not isinstance(c, nn.MaxPool2d)), None)
     pooling = next((c for c in rest if isinstance(c, nn.MaxPool2d)), None)
     return Part(functools.partial(describe.stem, [convolution, batch_norm, act, pooling]))
 

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from . import activations
 from .backends.eager import Geometry, Pool
 from .memory import Part, Unsupported
 from .schedules.chain import Chain, Shortcut, Subsample
 from .schedules.common import Conv, Norm, Unit
 from .schedules.dense import Layer
 from .schedules.norm_pool import NormPool
-from .structure import RELUS, Call, Plan, Step, original_forward
+from .structure import Call, Plan, Step, original_forward
 
 _GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -95,7 +96,8 @@ def norm(module: nn.Module, act: str) -> Norm:
         plain(module, type(module))
         if not at_rest(inside[0]) or hooked(inside[0]):
             raise Unsupported(f"{type(inside[0]).__name__} inside a BatchNorm")
-        act = "relu" if "relu" in (activation(inside[1]), act) else "none"
+        own = activation(inside[1])
+        act = act if own == "none" else own
     training = module.training or (module.running_mean is None and module.running_var is None)
     tracking = training and module.training and module.track_running_stats and module.running_mean is not None
     momentum = module.momentum
@@ -106,11 +108,18 @@ def norm(module: nn.Module, act: str) -> Norm:
 
 
 def activation(module: nn.Module | None) -> str:
-    """The name of an activation module."""
+    """The name of an activation module, in :mod:`fusedres.activations`."""
     if module is None:
         return "none"
-    plain(module, nn.ReLU, nn.Identity)
-    return "relu" if type(module) is nn.ReLU else "none"
+    act = "none" if type(module) is nn.Identity else activations.of_module(module)
+    if act is None:
+        raise _not_fused(module)
+    plain(module, type(module))
+    return act
+
+
+def _not_fused(module: nn.Module) -> Unsupported:
+    return Unsupported(f"found {type(module).__name__}, which is not among the activations that are fused")
 
 
 def _pair(value) -> tuple[int, ...]:
@@ -154,7 +163,8 @@ def at_rest(module: nn.Module) -> bool:
 
 class Token(NamedTuple):
     """One step of a block as the schedules see it. ``kind``: conv, norm, act, pool, subsample or other. ``run``: the originals, in a row;
-    ``module``: what is described when the schedule runs; ``value``: the activation behind a norm, a pool, a subsampling."""
+    ``module``: what is described when the schedule runs; ``value``: an activation's name (of a norm: that of the one behind it; None: not
+    one that is fused), a pool, a subsampling."""
 
     kind: str
     run: tuple[Callable[[Tensor], Tensor], ...]
@@ -162,7 +172,7 @@ class Token(NamedTuple):
     value: object = None
 
 
-#: activations that no schedule computes: a BatchNorm in front of one is not worth a schedule of its own
+#: activations, known or not: where a BatchNorm stands in front of one that no schedule computes, the block is left alone
 _ACTIVATIONS = tuple(
     getattr(nn, name)
     for name in (
@@ -190,22 +200,21 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
         yield Token("conv", (module,), module)
     elif inside is not None:
         drop, act = inside
-        if _foreign_activation(act):
-            raise Unsupported(f"found {type(act).__name__} where ReLU or Identity is expected")
-        if at_rest(drop) and type(act) in (nn.ReLU, nn.Identity):
-            yield Token("norm", (module,), module, activation(act))
+        known = "none" if type(act) is nn.Identity else activations.of_module(act)
+        if known is None and _foreign_activation(act):
+            raise _not_fused(act)
+        if at_rest(drop) and known is not None:
+            yield Token("norm", (module,), module, known)
         else:
             yield Token("other", (module,), module)
     elif isinstance(module, nn.BatchNorm2d):
         yield Token("norm", (module,), module, "none")
-    elif type(module) is nn.ReLU:
-        yield Token("act", (module,), module, "relu")
     elif type(module) is nn.AvgPool2d and not hooked(module):
         yield _average(module)
     elif at_rest(module) and not hooked(module):
         return
-    elif _foreign_activation(module):
-        yield Token("act", (module,), module, type(module).__name__)
+    elif _foreign_activation(module) or activations.of_module(module) is not None:
+        yield Token("act", (module,), module, activations.of_module(module))
     elif isinstance(module, _NORMS):
         raise Unsupported(f"found {type(module).__name__} where BatchNorm2d is expected")
     else:
@@ -253,8 +262,9 @@ def _zero_channels(step: Call) -> tuple[int, int] | None:
 
 
 def _call_token(step: Call) -> Token | None:
-    if step.target in RELUS:
-        return Token("act", (step,), None, "relu")
+    act = activations.of_call(step.target, step.args, dict(step.kwargs))
+    if act is not None:
+        return Token("act", (step,), None, act)
     strides, zeros = _strides(step), _zero_channels(step)
     if strides is not None or zeros is not None:
         return Token("subsample", (step,), None, Subsample(strides or (1, 1), *(zeros or (0, 0))))
@@ -288,11 +298,7 @@ def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
         for token in new:
             last = found[-1] if found else None
             if token.kind == "act" and last is not None and last.kind == "norm" and last.value == "none":
-                if token.value != "relu":
-                    raise Unsupported(f"found {token.value} where ReLU or Identity is expected")
-                if token.module is not None:
-                    plain(token.module, nn.ReLU)
-                found[-1] = last._replace(run=last.run + token.run, value="relu")
+                found[-1] = last._replace(run=last.run + token.run, value=_act(token))
             elif (
                 token.kind == "subsample"
                 and last is not None
@@ -306,6 +312,11 @@ def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
             else:
                 found.append(token)
     return found
+
+
+def _act(token: Token) -> str:
+    """The activation of a token that a schedule takes over."""
+    return token.value if token.module is None else activation(token.module)
 
 
 @dataclass(frozen=True)
@@ -432,11 +443,7 @@ def _residual_layout(before: list[Token], main: list[Token], other: list[Token],
     early, taken = _split_shortcut(other)
     act, tail = "none", behind
     if behind and behind[0].kind == "act":
-        if behind[0].value != "relu":
-            raise Unsupported(f"found {behind[0].value} where ReLU or Identity is expected")
-        act, tail = "relu", behind[1:]
-        if behind[0].module is not None:
-            plain(behind[0].module, nn.ReLU)
+        act, tail = _act(behind[0]), behind[1:]
     if _projects_activated(before, main, early, taken) and not tail:
         (piece,) = _row(before + main)
         return Layout((), (), (replace(piece, shortcut=taken, activated=True, act=act),), ())
@@ -577,7 +584,9 @@ def check_conv(c: Conv, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]
 
 
 def check_norm(n: Norm, shape: tuple[int, ...], like: Tensor) -> None:
-    """Check ``n`` against its input. One value per channel in training is an error here, before any statistic is updated."""
+    """Check ``n`` against its input. One value per channel in training, or an activation that is unknown, is an error here, before any
+    statistic is updated."""
+    activations.parse(n.act)
     for tensor in (n.weight, n.bias, n.running_mean, n.running_var):
         if tensor is None:
             continue

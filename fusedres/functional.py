@@ -2,7 +2,8 @@
 
 Every function takes N x C x H x W maps (channels_last is native, anything else is copied once) in float16, bfloat16, float32 or float64,
 chooses a backend as the modules do, and runs the eager primitives where no faster backend serves the tensors. Descriptions are those of
-``fusedres.schedules``: :class:`Unit` (a convolution, its BatchNorm and activation), :class:`Layer` (a dense layer).
+``fusedres.schedules``: :class:`Unit` (a convolution, its BatchNorm and activation), :class:`Layer` (a dense layer). Activations go by their
+names in :mod:`fusedres.activations`.
 """
 
 from __future__ import annotations

@@ -255,8 +255,8 @@ class Transition(FusedTransition, _PlainTransition):
 
 
 class ConvBNAct(FusedSequential, nn.Sequential):
-    """Convolution, BatchNorm and ReLU; arguments and keys as torchvision's ``Conv2dNormActivation`` (``padding=None``: half the
-    dilated kernel, ``bias=None``: no bias)."""
+    """Convolution, BatchNorm and activation (ReLU, or any of :mod:`fusedres.activations`); arguments and keys as torchvision's
+    ``Conv2dNormActivation`` (``padding=None``: half the dilated kernel, ``bias=None``: no bias)."""
 
     def __init__(
         self,

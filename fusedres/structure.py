@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from . import activations
+
 #: more convolutions than any residual block has: larger modules are networks, and their parts are looked at instead
 MOST_CONVOLUTIONS = 8
 
-RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
-_ON_SHORTCUTS = (*RELUS, operator.getitem, F.pad, F.avg_pool2d, F.max_pool2d, F.dropout, F.dropout2d)
+_ON_SHORTCUTS = (*activations.FUNCTIONS, operator.getitem, F.pad, F.avg_pool2d, F.max_pool2d, F.dropout, F.dropout2d)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PLAIN = (int, float, str, type(None), FunctionType, torch.dtype)
@@ -189,12 +190,9 @@ def _row(node: fx.Node, start: fx.Node) -> list[tuple[fx.Node, Step]] | None:
 def _in_place(module: nn.Module, step: Step) -> bool:
     if isinstance(step, Call):
         named = step.target if isinstance(step.target, str) else getattr(step.target, "__name__", "")
-        return (
-            named.endswith("_")
-            and not named.endswith("__")
-            or dict(step.kwargs).get("inplace", False) is True
-            or (step.target is F.relu and step.args[1:] == (True,))
-        )
+        known = step.target in activations.FUNCTIONS
+        given = activations.arguments(step.target, step.args, dict(step.kwargs)) if known else dict(step.kwargs)
+        return (named.endswith("_") and not named.endswith("__")) or given.get("inplace", False) is True
     return getattr(module.get_submodule(step), "inplace", False) is True
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, plans
+from . import activations, dispatch, plans
 from .plans import Plan, Problem
 
 Measure = Callable[[Callable[[], object]], float]
@@ -307,6 +307,12 @@ def _seconds(problem: Problem, needed: list[Problem], plan: Plan, device: torch.
         return float("inf")
 
 
+def _activation(features: set[str], prefix: str = "") -> str:
+    """An activation of the kind that ``features`` name."""
+    kind = next((kind for kind in activations.KINDS if prefix + kind in features), "none")
+    return activations.leaky(0.01) if kind == "leaky_relu" else kind
+
+
 def _call(problem: Problem, needed: set[str], device: torch.device) -> Callable[[], object]:
     """The call that the problem stands for, on operands of its sizes and pitches."""
     from .backends import triton as backend
@@ -326,13 +332,13 @@ def _call(problem: Problem, needed: set[str], device: torch.device) -> Callable[
     weight = (torch.randn(problem.weight, device=device) / (c * 9) ** 0.5).to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     geometry = Geometry(problem.stride, problem.padding, problem.dilation, problem.groups)
-    affine, act = vectors(2, c, "affine"), "relu" if "relu" in has else "none"
+    affine, act = vectors(2, c, "affine"), _activation(has)
     y = new_map(k, problem.y_pitch, out)
     if problem.op == "forward":
         epilogue = {
             "out": y, "stats": vectors(2, k, "stats"), "out_affine": vectors(2, k, "out_affine"),
             "residual": new_map(k, k, out) if "residual" in has else None,
-            "residual_affine": vectors(2, k, "residual_affine"), "out_act": "relu" if "out_relu" in has else "none",
+            "residual_affine": vectors(2, k, "residual_affine"), "out_act": _activation(has, "out_"),
         }  # fmt: skip
         if problem.y_pitch == k:
             del epilogue["out"]  # a map of its own, as the schedules let the backend allocate it

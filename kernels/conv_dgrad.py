@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import parse
 from .conv_forward import ConvConfig, candidates
 from .helpers import (
     SIZES,
@@ -26,10 +27,9 @@ from .helpers import (
     aligned,
     block,
     empty_map,
-    is_relu,
+    gradient,
     is_wide,
     launch,
-    mask_gradient,
     offsets,
     pitch_or_zero,
     stages,
@@ -72,7 +72,7 @@ def conv_dgrad_kernel(
     grad, grad_pitch, raw, raw_pitch, p, q, r, weight, x, x_pitch, scale, shift, mean, invstd,
     base, base_pitch, dx, dx_pitch, partials,
     N, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STEP_R: tl.constexpr,
-    STEP_S: tl.constexpr, RELU: tl.constexpr, SCALED: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
+    STEP_S: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (i, group, residue): one tile of dx. C and K are those of a group; a residue's taps are STEP_R, STEP_S
@@ -136,7 +136,7 @@ def conv_dgrad_kernel(
     if x is not None:
         values = tl.load(x + offsets(row, x_pitch, c, ALIGN_C, WIDE), mask=mask, other=0.0).to(tl.float32)
         scales = vector(scale, c, in_c, 1.0)
-        acc = mask_gradient(acc, affine(values, scales, vector(shift, c, in_c, 0.0)), RELU)
+        acc = gradient(acc, affine(values, scales, vector(shift, c, in_c, 0.0)), ACT)
         if partials is not None:
             acc = tl.where(valid[:, None], acc, 0.0)
             xhat = (values - vector(mean, c, in_c, 0.0)[None, :]) * vector(invstd, c, in_c, 0.0)[None, :]
@@ -178,7 +178,6 @@ def conv_dgrad(
         dx = empty_map(x.shape, x)
     base = dx if accumulate else base
     raw = None if coeff is None else raw
-    relu = is_relu(act)
     weight = weight.contiguous(memory_format=torch.channels_last)
     outputs, residues = all_outputs // geometry.groups, geometry.stride[0] * geometry.stride[1]
     # residue (0, 0) has the most pixels
@@ -192,7 +191,7 @@ def conv_dgrad(
     scale, shift = vectors(affine)
     mean, invstd = vectors(None if sums is None else saved)
     # without a mask and sums the epilogue needs nothing of x
-    operand = x if relu or sums is not None else None
+    operand = x if act != "none" or sums is not None else None
     grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch = (pitch_or_zero(t) for t in (grad, raw, operand, base, dx))
     launch(
         conv_dgrad_kernel, (tiles * triton.cdiv(channels, config.BLOCK_N), geometry.groups, residues), x.device,
@@ -200,7 +199,7 @@ def conv_dgrad(
         x_pitch=x_pitch, scale=scale, shift=shift, mean=mean, invstd=invstd, base=base, base_pitch=base_pitch, dx=dx,
         dx_pitch=dx_pitch, partials=partials, N=batch, H=height, W=width, HO=grad.shape[2], WO=grad.shape[3],
         C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], STEP_R=_tap_step(geometry, 0),
-        STEP_S=_tap_step(geometry, 1), RELU=relu, SCALED=scaled, ALIGN_C=align(channels, x_pitch, base_pitch,
+        STEP_S=_tap_step(geometry, 1), ACT=parse(act), SCALED=scaled, ALIGN_C=align(channels, x_pitch, base_pitch,
         dx_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch), WIDE=is_wide(grad, raw, x, base, dx),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import parse
 from .helpers import (
     SIZES,
     activate,
@@ -27,7 +28,6 @@ from .helpers import (
     aligned,
     block,
     empty_map,
-    is_relu,
     is_wide,
     launch,
     limits,
@@ -105,8 +105,8 @@ def forward_candidates(rows: int, channels: int, outputs: int, itemsize: int, de
 def conv_forward_kernel(
     x, x_pitch, scale, shift, weight, bias, out, out_pitch, partials,
     out_scale, out_shift, residual, residual_pitch, residual_scale, residual_shift,
-    rows, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, RELU: tl.constexpr,
-    OUT_RELU: tl.constexpr, EVEN_C: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
+    rows, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
+    OUT_ACT: tl.constexpr, EVEN_C: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (i, group): one tile of out; neighbours share their rows of x. C and K are those of one group."""
@@ -149,9 +149,9 @@ def conv_forward_kernel(
             a = tl.load(x + at)
         else:
             a = tl.load(x + at, mask=mask, other=0.0)
-        if RELU or scale is not None:
+        if ACT.kind != "none" or scale is not None:
             z = affine(a, vector(scale, first_c + c, in_c, 1.0), vector(shift, first_c + c, in_c, 0.0))
-            z = activate(z, RELU)
+            z = activate(z, ACT)
             if PAD_H + PAD_W > 0:
                 z = tl.where(mask, z, 0.0)
             a = z.to(x.dtype.element_ty)
@@ -168,7 +168,7 @@ def conv_forward_kernel(
     if residual is not None:
         other = tl.load(residual + offsets(m, residual_pitch, n, ALIGN_K, WIDE), mask=mask, other=0.0)
         acc += affine(other, vector(residual_scale, n, in_n, 1.0), vector(residual_shift, n, in_n, 0.0))
-    acc = activate(acc, OUT_RELU)
+    acc = activate(acc, OUT_ACT)
     stored = acc.to(out.dtype.element_ty)
     tl.store(out + offsets(m, out_pitch, n, ALIGN_K, WIDE), stored, mask=mask)
     if partials is not None:
@@ -224,8 +224,8 @@ def conv_forward(
         x=x, x_pitch=x_pitch, scale=scale, shift=shift, weight=weight, bias=bias, out=out, out_pitch=out_pitch,
         partials=partials, out_scale=out_scale, out_shift=out_shift, residual=residual, residual_pitch=residual_pitch,
         residual_scale=residual_scale, residual_shift=residual_shift, rows=rows, H=height, W=width, HO=out_height,
-        WO=out_width, C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], RELU=is_relu(act),
-        OUT_RELU=is_relu(out_act), EVEN_C=channels % config.BLOCK_K == 0, ALIGN_C=align(channels, x_pitch),
+        WO=out_width, C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=parse(act),
+        OUT_ACT=parse(out_act), EVEN_C=channels % config.BLOCK_K == 0, ALIGN_C=align(channels, x_pitch),
         ALIGN_K=align(outputs, out_pitch, residual_pitch), WIDE=is_wide(x, out, residual), BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import parse
 from .conv_forward import ConvConfig, candidates
 from .helpers import (
     SIZES,
@@ -21,7 +22,6 @@ from .helpers import (
     align,
     aligned,
     block,
-    is_relu,
     is_wide,
     launch,
     offsets,
@@ -60,7 +60,7 @@ def wgrad_candidates(
 @triton.jit(do_not_specialize=SIZES)
 def conv_wgrad_kernel(
     grad, grad_pitch, raw, raw_pitch, p, q, r, x, x_pitch, scale, shift, out,
-    rows, chunk, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, RELU: tl.constexpr,
+    rows, chunk, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
     ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -108,8 +108,8 @@ def conv_wgrad_kernel(
             inside = valid & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         a_mask = inside[:, None] & in_c[None, :]
         a = tl.load(x + offsets(pixel, x_pitch, first_c + c, ALIGN_C, WIDE), mask=a_mask, other=0.0)
-        if RELU or scale is not None:
-            z = activate(affine(a, scales, shifts), RELU)
+        if ACT.kind != "none" or scale is not None:
+            z = activate(affine(a, scales, shifts), ACT)
             # the padding's zeros come after the affine
             a = tl.where(inside[:, None], z, 0.0).to(x.dtype.element_ty)
         acc = tl.dot(tl.trans(a), g, acc, input_precision="ieee")
@@ -150,7 +150,7 @@ def conv_wgrad(
         conv_wgrad_kernel, (tiles, splits, geometry.groups), x.device,
         grad=grad, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, x=x, x_pitch=x_pitch,
         scale=scale, shift=shift, out=partials, rows=rows, chunk=chunk, H=x.shape[2], W=x.shape[3], HO=grad.shape[2],
-        WO=grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], RELU=is_relu(act),
+        WO=grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=parse(act),
         ALIGN_C=align(channels, x_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch), WIDE=is_wide(grad, raw, x),
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
         num_stages=config.num_stages,

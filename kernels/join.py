@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import parse
 from .helpers import (
     SIZES,
     activate,
@@ -26,10 +27,9 @@ from .helpers import (
     aligned,
     block,
     empty_map,
-    is_relu,
+    gradient,
     is_wide,
     launch,
-    mask_gradient,
     moments_of_rows,
     offsets,
     pitch_or_zero,
@@ -65,7 +65,7 @@ def pass_config(rows: int, channels: int, tile: int = 2048) -> PassConfig:
 @triton.jit(do_not_specialize=SIZES)
 def join_forward_kernel(
     raw, raw_pitch, scale, shift, residual, residual_pitch, residual_scale, residual_shift, out, out_pitch, partials,
-    rows, C, chunk, RELU: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    rows, C, chunk, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels."""
@@ -87,7 +87,7 @@ def join_forward_kernel(
             other = tl.load(residual + offsets(m, residual_pitch, c, ALIGN, WIDE), mask=mask, other=0.0)
             z += affine(other, residual_scales, residual_shifts)
         # statistics are those of what is stored, so that they normalise exactly what the next reader loads
-        stored = activate(z, RELU).to(raw.dtype.element_ty)
+        stored = activate(z, ACT).to(raw.dtype.element_ty)
         if out is not None:
             tl.store(out + offsets(m, out_pitch, c, ALIGN, WIDE), stored, mask=mask)
         if partials is not None:
@@ -106,7 +106,7 @@ def join_backward_kernel(
     grad, grad_pitch, raw, raw_pitch, scale, shift, mean, invstd,
     residual, residual_pitch, residual_scale, residual_shift, residual_mean, residual_invstd,
     base, base_pitch, out, out_pitch, partials,
-    rows, C, chunk, RELU: tl.constexpr, SCALED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    rows, C, chunk, ACT: tl.constexpr, SCALED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels. Partials: sum dz,
@@ -132,7 +132,7 @@ def join_backward_kernel(
         if residual is not None:
             other = tl.load(residual + offsets(m, residual_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
             z += affine(other, residual_scales, residual_shifts)
-        dz = mask_gradient(dz, z, RELU)
+        dz = gradient(dz, z, ACT)
         if partials is not None:
             sum_dz += dz
             if mean is not None:
@@ -168,7 +168,7 @@ def _forward(raw, scale, shift, residual, residual_scale, residual_shift, act, o
         join_forward_kernel, (programs, triton.cdiv(channels, config.BLOCK_C)), raw.device,
         raw=raw, raw_pitch=pitches[0], scale=scale, shift=shift, residual=residual, residual_pitch=pitches[1],
         residual_scale=residual_scale, residual_shift=residual_shift, out=out, out_pitch=pitches[2], partials=partials,
-        rows=rows, C=channels, chunk=config.chunk, RELU=is_relu(act), ALIGN=align(channels, *pitches),
+        rows=rows, C=channels, chunk=config.chunk, ACT=parse(act), ALIGN=align(channels, *pitches),
         WIDE=is_wide(raw, residual, out), BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
     )  # fmt: skip
     if stats is not None:
@@ -197,7 +197,7 @@ def _backward(
         invstd=invstd, residual=residual, residual_pitch=pitches[2], residual_scale=residual_scale,
         residual_shift=residual_shift, residual_mean=residual_mean, residual_invstd=residual_invstd, base=base,
         base_pitch=pitches[3], out=out, out_pitch=pitches[4], partials=partials, rows=rows, C=channels,
-        chunk=config.chunk, RELU=is_relu(act), SCALED=scaled, ALIGN=align(channels, *pitches), WIDE=is_wide(grad, raw,
+        chunk=config.chunk, ACT=parse(act), SCALED=scaled, ALIGN=align(channels, *pitches), WIDE=is_wide(grad, raw,
         residual, base, out), BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
     )  # fmt: skip
     for i, target in enumerate(reduced):

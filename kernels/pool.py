@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activations import parse
 from .helpers import (
     SIZES,
     activate,
@@ -23,10 +24,9 @@ from .helpers import (
     align,
     aligned,
     empty_map,
-    is_relu,
+    gradient,
     is_wide,
     launch,
-    mask_gradient,
     moments_of_rows,
     offsets,
     pitch,
@@ -45,7 +45,7 @@ TILE = 1024  # values of a program's tile: a window's bookkeeping (best value, i
 @triton.jit(do_not_specialize=SIZES)
 def pool_forward_kernel(
     x, x_pitch, scale, shift, out, out_pitch, index, partials,
-    rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, RELU: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of output pixels, the j-th block of channels. A max where there is an index, else
@@ -78,7 +78,7 @@ def pool_forward_kernel(
             inside = (m < last) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             window = inside[:, None] & in_c[None, :]
             at = offsets(pixel + (i // KW * W + i % KW), x_pitch, c, ALIGN, WIDE)
-            value = activate(affine(tl.load(x + at, mask=window, other=0.0), scales, shifts), RELU)
+            value = activate(affine(tl.load(x + at, mask=window, other=0.0), scales, shifts), ACT)
             if index is None:
                 y += tl.where(window, value, 0.0)
             else:
@@ -106,7 +106,7 @@ def pool_forward_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def pool_backward_kernel(
     grad, grad_pitch, index, x, x_pitch, scale, shift, mean, invstd, p, q, r, dx, dx_pitch, partials,
-    rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, RELU: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of pixels of x, the j-th block of channels."""
@@ -149,7 +149,7 @@ def pool_backward_kernel(
                 chosen = tl.load(index + offsets(from_pixel, C, c, ALIGN, WIDE), mask=window, other=0).to(tl.int32)
                 dz += tl.where(chosen == (kh * KW + kw)[:, None], dy, 0.0)
         value = tl.load(x + offsets(m, x_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
-        dz = mask_gradient(dz, affine(value, scales, shifts), RELU)
+        dz = gradient(dz, affine(value, scales, shifts), ACT)
         if partials is not None:
             sum_dz += dz
             sum_xhat += dz * ((value - means[None, :]) * invstds[None, :])
@@ -191,7 +191,7 @@ def pool_forward(
         pool_forward_kernel, (programs, triton.cdiv(channels, config.BLOCK_C)), x.device,
         x=x, x_pitch=pitch(x), scale=scale, shift=shift, out=out, out_pitch=pitch(out), index=index, partials=partials,
         rows=rows, H=height, W=width, HO=out_height, WO=out_width, C=channels, chunk=config.chunk, POOL=pool,
-        RELU=is_relu(act), ALIGN=align(channels, pitch(x), pitch(out)), WIDE=is_wide(x, out), BLOCK_M=config.BLOCK_M,
+        ACT=parse(act), ALIGN=align(channels, pitch(x), pitch(out)), WIDE=is_wide(x, out), BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
     )  # fmt: skip
     if stats is not None:
@@ -232,7 +232,7 @@ def pool_backward(
         pool_backward_kernel, (programs, triton.cdiv(channels, config.BLOCK_C)), x.device,
         grad=grad, grad_pitch=grad_pitch, index=index, x=x, x_pitch=x_pitch, scale=scale, shift=shift, mean=mean,
         invstd=invstd, p=p, q=q, r=r, dx=dx, dx_pitch=dx_pitch, partials=partials, rows=rows, H=height, W=width,
-        HO=grad.shape[2], WO=grad.shape[3], C=channels, chunk=config.chunk, POOL=pool, RELU=is_relu(act),
+        HO=grad.shape[2], WO=grad.shape[3], C=channels, chunk=config.chunk, POOL=pool, ACT=parse(act),
         ALIGN=align(channels, grad_pitch, x_pitch, dx_pitch), WIDE=is_wide(grad, x, dx), BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from parity import assert_parity
 from torch import Tensor
 
+from fusedres.activations import parse
 from fusedres.backends import cpp, eager
 from fusedres.backends.eager import Pool, accum_dtype
 
@@ -536,12 +537,12 @@ def test_operators_follow_their_schemas():
     check_op(torch.ops.fusedres_cpp.statistics.default, (d.map(), d.poisoned(2)), test_utils=tests)
     check_op(
         torch.ops.fusedres_cpp.join_forward.default,
-        (d.map(), d.vectors(2), d.map(), None, True, d.map(), d.vectors(2)),
+        (d.map(), d.vectors(2), d.map(), None, *parse("silu").code, d.map(), d.vectors(2)),
         test_utils=tests,
     )
     check_op(
         torch.ops.fusedres_cpp.dgrad_epilogue.default,
-        (d.map(), d.map(), d.vectors(2), d.vectors(2), True, d.map(), d.map(), False, True, d.vectors(2)),
+        (d.map(), d.map(), d.vectors(2), d.vectors(2), 1, 0.0, d.map(), d.map(), False, True, d.vectors(2)),
         test_utils=tests,
     )
 

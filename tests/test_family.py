@@ -455,12 +455,12 @@ def test_what_is_no_such_structure_is_left_alone(kind):
 
 
 def test_an_unknown_activation_leaves_the_block_alone():
-    class Swish(PreAct):
+    class Other(PreAct):
         def forward(self, x: Tensor) -> Tensor:
-            return self.conv2(self.silu(self.bn2(self.conv1(self.silu(self.bn1(x)))))) + x
+            return self.conv2(self.mish(self.bn2(self.conv1(self.mish(self.bn1(x)))))) + x
 
-    block = Swish(5, 5)
-    block.silu = nn.SiLU()
+    block = Other(5, 5)
+    block.mish = nn.Mish()
     assert converted(block) == []
 
 

@@ -657,7 +657,7 @@ def test_what_is_no_map_is_refused():
     with pytest.raises(ValueError, match="channels_last"):
         fused.statistics(x, torch.zeros(2, 5, device=DEVICE))
     with pytest.raises(ValueError, match="unknown activation"):
-        fused.join_forward(x.contiguous(memory_format=torch.channels_last), None, None, None, "gelu")
+        fused.join_forward(x.contiguous(memory_format=torch.channels_last), None, None, None, "swish")
 
 
 def test_supports():

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "parallel.h"
 
 namespace fusedres {
@@ -22,7 +23,7 @@ struct Source {
   const float* scale;         // null: plain
   const float* shift;
   const float* q;             // non-null with second: a pending gradient, scale is p and shift is r
-  bool relu;
+  Activation act;
 };
 
 struct Geometry2d {
@@ -49,7 +50,7 @@ struct ForwardArgs {
   Map residual;
   const float* residual_scale;
   const float* residual_shift;
-  bool out_relu;
+  Activation out_act;
 };
 
 struct DgradArgs {
@@ -60,7 +61,7 @@ struct DgradArgs {
   Map x;                       // data null: no activation below, no sums
   const float* scale;          // affine of x; null: no mask, no scaling
   const float* shift;
-  bool relu;
+  Activation act;
   const float* mean;           // saved of x, for sums
   const float* invstd;
   float* sum_dz;               // null: no sums

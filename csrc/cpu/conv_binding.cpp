@@ -8,6 +8,7 @@
 
 #include "capability.h"
 #include "conv.h"
+#include "tensors.h"
 
 namespace fusedres {
 namespace {
@@ -61,15 +62,15 @@ Weight weight_of(const Tensor& t) {
   return {data(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-Source plain_or_affine(const Tensor& x, const std::optional<Tensor>& affine, bool relu) {
+Source plain_or_affine(const Tensor& x, const std::optional<Tensor>& affine, const Activation& act) {
   const int64_t c = x.size(1);
-  return {map_of(x, "x"), {nullptr, 0}, row_of(affine, 0, c, "affine"), row_of(affine, 1, c, "affine"), nullptr, relu};
+  return {map_of(x, "x"), {nullptr, 0}, row_of(affine, 0, c, "affine"), row_of(affine, 1, c, "affine"), nullptr, act};
 }
 
 Source pending(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff) {
   const int64_t c = grad.size(1);
   return {map_of(grad, "grad"), map_or_null(raw, "raw"), row_of(coeff, 0, c, "coeff"), row_of(coeff, 2, c, "coeff"),
-          row_of(coeff, 1, c, "coeff"), false};
+          row_of(coeff, 1, c, "coeff"), {}};
 }
 
 // `geometry` holds stride, padding and dilation, two each.
@@ -86,12 +87,12 @@ Geometry2d geometry_of(const Tensor& in, const Tensor& out, const Tensor& weight
   return g;
 }
 
-void conv_forward(const Tensor& x, const std::optional<Tensor>& affine, bool relu, const Tensor& weight, const std::optional<Tensor>& bias,
+void conv_forward(const Tensor& x, const std::optional<Tensor>& affine, int64_t act, double slope, const Tensor& weight, const std::optional<Tensor>& bias,
                   std::vector<int64_t> geometry, Tensor out, const std::optional<Tensor>& stats, const std::optional<Tensor>& out_affine,
-                  const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_affine, bool out_relu) {
+                  const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_affine, int64_t out_act, double out_slope) {
   ForwardArgs a{};
   a.g = geometry_of(x, out, weight, geometry);
-  a.x = plain_or_affine(x, affine, relu);
+  a.x = plain_or_affine(x, affine, activation_of(act, slope));
   a.weight = weight_of(weight);
   a.out = map_of(out, "out");
   a.bias = bias.has_value() ? data(*bias) : nullptr;
@@ -102,13 +103,13 @@ void conv_forward(const Tensor& x, const std::optional<Tensor>& affine, bool rel
   a.residual = map_or_null(residual, "residual");
   a.residual_scale = row_of(residual_affine, 0, a.g.out_c, "residual_affine");
   a.residual_shift = row_of(residual_affine, 1, a.g.out_c, "residual_affine");
-  a.out_relu = out_relu;
+  a.out_act = activation_of(out_act, out_slope);
   kernels().forward(a, parallel);
 }
 
 void conv_dgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff, const Tensor& weight,
-                std::vector<int64_t> geometry, Tensor dx, const std::optional<Tensor>& x, const std::optional<Tensor>& affine, bool relu,
-                const std::optional<Tensor>& saved, const std::optional<Tensor>& base, bool accumulate, bool scaled,
+                std::vector<int64_t> geometry, Tensor dx, const std::optional<Tensor>& x, const std::optional<Tensor>& affine, int64_t act,
+                double slope, const std::optional<Tensor>& saved, const std::optional<Tensor>& base, bool accumulate, bool scaled,
                 const std::optional<Tensor>& sums) {
   DgradArgs a{};
   a.g = geometry_of(dx, grad, weight, geometry);
@@ -118,7 +119,7 @@ void conv_dgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std:
   a.x = map_or_null(x, "x");
   a.scale = row_of(affine, 0, a.g.in_c, "affine");
   a.shift = row_of(affine, 1, a.g.in_c, "affine");
-  a.relu = relu;
+  a.act = activation_of(act, slope);
   if (sums.has_value()) {
     STD_TORCH_CHECK(x.has_value() && saved.has_value(), "sums need x and saved");
     a.mean = row_of(saved, 0, a.g.in_c, "saved");
@@ -133,11 +134,11 @@ void conv_dgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std:
 }
 
 void conv_wgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff, const Tensor& x,
-                const std::optional<Tensor>& affine, bool relu, std::vector<int64_t> geometry, Tensor dweight) {
+                const std::optional<Tensor>& affine, int64_t act, double slope, std::vector<int64_t> geometry, Tensor dweight) {
   WgradArgs a{};
   a.g = geometry_of(x, grad, dweight, geometry);
   a.grad = pending(grad, raw, coeff);
-  a.x = plain_or_affine(x, affine, relu);
+  a.x = plain_or_affine(x, affine, activation_of(act, slope));
   a.dweight = weight_of(dweight);
   kernels().wgrad(a, parallel);
 }
@@ -147,13 +148,13 @@ void conv_wgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std:
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
   m.def(
-      "conv_forward(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, int[] geometry, Tensor(a!) out, Tensor(b!)? stats, "
-      "Tensor? out_affine, Tensor? residual, Tensor? residual_affine, bool out_relu) -> ()");
+      "conv_forward(Tensor x, Tensor? affine, int act, float slope, Tensor weight, Tensor? bias, int[] geometry, Tensor(a!) out, Tensor(b!)? stats, "
+      "Tensor? out_affine, Tensor? residual, Tensor? residual_affine, int out_act, float out_slope) -> ()");
   m.def(
       "conv_dgrad(Tensor grad, Tensor? raw, Tensor? coeff, Tensor weight, int[] geometry, Tensor(a!) dx, Tensor? x, Tensor? affine, "
-      "bool relu, Tensor? saved, Tensor? base, bool accumulate, bool scaled, Tensor(b!)? sums) -> ()");
+      "int act, float slope, Tensor? saved, Tensor? base, bool accumulate, bool scaled, Tensor(b!)? sums) -> ()");
   m.def(
-      "conv_wgrad(Tensor grad, Tensor? raw, Tensor? coeff, Tensor x, Tensor? affine, bool relu, int[] geometry, Tensor(a!) dweight) -> ()");
+      "conv_wgrad(Tensor grad, Tensor? raw, Tensor? coeff, Tensor x, Tensor? affine, int act, float slope, int[] geometry, Tensor(a!) dweight) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) {

@@ -21,6 +21,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "activation_engine.h"
 #include "conv.h"
 
 namespace fusedres {
@@ -372,10 +373,11 @@ int64_t patches_of(const Problem& p, int64_t tile) {
 inline void load_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
   const float* x = s.map.data + pixel * s.map.stride + first;
   if (s.scale == nullptr) {
-    if (s.relu) {
+    if (s.act.is_relu()) {
       for (int64_t c = 0; c < width; ++c) dst[c] = x[c] <= 0.f ? 0.f : x[c];
     } else {
       for (int64_t c = 0; c < width; ++c) dst[c] = x[c];
+      if (s.act.is_other()) activate_row(dst, width, s.act);
     }
     return;
   }
@@ -385,13 +387,14 @@ inline void load_pixel(const Source& s, int64_t pixel, int64_t first, int64_t wi
     const float* raw = s.second.data + pixel * s.second.stride + first;
     const float* q = s.q + first;
     for (int64_t c = 0; c < width; ++c) dst[c] = scale[c] * x[c] + (q[c] * raw[c] + shift[c]);
-  } else if (s.relu) {
+  } else if (s.act.is_relu()) {
     for (int64_t c = 0; c < width; ++c) {
       const float z = scale[c] * x[c] + shift[c];
       dst[c] = z <= 0.f ? 0.f : z;  // NaN passes
     }
   } else {
     for (int64_t c = 0; c < width; ++c) dst[c] = scale[c] * x[c] + shift[c];
+    if (s.act.is_other()) activate_row(dst, width, s.act);
   }
 }
 
@@ -813,7 +816,7 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
     return;
   }
   // where nothing is pending and nothing padded, the map itself is the operand
-  const Source* in_place = s.scale == nullptr && !s.relu && p.h.inside() && p.w.inside() ? &s : nullptr;
+  const Source* in_place = s.scale == nullptr && s.act.kind == Act::none && p.h.inside() && p.w.inside() ? &s : nullptr;
   float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk);
   for (int64_t k = 0; k < p.chunks(); ++k) {
     const Chunk chunk = p.chunk_at(k);
@@ -861,7 +864,7 @@ int64_t panels_per_task(const Problem& p) {
 
 // The operand of a problem that plan_few took: loaded, or the source map itself where nothing is pending and nothing padded.
 const float* load_whole(const Problem& p, const Source& s, Tile* where) {
-  const Source* in_place = s.scale == nullptr && !s.relu && p.h.inside() && p.w.inside() ? &s : nullptr;
+  const Source* in_place = s.scale == nullptr && s.act.kind == Act::none && p.h.inside() && p.w.inside() ? &s : nullptr;
   *where = locate(p, 0, p.src_c, in_place);
   if (in_place) return s.map.data;
   float* loaded = scratch_a.get(p.scratch_pixels * p.src_c);
@@ -955,7 +958,7 @@ void finish_rows(const ForwardArgs& a, const Tile& where, int64_t first, int64_t
   const float* shift = kAffine ? a.out_shift + first : nullptr;
   const float* residual_scale = kResidualAffine ? a.residual_scale + first : nullptr;
   const float* residual_shift = kResidualAffine ? a.residual_shift + first : nullptr;
-  const float floor = a.out_relu ? 0.f : -__builtin_inff();
+  const float floor = a.out_act.is_relu() ? 0.f : -__builtin_inff();
   for (int64_t m = 0; m < where.pixels; ++m) {
     float* v = c + m * ldc;
     const float* r = kResidual ? a.residual.data + where.pixel[m] * a.residual.stride + first : nullptr;
@@ -964,6 +967,7 @@ void finish_rows(const ForwardArgs& a, const Tile& where, int64_t first, int64_t
       if (kResidual) value += kResidualAffine ? residual_scale[n] * r[n] + residual_shift[n] : r[n];
       v[n] = value <= floor ? floor : value;  // NaN passes
     }
+    if (a.out_act.is_other()) activate_row(v, columns, a.out_act);
   }
 }
 
@@ -975,7 +979,7 @@ void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int6
   const bool residual = a.residual.data != nullptr;
   if (a.out_scale != nullptr) {
     (!residual ? finish_rows<true, false, false> : a.residual_scale ? finish_rows<true, true, true> : finish_rows<true, true, false>)(a, where, first, columns, c, ldc);
-  } else if (residual || a.out_relu) {
+  } else if (residual || a.out_act.kind != Act::none) {
     (!residual ? finish_rows<false, false, false> : a.residual_scale ? finish_rows<false, true, true> : finish_rows<false, true, false>)(a, where, first, columns, c, ldc);
   }
   if (in_place) return;
@@ -1099,8 +1103,24 @@ DgradTile dgrad_tile_for(bool old, bool scaled) {
   return scaled ? dgrad_tile<kMask, kSums, false, true> : dgrad_tile<kMask, kSums, false, false>;
 }
 
-void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
-  const bool mask = a.scale != nullptr && a.relu, sums = sum_dz != nullptr, old = a.accumulate || a.base.data != nullptr;
+// An activation beyond ReLU, in place: what is left to the epilogue has none.
+void derive_tile(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc) {
+  constexpr int64_t kPiece = 512;
+  float z[kPiece];
+  for (int64_t m = 0; m < where.pixels; ++m) {
+    const float* x = a.x.data + where.pixel[m] * a.x.stride + first;
+    for (int64_t begin = 0; begin < columns; begin += kPiece) {
+      const int64_t width = least(kPiece, columns - begin);
+      const float *scale = a.scale + first + begin, *shift = a.shift + first + begin;
+      for (int64_t n = 0; n < width; ++n) z[n] = scale[n] * x[begin + n] + shift[n];
+      gradient_row(c + m * ldc + begin, z, width, a.act);
+    }
+  }
+}
+
+void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
+  if (a.scale != nullptr && a.act.is_other()) derive_tile(a, where, first, columns, c, ldc);
+  const bool mask = a.scale != nullptr && a.act.is_relu(), sums = sum_dz != nullptr, old = a.accumulate || a.base.data != nullptr;
   if (sums) {
     std::memset(sum_dz, 0, columns * sizeof(float));
     std::memset(sum_dz_xhat, 0, columns * sizeof(float));

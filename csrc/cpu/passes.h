@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "parallel.h"
 
 namespace fusedres {
@@ -39,7 +40,7 @@ struct PassArgs {
   Rows out;
   Constant constants[kMaxConstants];
   Sum sums[kMaxSums];
-  bool relu;
+  Activation act;
   Rows measured;   // the map whose statistics are taken: x, or out as it was stored; data null: none
   void* mean;
   void* m2;
@@ -57,9 +58,9 @@ struct PoolArgs {
 struct PassKernels {
   void (*statistics)(const PassArgs&, Parallel);
   void (*join_forward)(const PassArgs&, bool affine, bool residual, bool residual_affine, Parallel);
-  void (*join_backward)(const PassArgs&, bool mask, bool residual, bool residual_affine, int sums, Parallel);
+  void (*join_backward)(const PassArgs&, bool residual, bool residual_affine, int sums, Parallel);
   void (*grad_affine)(const PassArgs&, bool raw, Parallel);
-  void (*dgrad_epilogue)(const PassArgs&, bool mask, bool sums, bool base, Parallel);
+  void (*dgrad_epilogue)(const PassArgs&, bool sums, bool base, Parallel);
   void (*pool_forward)(const PoolArgs&, Parallel);
   void (*pool_backward)(const PoolArgs&, bool sums, bool write, Parallel);
 };

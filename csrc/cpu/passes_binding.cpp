@@ -107,10 +107,10 @@ void statistics(const Tensor& x, Tensor stats) {
 }
 
 void join_forward(const Tensor& raw, const OptionalTensor& affine, const OptionalTensor& residual, const OptionalTensor& residual_affine,
-                  bool relu, Tensor out, const OptionalTensor& stats) {
+                  int64_t act, double slope, Tensor out, const OptionalTensor& stats) {
   Pass pass(raw, "raw");
   PassArgs& a = pass.a;
-  a.relu = relu;
+  a.act = activation_of(act, slope);
   a.in[0] = pass.map(raw, "raw");
   if (residual.has_value()) a.in[1] = pass.map(*residual, "residual");
   a.out = pass.map(out, "out");
@@ -122,17 +122,18 @@ void join_forward(const Tensor& raw, const OptionalTensor& affine, const Optiona
   kernels().join_forward(a, affine.has_value(), residual.has_value(), residual_affine.has_value(), parallel);
 }
 
-void join_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& affine, const OptionalTensor& saved, const OptionalTensor& dz,
-                   const OptionalTensor& sums, const OptionalTensor& residual, const OptionalTensor& residual_affine,
+void join_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& affine, const OptionalTensor& saved, int64_t act, double slope,
+                   const OptionalTensor& dz, const OptionalTensor& sums, const OptionalTensor& residual, const OptionalTensor& residual_affine,
                    const OptionalTensor& residual_saved, const OptionalTensor& residual_sums) {
   Pass pass(raw, "raw");
   PassArgs& a = pass.a;
-  const bool mask = dz.has_value();
+  a.act = activation_of(act, slope);
+  STD_TORCH_CHECK(dz.has_value() == (a.act.kind != Act::none), "dz is written behind an activation, and without one is grad itself");
   const int sum_count = residual_sums.has_value() ? 3 : sums.has_value() ? 2 : 0;
   a.in[0] = pass.map(grad, "grad");
   a.in[1] = pass.map(raw, "raw");
   if (residual.has_value()) a.in[2] = pass.map(*residual, "residual");
-  if (mask) a.out = pass.map(*dz, "dz");
+  if (dz.has_value()) a.out = pass.map(*dz, "dz");
   a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
   a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
   a.constants[2] = pass.constant(saved, 2, 0, 0, "saved");
@@ -147,7 +148,7 @@ void join_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& 
     a.sums[2] = {pass.row(*residual_sums, 2, 1, "residual_sums"), pass.row(*residual_saved, 2, 1, "residual_saved")};
   }
   if (sums.has_value()) pass.reduce(*sums, saved, "sums");
-  kernels().join_backward(a, mask, residual.has_value(), residual_affine.has_value(), sum_count, parallel);
+  kernels().join_backward(a, residual.has_value(), residual_affine.has_value(), sum_count, parallel);
   if (residual_first != nullptr && residual_first != a.sums[0].data)
     std::memcpy(residual_first, a.sums[0].data, a.channels * (pass.accum == ScalarType::Double ? 8 : 4));
 }
@@ -162,12 +163,13 @@ void grad_affine(const Tensor& grad, const OptionalTensor& raw, const Tensor& co
   kernels().grad_affine(a, raw.has_value(), parallel);
 }
 
-void dgrad_epilogue(const Tensor& da, const Tensor& x, const OptionalTensor& affine, const OptionalTensor& saved, bool relu, Tensor dx,
+void dgrad_epilogue(const Tensor& da, const Tensor& x, const OptionalTensor& affine, const OptionalTensor& saved, int64_t act, double slope, Tensor dx,
                     const OptionalTensor& base, bool accumulate, bool scaled, const OptionalTensor& sums) {
   Pass pass(x, "x");
   PassArgs& a = pass.a;
   STD_TORCH_CHECK(!scaled || affine.has_value(), "scaled asks for the affine's scale, but there is no affine");
   const bool adds = accumulate || base.has_value();
+  a.act = activation_of(act, slope);
   int inputs = 0;
   a.in[inputs++] = pass.map(da, "da");
   a.out = pass.map(dx, "dx");
@@ -178,7 +180,7 @@ void dgrad_epilogue(const Tensor& da, const Tensor& x, const OptionalTensor& aff
   a.constants[2] = pass.constant(saved, 2, 0, 0, "saved");
   a.constants[3] = scaled ? a.constants[0] : Constant{nullptr, 1};
   if (sums.has_value()) pass.reduce(*sums, saved, "sums");
-  kernels().dgrad_epilogue(a, relu, sums.has_value(), adds, parallel);
+  kernels().dgrad_epilogue(a, sums.has_value(), adds, parallel);
 }
 
 // The window's geometry over x and out (or its gradient); `window` holds kernel, stride and padding, two each.
@@ -208,12 +210,12 @@ PoolArgs pool_of(const Tensor& x, const Tensor& out, const OptionalTensor& index
   return p;
 }
 
-void pool_forward(const Tensor& x, const OptionalTensor& affine, bool relu, std::vector<int64_t> window, Tensor out,
+void pool_forward(const Tensor& x, const OptionalTensor& affine, int64_t act, double slope, std::vector<int64_t> window, Tensor out,
                   const OptionalTensor& index, const OptionalTensor& stats) {
   PoolArgs p = pool_of(x, out, index, window);
   Pass pass(out, "out");
   PassArgs& a = pass.a;
-  a.relu = relu;
+  a.act = activation_of(act, slope);
   a.in[0] = pass.other_map(x, "x");
   a.out = pass.map(out, "out");
   a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
@@ -224,12 +226,12 @@ void pool_forward(const Tensor& x, const OptionalTensor& affine, bool relu, std:
 }
 
 void pool_backward(const Tensor& grad, const OptionalTensor& index, const Tensor& x, const OptionalTensor& affine,
-                   const OptionalTensor& saved, bool relu, std::vector<int64_t> window, const OptionalTensor& sums,
+                   const OptionalTensor& saved, int64_t act, double slope, std::vector<int64_t> window, const OptionalTensor& sums,
                    const OptionalTensor& coeff, const OptionalTensor& dx) {
   PoolArgs p = pool_of(x, grad, index, window);
   Pass pass(x, "x");
   PassArgs& a = pass.a;
-  a.relu = relu;
+  a.act = activation_of(act, slope);
   a.in[0] = pass.map(x, "x");
   a.in[1] = pass.other_map(grad, "grad");
   a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
@@ -252,19 +254,19 @@ void pool_backward(const Tensor& grad, const OptionalTensor& index, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
   m.def("statistics(Tensor x, Tensor(a!) stats) -> ()");
   m.def(
-      "join_forward(Tensor raw, Tensor? affine, Tensor? residual, Tensor? residual_affine, bool relu, Tensor(a!) out, Tensor(b!)? stats) "
+      "join_forward(Tensor raw, Tensor? affine, Tensor? residual, Tensor? residual_affine, int act, float slope, Tensor(a!) out, Tensor(b!)? stats) "
       "-> ()");
   m.def(
-      "join_backward(Tensor grad, Tensor raw, Tensor? affine, Tensor? saved, Tensor(a!)? dz, Tensor(b!)? sums, Tensor? residual, "
+      "join_backward(Tensor grad, Tensor raw, Tensor? affine, Tensor? saved, int act, float slope, Tensor(a!)? dz, Tensor(b!)? sums, Tensor? residual, "
       "Tensor? residual_affine, Tensor? residual_saved, Tensor(c!)? residual_sums) -> ()");
   m.def("grad_affine(Tensor grad, Tensor? raw, Tensor coeff, Tensor(a!) out) -> ()");
   m.def(
-      "dgrad_epilogue(Tensor da, Tensor x, Tensor? affine, Tensor? saved, bool relu, Tensor(a!) dx, Tensor? base, bool accumulate, "
+      "dgrad_epilogue(Tensor da, Tensor x, Tensor? affine, Tensor? saved, int act, float slope, Tensor(a!) dx, Tensor? base, bool accumulate, "
       "bool scaled, Tensor(b!)? sums) -> ()");
   m.def(
-      "pool_forward(Tensor x, Tensor? affine, bool relu, int[] window, Tensor(a!) out, Tensor(b!)? index, Tensor(c!)? stats) -> ()");
+      "pool_forward(Tensor x, Tensor? affine, int act, float slope, int[] window, Tensor(a!) out, Tensor(b!)? index, Tensor(c!)? stats) -> ()");
   m.def(
-      "pool_backward(Tensor grad, Tensor? index, Tensor x, Tensor? affine, Tensor? saved, bool relu, int[] window, Tensor(a!)? sums, "
+      "pool_backward(Tensor grad, Tensor? index, Tensor x, Tensor? affine, Tensor? saved, int act, float slope, int[] window, Tensor(a!)? sums, "
       "Tensor? coeff, Tensor(b!)? dx) -> ()");
 }
 

@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "activation_engine.h"
 #include "passes.h"
 #include "simd.h"
 
@@ -38,6 +39,9 @@ inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Operations: apply() makes one output vector from x (inputs) and k (constants), and adds to s (sums). relu() and blocked() let NaN
 // through: a comparison with NaN is false.
+//
+// Activations beyond ReLU are a step before apply(), on whole rows: what pending() makes of x and k, activated (kStep::value) or the first
+// input times the derivative there (kStep::gradient), is one more x, behind the inputs.
 
 template <class V>
 inline V relu(V z, V floor) {
@@ -48,9 +52,12 @@ inline V blocked(V dz, V z) {
   return z <= V{} ? V{} : dz;
 }
 
+enum class Step { none, value, gradient };
+
 // x: none. For passes that only measure.
 struct Nothing {
   static constexpr int kInputs = 0, kConstants = 0, kSums = 0;
+  static constexpr Step kStep = Step::none;
   static constexpr bool kWrites = false, kMeasures = true;
   template <class V>
   static V apply(const V*, const V*, V*, V) {
@@ -60,37 +67,50 @@ struct Nothing {
 
 enum class Residual { none, plain, affine };
 
+// What stands before a gradient: nothing, ReLU, another activation.
+enum class Mask { none, relu, other };
+
 // x: raw, residual. k: scale, shift, residual's scale, residual's shift.
-template <bool kAffine, Residual kResidual>
+template <bool kAffine, Residual kResidual, bool kOther>
 struct JoinForward {
   static constexpr int kInputs = kResidual == Residual::none ? 1 : 2, kConstants = 4, kSums = 0;
   static constexpr bool kWrites = true, kMeasures = true;
+  static constexpr Step kStep = kOther ? Step::value : Step::none;
   template <class V>
-  static V apply(const V* x, const V* k, V*, V floor) {
+  static V pending(const V* x, const V* k) {
     V z = kAffine ? x[0] * k[0] + k[1] : x[0];
     if constexpr (kResidual == Residual::plain) z = z + x[1];
     if constexpr (kResidual == Residual::affine) z = z + (x[1] * k[2] + k[3]);
-    return relu(z, floor);
+    return z;
+  }
+  template <class V>
+  static V apply(const V* x, const V* k, V*, V floor) {
+    if constexpr (kOther) return x[kInputs];
+    else return relu(pending(x, k), floor);
   }
 };
 
 // x: grad, then raw (masked or sums), then the residual (in the mask or three sums). k: scale, shift, mean, residual's scale, shift and
 // mean. s: dz, dz * (raw - mean), dz * (residual - its mean).
-template <bool kMask, Residual kResidual, int kSumCount>
+template <Mask kMask, Residual kResidual, int kSumCount>
 struct JoinBackward {
-  static constexpr bool kSecond = kSumCount == 3 || (kMask && kResidual != Residual::none);
-  static constexpr int kInputs = kSecond ? 3 : kMask || kSumCount > 0 ? 2 : 1;
+  static constexpr bool kMasked = kMask != Mask::none;
+  static constexpr bool kSecond = kSumCount == 3 || (kMasked && kResidual != Residual::none);
+  static constexpr int kInputs = kSecond ? 3 : kMasked || kSumCount > 0 ? 2 : 1;
   static constexpr int kConstants = 6, kSums = kSumCount;
-  static constexpr bool kWrites = kMask, kMeasures = false;
+  static constexpr bool kWrites = kMasked, kMeasures = false;
+  static constexpr Step kStep = kMask == Mask::other ? Step::gradient : Step::none;
+  template <class V>
+  static V pending(const V* x, const V* k) {
+    V z = x[1] * k[0] + k[1];
+    if constexpr (kResidual == Residual::plain) z = z + x[2];
+    if constexpr (kResidual == Residual::affine) z = z + (x[2] * k[3] + k[4]);
+    return z;
+  }
   template <class V>
   static V apply(const V* x, const V* k, V* s, V) {
-    V dz = x[0];
-    if constexpr (kMask) {
-      V z = x[1] * k[0] + k[1];
-      if constexpr (kResidual == Residual::plain) z = z + x[2];
-      if constexpr (kResidual == Residual::affine) z = z + (x[2] * k[3] + k[4]);
-      dz = blocked(dz, z);
-    }
+    V dz = kMask == Mask::other ? x[kInputs] : x[0];
+    if constexpr (kMask == Mask::relu) dz = blocked(dz, pending(x, k));
     if constexpr (kSumCount >= 2) {
       s[0] += dz;
       s[1] += dz * (x[1] - k[2]);
@@ -103,6 +123,7 @@ struct JoinBackward {
 // x: grad, raw. k: p, q, r.
 template <bool kRaw>
 struct GradAffine {
+  static constexpr Step kStep = Step::none;
   static constexpr int kInputs = kRaw ? 2 : 1, kConstants = 3, kSums = 0;
   static constexpr bool kWrites = true, kMeasures = false;
   template <class V>
@@ -114,15 +135,20 @@ struct GradAffine {
 };
 
 // x: da, then base, then x (mask or sums). k: scale, shift, mean, factor of dz. s: dz, dz * (x - mean).
-template <bool kMask, bool kReduce, bool kBase>
+template <Mask kMask, bool kReduce, bool kBase>
 struct DgradEpilogue {
   static constexpr int kX = kBase ? 2 : 1;
-  static constexpr int kInputs = kMask || kReduce ? kX + 1 : kX, kConstants = 4, kSums = kReduce ? 2 : 0;
+  static constexpr int kInputs = kMask != Mask::none || kReduce ? kX + 1 : kX, kConstants = 4, kSums = kReduce ? 2 : 0;
   static constexpr bool kWrites = true, kMeasures = false;
+  static constexpr Step kStep = kMask == Mask::other ? Step::gradient : Step::none;
+  template <class V>
+  static V pending(const V* x, const V* k) {
+    return x[kX] * k[0] + k[1];
+  }
   template <class V>
   static V apply(const V* x, const V* k, V* s, V) {
-    V dz = x[0];
-    if constexpr (kMask) dz = blocked(dz, x[kX] * k[0] + k[1]);
+    V dz = kMask == Mask::other ? x[kInputs] : x[0];
+    if constexpr (kMask == Mask::relu) dz = blocked(dz, pending(x, k));
     if constexpr (kReduce) {
       s[0] += dz;
       s[1] += dz * (x[kX] - k[2]);
@@ -398,11 +424,38 @@ struct RowPass {
     A* sums;  // kChunk + kPad apart
   };
 
+  // What the step before apply() works on.
+  struct Row {
+    alignas(64) A pending[kChunk + kPad], result[kChunk + kPad];
+  };
+
   template <bool kPart>
-  inline void lanes(const Block& b, int64_t r, int c, int n, V floor) const {
-    V x[Op::kInputs + 1], k[Op::kConstants + 1], s[Op::kSums + 1];
+  inline void load_operands(const Block& b, int64_t r, int c, int n, V* x, V* k) const {
     for (int i = 0; i < Op::kInputs; ++i) x[i] = load_lanes<T, kPart>(b.in[i] + r * in_pitch[i] + c, n);
     for (int i = 0; i < Op::kConstants; ++i) k[i] = load(b.k[i] + c);
+  }
+
+  template <bool kPart>
+  inline void pend(const Block& b, int64_t r, int c, int n, Row& row) const {
+    V x[Op::kInputs + 1], k[Op::kConstants + 1];
+    load_operands<kPart>(b, r, c, n, x, k);
+    store((Op::kStep == Step::value ? row.result : row.pending) + c, Op::pending(x, k));
+    if constexpr (Op::kStep == Step::gradient) store(row.result + c, x[0]);
+  }
+
+  inline void step(const Block& b, int64_t r, int n, Row& row) const {
+    int c = 0;
+    for (; c + kLanes <= n; c += kLanes) pend<false>(b, r, c, kLanes, row);
+    if (c < n) pend<true>(b, r, c, n - c, row);
+    if constexpr (Op::kStep == Step::value) activate_row(row.result, n, a.act);
+    else gradient_row(row.result, row.pending, n, a.act);
+  }
+
+  template <bool kPart>
+  inline void lanes(const Block& b, int64_t r, int c, int n, V floor, [[maybe_unused]] const Row& row) const {
+    V x[Op::kInputs + 1], k[Op::kConstants + 1], s[Op::kSums + 1];
+    load_operands<kPart>(b, r, c, n, x, k);
+    if constexpr (Op::kStep != Step::none) x[Op::kInputs] = load(row.result + c);
     for (int i = 0; i < Op::kSums; ++i) s[i] = load(b.sums + i * (kChunk + kPad) + c);
     const V y = Op::apply(x, k, s, floor);
     if constexpr (Op::kWrites) store_lanes<T, kPart>(b.out + r * out_pitch + c, y, n);
@@ -419,8 +472,9 @@ struct RowPass {
       totals[i] = partials.at(tile, i) + from;
       for (int c = 0; c < n; ++c) totals[i][c] = 0;
     }
-    [[maybe_unused]] const V floor = V{} + (a.relu ? A(0) : -A(__builtin_inf()));
+    [[maybe_unused]] const V floor = V{} + (a.act.is_relu() ? A(0) : -A(__builtin_inf()));
     [[maybe_unused]] Moments<T> moments;
+    [[maybe_unused]] Row row_of_step;
     const int64_t start = plan.start(tile), rows = plan.count(tile);
     for (int64_t r = 0; r < rows; r += plan.block) {
       const int64_t height = least(plan.block, rows - r);
@@ -432,9 +486,10 @@ struct RowPass {
         b.sums = sums;
         std::memset(sums, 0, sizeof(sums));
         for (int64_t j = 0; j < height; ++j) {
+          if constexpr (Op::kStep != Step::none) step(b, j, n, row_of_step);
           int c = 0;
-          for (; c + kLanes <= n; c += kLanes) lanes<false>(b, j, c, kLanes, floor);
-          if (c < n) lanes<true>(b, j, c, n - c, floor);
+          for (; c + kLanes <= n; c += kLanes) lanes<false>(b, j, c, kLanes, floor, row_of_step);
+          if (c < n) lanes<true>(b, j, c, n - c, floor, row_of_step);
         }
         for (int i = 0; i < Op::kSums; ++i)
           for (int c = 0; c < n; ++c) totals[i][c] += double(sums[i * (kChunk + kPad) + c]);
@@ -481,6 +536,23 @@ void run(const PassArgs& a, Parallel parallel) {
 
 // ---------------------------------------------------------------------------------------------------------------------------------
 // Pooling. A work item is a range of pixels and a chunk of channels; for each pixel the windows' pixels that exist are listed first.
+
+// One vector through an activation beyond ReLU, which few pooled maps have.
+template <class A, class V>
+inline V activated_vector(V z, const Activation& act) {
+  alignas(64) A lanes[sizeof(V) / sizeof(A)];
+  store(lanes, z);
+  activate_row(lanes, sizeof(V) / sizeof(A), act);
+  return load(lanes);
+}
+template <class A, class V>
+inline V gradient_vector(V dy, V z, const Activation& act) {
+  alignas(64) A lanes[2][sizeof(V) / sizeof(A)];
+  store(lanes[0], dy);
+  store(lanes[1], z);
+  gradient_row(lanes[0], lanes[1], sizeof(V) / sizeof(A), act);
+  return load(lanes[0]);
+}
 
 constexpr int kMaxWindow = 256;  // positions that a uint8 index can tell apart
 
@@ -534,13 +606,14 @@ struct PoolForward {
 
   template <bool kPart>
   inline V activated(const T* x, V scale, V shift, V floor, int n) const {
-    return relu(load_lanes<T, kPart>(x, n) * scale + shift, floor);
+    const V z = load_lanes<T, kPart>(x, n) * scale + shift;
+    return a.pass.act.is_other() ? activated_vector<A>(z, a.pass.act) : relu(z, floor);
   }
 
   template <bool kPart>
   inline void maximum(const T* const* window, const int* position, int count, int64_t from, int c, int n, T* y, uint8_t* index) const {
     const V scale = load(constants.at(0) + from + c), shift = load(constants.at(1) + from + c);
-    const V floor = V{} + (a.pass.relu ? A(0) : -A(__builtin_inf()));
+    const V floor = V{} + (a.pass.act.is_relu() ? A(0) : -A(__builtin_inf()));
     V best = V{} - A(__builtin_inf());
     I at = I{} + position[0];
     for (int i = 0; i < count; ++i) {
@@ -556,7 +629,7 @@ struct PoolForward {
   template <bool kPart>
   inline void add(const T* const* window, int count, int64_t from, int c, int n, A* total) const {
     const V scale = load(constants.at(0) + from + c), shift = load(constants.at(1) + from + c);
-    const V floor = V{} + (a.pass.relu ? A(0) : -A(__builtin_inf()));
+    const V floor = V{} + (a.pass.act.is_relu() ? A(0) : -A(__builtin_inf()));
     V sum = V{};
     for (int i = 0; i < count; ++i) sum += activated<kPart>(window[i] + c, scale, shift, floor, n);
     store(total + c, load(total + c) + sum);
@@ -635,7 +708,8 @@ struct PoolBackward {
       if constexpr (kMax) dz += load_index<I>(index[i] + c, n) == I{} + position[i] ? g : V{};
       else dz += g / (V{} + A(a.kernel_h * a.kernel_w));
     }
-    if (a.pass.relu) dz = blocked(dz, value * k(0) + k(1));
+    if (a.pass.act.is_relu()) dz = blocked(dz, value * k(0) + k(1));
+    else if (a.pass.act.is_other()) dz = gradient_vector<A>(dz, value * k(0) + k(1), a.pass.act);
     if constexpr (kReduce) {
       A *first = sums + c, *second = sums + kChunk + kPad + c;
       store(first, load(first) + dz);
@@ -733,28 +807,37 @@ void statistics(const PassArgs& a, Parallel parallel) { run<Nothing>(a, parallel
 
 template <bool kAffine>
 void join_forward_of(const PassArgs& a, bool residual, bool residual_affine, Parallel parallel) {
-  if (!residual) run<JoinForward<kAffine, Residual::none>>(a, parallel);
-  else if (!residual_affine) run<JoinForward<kAffine, Residual::plain>>(a, parallel);
-  else run<JoinForward<kAffine, Residual::affine>>(a, parallel);
+  if (!residual) run<JoinForward<kAffine, Residual::none, false>>(a, parallel);
+  else if (!residual_affine) run<JoinForward<kAffine, Residual::plain, false>>(a, parallel);
+  else run<JoinForward<kAffine, Residual::affine, false>>(a, parallel);
 }
 
+// Behind an activation beyond ReLU there are fewer kernels: what is absent has the constants 1 and 0, and a sum that nobody reads is taken.
 void join_forward(const PassArgs& a, bool affine, bool residual, bool residual_affine, Parallel parallel) {
-  if (affine) join_forward_of<true>(a, residual, residual_affine, parallel);
+  if (a.act.is_other()) {
+    if (residual) run<JoinForward<true, Residual::affine, true>>(a, parallel);
+    else run<JoinForward<true, Residual::none, true>>(a, parallel);
+  } else if (affine) join_forward_of<true>(a, residual, residual_affine, parallel);
   else join_forward_of<false>(a, residual, residual_affine, parallel);
 }
 
-template <bool kMask, Residual kResidual>
+template <Mask kMask, Residual kResidual>
 void join_backward_of(const PassArgs& a, int sums, Parallel parallel) {
-  if (sums == 3) run<JoinBackward<kMask, kResidual, 3>>(a, parallel);
-  else if (sums == 2) run<JoinBackward<kMask, kResidual, 2>>(a, parallel);
+  if constexpr (kMask == Mask::none || kResidual != Residual::none) {
+    if (sums == 3) return run<JoinBackward<kMask, kResidual, 3>>(a, parallel);
+  }
+  if (sums == 2) run<JoinBackward<kMask, kResidual, 2>>(a, parallel);
   else run<JoinBackward<kMask, kResidual, 0>>(a, parallel);
 }
 
-void join_backward(const PassArgs& a, bool mask, bool residual, bool residual_affine, int sums, Parallel parallel) {
-  if (!mask) join_backward_of<false, Residual::none>(a, sums, parallel);
-  else if (!residual) join_backward_of<true, Residual::none>(a, sums, parallel);
-  else if (residual_affine) join_backward_of<true, Residual::affine>(a, sums, parallel);
-  else join_backward_of<true, Residual::plain>(a, sums, parallel);
+void join_backward(const PassArgs& a, bool residual, bool residual_affine, int sums, Parallel parallel) {
+  if (a.act.is_other()) {
+    if (residual) run<JoinBackward<Mask::other, Residual::affine, 3>>(a, parallel);
+    else run<JoinBackward<Mask::other, Residual::none, 2>>(a, parallel);
+  } else if (!a.act.is_relu()) join_backward_of<Mask::none, Residual::none>(a, sums, parallel);
+  else if (!residual) join_backward_of<Mask::relu, Residual::none>(a, sums, parallel);
+  else if (residual_affine) join_backward_of<Mask::relu, Residual::affine>(a, sums, parallel);
+  else join_backward_of<Mask::relu, Residual::plain>(a, sums, parallel);
 }
 
 void grad_affine(const PassArgs& a, bool raw, Parallel parallel) {
@@ -762,17 +845,18 @@ void grad_affine(const PassArgs& a, bool raw, Parallel parallel) {
   else run<GradAffine<false>>(a, parallel);
 }
 
-template <bool kMask, bool kReduce>
+template <Mask kMask, bool kReduce>
 void dgrad_epilogue_of(const PassArgs& a, bool base, Parallel parallel) {
   if (base) run<DgradEpilogue<kMask, kReduce, true>>(a, parallel);
   else run<DgradEpilogue<kMask, kReduce, false>>(a, parallel);
 }
 
-void dgrad_epilogue(const PassArgs& a, bool mask, bool sums, bool base, Parallel parallel) {
-  if (mask && sums) dgrad_epilogue_of<true, true>(a, base, parallel);
-  else if (mask) dgrad_epilogue_of<true, false>(a, base, parallel);
-  else if (sums) dgrad_epilogue_of<false, true>(a, base, parallel);
-  else dgrad_epilogue_of<false, false>(a, base, parallel);
+void dgrad_epilogue(const PassArgs& a, bool sums, bool base, Parallel parallel) {
+  if (a.act.is_other()) dgrad_epilogue_of<Mask::other, true>(a, base, parallel);
+  else if (a.act.is_relu() && sums) dgrad_epilogue_of<Mask::relu, true>(a, base, parallel);
+  else if (a.act.is_relu()) dgrad_epilogue_of<Mask::relu, false>(a, base, parallel);
+  else if (sums) dgrad_epilogue_of<Mask::none, true>(a, base, parallel);
+  else dgrad_epilogue_of<Mask::none, false>(a, base, parallel);
 }
 
 void pool_forward(const PoolArgs& a, Parallel parallel) {

@@ -1,6 +1,4 @@
-// Vectors of one register, and the conversions between storage and arithmetic. Included by the engines, once per CPU capability:
-// FUSEDRES_CAPABILITY names the namespace, FUSEDRES_LANES the floats of a register. GCC's vector extensions, which Clang shares; intrinsics
-// only where float16 has an instruction.
+// The conversions between storage and arithmetic, in vectors of one register. Intrinsics only where float16 has an instruction.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +6,11 @@
 #include <immintrin.h>
 #endif
 
+#include "vectors.h"
+
 namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
-
-constexpr int kRegister = 4 * FUSEDRES_LANES;  // bytes
 
 // 16-bit storage types: distinct names for overloading, no arithmetic.
 struct bfloat16 {
@@ -22,22 +20,6 @@ struct float16 {
   uint16_t bits;
 };
 
-template <class A>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float type __attribute__((vector_size(kRegister)));
-  typedef int32_t integer __attribute__((vector_size(kRegister)));
-};
-template <>
-struct Vector<double> {
-  typedef double type __attribute__((vector_size(kRegister)));
-  typedef int64_t integer __attribute__((vector_size(kRegister)));
-};
-
-using VecF = Vector<float>::type;
-using VecI = Vector<float>::integer;
-using VecD = Vector<double>::type;
 typedef uint16_t VecH __attribute__((vector_size(kRegister / 2)));
 
 // The type of arithmetic for a storage type.
@@ -56,26 +38,6 @@ template <class T>
 using VecOf = typename Vector<AccumOf<T>>::type;
 template <class T>
 constexpr int kLanesOf = kRegister / int(sizeof(AccumOf<T>));
-
-template <class To, class From>
-inline To bit_cast(From value) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast between sizes");
-  To result;
-  __builtin_memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
-template <class V, class T>
-inline V read(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(V));
-  return v;
-}
-
-template <class V, class T>
-inline void write(T* p, V v) {
-  __builtin_memcpy(p, &v, sizeof(V));
-}
 
 inline VecF load(const float* p) { return read<VecF>(p); }
 inline void store(float* p, VecF v) { write(p, v); }

@@ -1,10 +1,12 @@
-// What the bindings of the passes share: tensors, checked and taken apart.
+// What the bindings share: tensors and activations, checked and taken apart.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
+
+#include "activation.h"
 
 namespace fusedres {
 
@@ -25,6 +27,11 @@ inline void* row_of(const Tensor& t, int64_t rows, int64_t row, int64_t channels
                   t.stride(1));
   const int64_t bytes = dtype == ScalarType::Double ? 8 : 4;
   return static_cast<char*>(t.data_ptr()) + row * t.stride(0) * bytes;
+}
+
+inline Activation activation_of(int64_t act, double slope) {
+  STD_TORCH_CHECK(act >= 0 && act < kActs, "no activation has the number ", act);
+  return {static_cast<Act>(act), slope};
 }
 
 }  // namespace fusedres

@@ -10,6 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
+from ..activations import parse
 from . import native as _convolutions
 from .eager import Pool, accum_dtype
 
@@ -23,7 +24,6 @@ else:
     _C.cpu_capability()  # a wrong FUSEDRES_CPU_CAPABILITY is an error now, not in the middle of a step
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_RELU = {"none": False, "relu": True}
 _this = sys.modules[__name__]  # what the convolutions call for the passes between them
 
 
@@ -103,7 +103,7 @@ def dgrad_epilogue(
     """See :func:`fusedres.backends.eager.dgrad_epilogue`. Without ``dx``, ``da`` becomes it."""
     if dx is None:
         dx = da
-    _dgrad_epilogue(da, x, affine, saved, _RELU[act], dx, base, accumulate, scaled, sums)
+    _dgrad_epilogue(da, x, affine, saved, *parse(act).code, dx, base, accumulate, scaled, sums)
     return dx
 
 
@@ -120,7 +120,7 @@ def join_forward(
     """See :func:`fusedres.backends.eager.join_forward`."""
     if out is None:
         out = _like(raw)
-    _join_forward(raw, affine, residual, residual_affine, _RELU[act], out, stats)
+    _join_forward(raw, affine, residual, residual_affine, *parse(act).code, out, stats)
     return out
 
 
@@ -138,9 +138,11 @@ def join_backward(
     residual_sums: Tensor | None = None,
 ) -> Tensor:
     """See :func:`fusedres.backends.eager.join_backward`."""
-    dz = _like(raw) if _RELU[act] else None
+    dz = None if act == "none" else _like(raw)
     if dz is not None or sums is not None or residual_sums is not None:
-        _join_backward(grad, raw, affine, saved, dz, sums, residual, residual_affine, residual_saved, residual_sums)
+        _join_backward(
+            grad, raw, affine, saved, *parse(act).code, dz, sums, residual, residual_affine, residual_saved, residual_sums
+        )  # fmt: skip
     return grad if dz is None else dz
 
 
@@ -169,7 +171,7 @@ def pool_forward(
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     index = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) if pool.kind == "max" else None
-    _pool_forward(x, affine, _RELU[act], [*pool.kernel, *pool.stride, *pool.padding], out, index, stats)
+    _pool_forward(x, affine, *parse(act).code, [*pool.kernel, *pool.stride, *pool.padding], out, index, stats)
     return out, index
 
 
@@ -190,7 +192,7 @@ def pool_backward(
     if coeff is not None and dx is None:
         dx = _like(x)
     window = [*pool.kernel, *pool.stride, *pool.padding]
-    _pool_backward(grad, index, x, affine, saved, _RELU[act], window, sums, coeff, dx)
+    _pool_backward(grad, index, x, affine, saved, *parse(act).code, window, sums, coeff, dx)
     return None if coeff is None else dx
 
 

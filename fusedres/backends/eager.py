@@ -11,7 +11,7 @@ saved     ``[2, C]`` (mean, invstd) with which ``xhat = (raw - mean) * invstd``.
 stats     ``[2, C]`` (mean, M2): M2 is the sum of squared deviations from the mean, over the M rows.
 coeff     ``[3, C]`` (p, q, r): the pending form of a gradient, ``g = p * grad + q * raw + r``.
 sums      ``[2, C]`` (sum of dz, sum of dz * xhat), what a BatchNorm's backward needs from a pass.
-act       ``"none"`` or ``"relu"``; NaN passes through ReLU, and where the activation is NaN the gradient passes.
+act       a name of :mod:`fusedres.activations`; NaN passes, and where ReLU is NaN so does the gradient.
 geometry  a :class:`Geometry`; convolution padding is zero *after* affine and act.
 
 Per-channel tensors may be column slices of wider ones (``stride(1) == 1``, any ``stride(0)``). An ``out``, ``stats``, ``dx``,
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import activations
 from . import vendor
 
 name = "eager"
@@ -92,11 +93,7 @@ def _activate(raw: Tensor, affine: Tensor | None, act: str) -> Tensor:
     z = raw.to(accum_dtype(raw.dtype))
     if affine is not None:
         z = torch.addcmul(channel_view(affine[1], raw), z, channel_view(affine[0], raw))
-    return torch.relu(z) if act == "relu" else z
-
-
-def _mask(dz: Tensor, z: Tensor, act: str) -> Tensor:
-    return torch.where(z <= 0, torch.zeros_like(dz), dz) if act == "relu" else dz
+    return activations.value(z, act)
 
 
 def _xhat(raw: Tensor, saved: Tensor) -> Tensor:
@@ -165,7 +162,7 @@ def conv_backward(
 
     The gradient of the convolution's output is ``g = p * grad + q * raw + r`` with ``coeff`` (``grad`` itself without it), where
     ``raw`` is that output (None: q is taken as zero). With ``da`` the input gradient of the convolution and ``dz`` that of affine(x),
-    ``dz = da`` where the activation passes and 0 elsewhere (rebuilt from x and affine):
+    ``dz = da * act'(affine(x))`` (rebuilt from x and affine):
 
     - ``sums`` receives (sum dz, sum dz * xhat) with xhat from ``saved`` (mean, invstd of x);
     - ``dx = [base | dx if accumulate | 0] + (affine scale if scaled else 1) * dz``; ``base`` and ``dx`` may be slices.
@@ -194,7 +191,7 @@ def dgrad_epilogue(
     """The pass after a vendor's input gradient ``da`` (which it may overwrite): dz, sums and dx as :func:`conv_backward` says."""
     dz = da.to(accum_dtype(x.dtype))
     if act != "none":
-        dz = _mask(dz, _activate(x, affine, "none"), act)
+        dz = activations.gradient(dz, _activate(x, affine, "none"), act)
     if sums is not None:
         _write_sums(dz, x, saved, sums)
     if scaled:
@@ -223,7 +220,7 @@ def join_forward(
     z = _activate(raw, affine, "none")
     if residual is not None:
         z = z + _activate(residual, residual_affine, "none")
-    y = _deliver(torch.relu(z) if act == "relu" else z, out, raw)
+    y = _deliver(activations.value(z, act), out, raw)
     if stats is not None:
         statistics(y, stats)
     return y
@@ -244,7 +241,7 @@ def join_backward(
 ) -> Tensor:
     """``dz``, the gradient of ``affine(raw) + residual_affine(residual)`` under ``act``, and the sums that its BatchNorms need.
 
-    The activation's mask is rebuilt from the operands of :func:`join_forward` (the output is not needed, so nobody has to keep it).
+    The activation's derivative is rebuilt from the operands of :func:`join_forward` (the output is not needed, so nobody has to keep it).
     ``sums`` uses xhat of raw by ``saved``; ``residual_sums`` that of residual by ``residual_saved``. With ``act="none"`` the result is
     ``grad`` itself (not a copy). Reads grad, raw and residual, writes dz.
     """
@@ -253,7 +250,7 @@ def join_backward(
         z = _activate(raw, affine, "none")
         if residual is not None:
             z = z + _activate(residual, residual_affine, "none")
-        dz = _mask(dz, z, act)
+        dz = activations.gradient(dz, z, act)
     if sums is not None:
         _write_sums(dz, raw, saved, sums)
     if residual_sums is not None:
@@ -313,7 +310,7 @@ def pool_backward(
 ) -> Tensor | None:
     """The backward of :func:`pool_forward`, without ever storing dz: called once with ``sums`` and once with ``coeff``.
 
-    dz is the gradient of affine(x): pool's gradient under the activation's mask. With ``sums`` it only reduces them (returns None);
+    dz is the gradient of affine(x): pool's gradient times the activation's derivative. With ``sums`` it only reduces them (returns None);
     with ``coeff`` it returns ``dx = p * dz + q * x + r`` (into ``dx`` if given). Reads grad and x, writes dx in the second call.
     """
     z = _activate(x, affine, "none")
@@ -332,7 +329,7 @@ def pool_backward(
         flat = (row - pool.padding[0]) * x.shape[3] + col - pool.padding[1]
         dz = torch.zeros_like(z, memory_format=torch.contiguous_format).flatten(2)
         dz = dz.scatter_add_(2, flat.flatten(2), dy.flatten(2)).view(z.shape)
-    dz = _mask(dz, z, act)
+    dz = activations.gradient(dz, z, act)
     if sums is not None:
         _write_sums(dz, x, saved, sums)
     if coeff is None:

@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..activations import parse
 from . import vendor
 
 _ops = torch.ops.fusedres_cpp
@@ -54,8 +55,8 @@ def conv_forward(
     if out is None:
         out = torch.empty(plan[0], dtype=x.dtype, memory_format=torch.channels_last)
     _ops.conv_forward(
-        x, affine, act == "relu", weight, bias, plan[1], out, stats, out_affine, residual, residual_affine,
-        out_act == "relu",
+        x, affine, *parse(act).code, weight, bias, plan[1], out, stats, out_affine, residual, residual_affine,
+        *parse(out_act).code,
     )  # fmt: skip
     return out
 
@@ -71,16 +72,16 @@ def conv_backward(
             passes, grad, raw, coeff, x, affine, saved, act, weight, geometry, need_dx=need_dx, need_dw=need_dw, dx=dx, base=base,
             accumulate=accumulate, scaled=scaled, sums=sums,
         )  # fmt: skip
-    relu, numbers, dweight = act == "relu", plan[1], None
+    code, numbers, dweight = parse(act).code, plan[1], None
     if need_dw:
         dweight = torch.empty_like(weight)
-        _ops.conv_wgrad(grad, raw, coeff, x, affine, relu, numbers, dweight)
+        _ops.conv_wgrad(grad, raw, coeff, x, affine, *code, numbers, dweight)
     if not need_dx:
         return None, dweight
     if dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
     below = affine is not None or sums is not None
     _ops.conv_dgrad(
-        grad, raw, coeff, weight, numbers, dx, x if below else None, affine, relu, saved, base, accumulate, scaled, sums
-    )
+        grad, raw, coeff, weight, numbers, dx, x if below else None, affine, *code, saved, base, accumulate, scaled, sums
+    )  # fmt: skip
     return dx, dweight

@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from .. import plans
+from .. import activations, plans
 from ..kernels import conv_dgrad as _dgrad
 from ..kernels import conv_forward as _forward
 from ..kernels import conv_wgrad as _wgrad
@@ -65,7 +65,14 @@ class use_plan:
 
 
 def _features(**there: object) -> tuple[str, ...]:
-    return tuple(name for name, value in there.items() if value is not None and value is not False)
+    """The names of what is there; of an activation (``act``, ``out_act``) the kind, because its parameter costs no time."""
+    names = []
+    for name, value in there.items():
+        if isinstance(value, str):
+            names += [] if value == "none" else [name.removesuffix("act") + activations.parse(value).kind]
+        elif value is not None and value is not False:
+            names.append(name)
+    return tuple(names)
 
 
 def _problem(op: str, x: Tensor, y_pitch: int, weight: Tensor, geometry, features: tuple[str, ...]) -> Problem:
@@ -77,8 +84,8 @@ def forward_problem(x, affine, act, weight, bias, geometry, *, out=None, stats=N
                     residual_affine=None, out_act="none") -> Problem:  # fmt: skip
     """A call of :func:`conv_forward` as a key of plans."""
     features = _features(
-        affine=affine, relu=act == "relu", bias=bias, stats=stats, out_affine=out_affine, residual=residual,
-        residual_affine=residual_affine, out_relu=out_act == "relu",
+        affine=affine, act=act, bias=bias, stats=stats, out_affine=out_affine, residual=residual,
+        residual_affine=residual_affine, out_act=out_act,
     )  # fmt: skip
     return _problem("forward", x, weight.shape[0] if out is None else pitch(out), weight, geometry, features)
 
@@ -87,7 +94,7 @@ def backward_problems(grad, raw, coeff, x, affine, saved, act, weight, geometry,
                       base=None, accumulate=False, scaled=False, sums=None) -> list[Problem]:  # fmt: skip
     """A call of :func:`conv_backward` as keys of plans: dgrad and wgrad, or the one that is needed."""
     features = _features(
-        both=need_dx and need_dw, coeff=coeff, raw=None if coeff is None else raw, affine=affine, relu=act == "relu",
+        both=need_dx and need_dw, coeff=coeff, raw=None if coeff is None else raw, affine=affine, act=act,
         base=base, accumulate=accumulate, scaled=scaled, sums=sums,
     )  # fmt: skip
     needed = [op for op, need in (("dgrad", need_dx), ("wgrad", need_dw)) if need]

@@ -8,7 +8,7 @@ pre-activation forms (BN_0 in front, nothing behind the last convolution) and, w
 left where a block is split around a module that no schedule knows. He et al. 2015 (arXiv 1512.03385), figures 2 and 5; He et al. 2016
 (arXiv 1603.05027), figure 1b.
 
-Kept for backward: x, every raw that a BatchNorm reads, and C-sized vectors; the join's mask is rebuilt from its operands, so that y is not
+Kept for backward: x, every raw that a BatchNorm reads, and C-sized vectors; the join's derivative comes from its operands, so that y is not
 kept. With ``recompute`` the raws of 1x1 convolutions are not kept either: backward runs those convolutions again, from what is kept,
 without statistics. Before a pre-activation join the sum and its statistics are the last convolution's epilogue; the gradients of x by
 everything that reads a_0 gather in one map, to which BN_0's correction is applied once, as in the dense block.
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import activations
 from ..backends.eager import Pool
 from .common import (
     Norm,
@@ -292,7 +293,7 @@ class ChainFunction(torch.autograd.Function):
         maps = [None if chain.cheap(i) else raw for i, raw in enumerate(state.maps)]
         raw, *behind = state.side
         if raw is not None and (chain.cheap(len(maps)) or (chain.act == "none" and behind[0] is None)):
-            raw = None  # recomputed, or read by no mask and no BatchNorm
+            raw = None  # recomputed, or read by no activation and no BatchNorm
         ctx.save_for_backward(source, state.index, *maps, *state.affines, *state.saveds, raw, *behind, *tensors)
         if state.stats is not None:
             ctx.mark_non_differentiable(state.stats)
@@ -428,7 +429,7 @@ class _Backward:
         return self.maps[0] if self.source is None else self.source
 
     def shortcut(self, dz: Tensor) -> Tensor | None:
-        """The gradient of what the shortcut reads; of ``activated`` ones under a_0's mask and times BN_0's scale, with sums."""
+        """The gradient of what the shortcut reads; of ``activated`` ones times a_0's derivative and BN_0's scale, with sums."""
         backend, shortcut, side = self.backend, self.chain.shortcut, self.n + 1
         need, root = self.need_x if self.source is None else self.need_source, self.root
         affine = saved = sums = None
@@ -515,6 +516,5 @@ def reference(chain: Chain, x: Tensor, source: Tensor | None, *tensors: Tensor |
             s = shortcut.subsample.forward(s)
         if shortcut.unit is not None:
             s = apply(shortcut.unit, len(chain.units), s)
-        h = h + s
-        h = F.relu(h) if chain.act == "relu" else h
+        h = activations.value(h + s, chain.act)
     return h if chain.pool is None else F.max_pool2d(h, chain.pool.kernel, chain.pool.stride, chain.pool.padding)

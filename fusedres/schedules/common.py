@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import activations
 from ..backends.eager import Geometry, Pool, accum_dtype
 from ..backends.vendor import as_map
 
@@ -18,7 +19,7 @@ class Norm:
     """A BatchNorm as the schedules see it.
 
     ``training``: normalise by the statistics of the batch (else by the running ones). ``momentum`` is the factor of this step's update
-    of the running statistics, which is skipped where they are None.
+    of the running statistics, which is skipped where they are None. ``act`` is a name of :mod:`fusedres.activations`.
     """
 
     weight: Tensor | None
@@ -192,7 +193,7 @@ def reference_norm(x: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | 
     """``act(BatchNorm(x))`` in plain PyTorch, running statistics untouched."""
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
     y = F.batch_norm(x, *running, weight, bias, norm.training, 0.0, norm.eps)
-    return F.relu(y) if norm.act == "relu" else y
+    return activations.value(y, norm.act)
 
 
 def reference_conv(x: Tensor, conv: Conv, weight: Tensor, bias: Tensor | None) -> Tensor:
