@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import activations, describe, dispatch, memory, structure
+from .backends import eager
 from .memory import Part, Unsupported
 from .schedules import chain, dense, norm_pool
-from .schedules.common import Unit
+from .schedules.common import Unit, functorch_active
 
 _STATS = "_fusedres_stats"
 
@@ -42,7 +44,8 @@ class FusedBlock:
     @classmethod
     def original_class(cls) -> type[nn.Module]:
         """The class whose forward is the original one."""
-        return next(c for c in cls.__mro__ if not issubclass(c, FusedBlock))
+        # what stands before was put in front later, as FSDP does
+        return cls.__mro__[cls.__mro__.index(FusedBlock) + 1]
 
     def read_block(self) -> Any:
         """What the block runs as: its one part, or what its forward makes of several; raises Unsupported."""
@@ -75,6 +78,10 @@ class FusedBlock:
             raise Unsupported("torch.compile traces the original modules")
         if torch.jit.is_tracing() or torch.jit.is_scripting():
             raise Unsupported("torch.jit traces the original modules")
+        if functorch_active():
+            raise Unsupported("torch.func transforms the original modules")
+        if forward_ad._current_level >= 0:
+            raise Unsupported("forward-mode differentiation goes through the original modules")
         if describe.global_hooks():
             raise Unsupported("a global module hook is registered")
         return memory.recall(self, self.inside, self.read_block)
@@ -85,10 +92,7 @@ class FusedBlock:
         description, counters = part.describe(cast)
         x = self.cast_input(x, cast)
         part.check(self.check_block, description, x, *beside)
-        backend = dispatch.resolve(x.device, x.dtype)
-        if backend is None:
-            raise Unsupported(f"no fused backend serves {x.dtype} on {x.device}")
-        return backend, description, counters, x, cast is not None
+        return _backend(description, x), description, counters, x, cast is not None
 
     def cast_input(self, x: Tensor, cast: torch.dtype | None) -> Tensor:
         """The input as autocast would hand it to the first convolution."""
@@ -134,12 +138,30 @@ class FusedBlock:
         return (make, arguments, *rest)
 
 
+def _backend(description, x: Tensor):
+    """The backend that runs ``description``; raises Unsupported.
+
+    Where processes share statistics they have to exchange the same numbers in the same order, or all wait for ever. The schedule is that
+    order, whatever the backend, so that what may differ between processes only chooses the backend: the size of a batch, empty ones
+    included, and what is installed. Whether the schedule runs at all follows from the model, its modes and the dtype, which are
+    the same everywhere, or a SyncBatchNorm could not work either. A hook may be one process's own: where it makes a block run its
+    original modules their SyncBatchNorms are :class:`FusedSyncNorm`, which exchange what the schedule would, in the order of the block's
+    forward and of autograd: the same one, except where a forward computes a normalised shortcut first.
+    """
+    backend = dispatch.resolve(x.device, x.dtype) if x.numel() else None
+    if backend is None:
+        if not describe.exchanges(description):
+            raise Unsupported(f"no fused backend serves {x.dtype} on {x.device}")
+        backend = eager
+    return backend
+
+
 def check_chain(description: chain.Chain, x: Tensor, source: Tensor | None = None) -> None:
     """Check a residual chain against its input, and what its shortcut reads where that is another map."""
     units, first, shortcut = description.units, description.first, description.shortcut
     activations.parse(description.act)
     dtype = next((unit.conv.weight.dtype for unit in description.all_units), x.dtype)
-    describe.check_map(x, dtype)
+    describe.check_map(x, dtype, description)
     shape = tuple(x.shape)
     if first is not None:
         describe.check_norm(first, shape, x)
@@ -147,11 +169,11 @@ def check_chain(description: chain.Chain, x: Tensor, source: Tensor | None = Non
         shape = check_unit(unit, shape, x)
     if shortcut is not None:
         other = x if source is None else source
-        describe.check_map(other, dtype)
+        describe.check_map(other, dtype, description)
         beside = shortcut.pooled(tuple(other.shape))
         if shortcut.subsample is not None:
             beside = shortcut.subsample.out_shape(beside)
-        if min(beside) < 1:
+        if min(beside[2:]) < 1:
             raise Unsupported("a pooling window larger than its input")
         if shortcut.unit is not None:
             beside = check_unit(shortcut.unit, beside, other)
@@ -173,7 +195,7 @@ def check_unit(unit: Unit, shape: tuple[int, ...], like: Tensor) -> tuple[int, .
 
 def check_dense(layers: tuple[dense.Layer, ...], x: Tensor) -> None:
     """Check the layers of a dense block against its input."""
-    describe.check_map(x, layers[0].conv1.weight.dtype)
+    describe.check_map(x, layers[0].conv1.weight.dtype, layers)
     shape = tuple(x.shape)
     for layer in layers:
         describe.check_norm(layer.norm1, shape, x)
@@ -188,7 +210,7 @@ def check_dense(layers: tuple[dense.Layer, ...], x: Tensor) -> None:
 
 def check_norm_pool(block: norm_pool.NormPool, x: Tensor) -> None:
     """Check a transition or head against its input."""
-    describe.check_map(x, x.dtype if block.conv is None else block.conv.weight.dtype)
+    describe.check_map(x, x.dtype if block.conv is None else block.conv.weight.dtype, block)
     describe.check_norm(block.norm, tuple(x.shape), x)
     pooled = tuple(size // k for size, k in zip(x.shape[2:], block.pool.kernel, strict=True))
     if min(pooled) < 1:
@@ -228,7 +250,7 @@ class FusedResidual(_ChainKind):
             return "conv-bn row"
         convolutions = sum(isinstance(m, nn.Conv2d) for m in steps)
         name = {2: "basic block", 3: "bottleneck"}.get(convolutions, self.kind)
-        return f"pre-activation {name}" if steps and isinstance(steps[0], nn.BatchNorm2d) else name
+        return f"pre-activation {name}" if steps and isinstance(steps[0], structure.norm_types()) else name
 
     def read_block(self) -> describe.Layout:
         return describe.layout(self, self.plan())
@@ -347,9 +369,9 @@ class FusedStem(_ChainKind):
 
 def conv_runs(children: list[nn.Module]) -> list[tuple[int, int]]:
     """Where (start, stop) conv-BN[-act][-max pool] stands in a row of modules."""
-    runs, i = [], 0
+    runs, i, norms = [], 0, structure.norm_types()
     while i < len(children) - 1:
-        if isinstance(children[i], nn.Conv2d) and isinstance(children[i + 1], nn.BatchNorm2d):
+        if isinstance(children[i], nn.Conv2d) and isinstance(children[i + 1], norms):
             stop = i + 2
             if stop < len(children) and activations.of_module(children[stop]) is not None:
                 stop += 1
@@ -535,10 +557,10 @@ class FusedHead(_NormPoolKind):
 
     kind = "densenet head"
 
-    def read_block(self) -> nn.BatchNorm2d:
+    def read_block(self) -> nn.Module:
         """The last module of its features."""
         last = list(self.features)[-1]
-        describe.plain(last, nn.BatchNorm2d)
+        describe.plain(last, *structure.norm_types())
         if describe.hooked(self.features):
             raise Unsupported("a hook is registered on its features")
         return last
@@ -564,7 +586,7 @@ class FusedHead(_NormPoolKind):
         return self.classifier(torch.flatten(x, 1))
 
 
-def _head_part(last: nn.BatchNorm2d, size: tuple[int, ...]) -> Part:
+def _head_part(last: nn.Module, size: tuple[int, ...]) -> Part:
     """BatchNorm, ReLU and the mean over ``size``."""
 
     def read(dtype: torch.dtype | None):
@@ -574,11 +596,23 @@ def _head_part(last: nn.BatchNorm2d, size: tuple[int, ...]) -> Part:
     return Part(read)
 
 
+class FusedSyncNorm(_ChainKind):
+    """A SyncBatchNorm that no block runs: by the schedule, too, on every device, as its neighbours in other processes may do in theirs."""
+
+    kind = "sync batch norm"
+
+    def read_block(self):
+        return Part(functools.partial(describe.lone_norm, self))
+
+    def cast_input(self, x, cast):
+        return x  # autocast leaves a BatchNorm its input's dtype
+
+
 KINDS: dict[str, type[FusedBlock]] = {
     kind.kind: kind
     for kind in (
         FusedResidual, FusedBasic, FusedBottleneck, FusedPreActBasic, FusedPreActBottleneck, FusedStem, FusedSequential,
-        FusedDenseBlock, FusedTransition, FusedHead,
+        FusedDenseBlock, FusedTransition, FusedHead, FusedSyncNorm,
     )
 }  # fmt: skip
 _classes: dict[tuple[str, type], type] = {}

@@ -14,6 +14,7 @@ from .blocks import (
     FusedBlock,
     FusedDenseBlock,
     FusedResidual,
+    FusedSyncNorm,
     FusedTransition,
     conv_runs,
     fused_class,
@@ -139,6 +140,8 @@ def _candidates(model: nn.Module, read: bool = False) -> Iterator[tuple[str, nn.
         if id(module) in inside:
             continue
         kind = kind_of(module)
+        if kind == FusedSyncNorm.kind:
+            continue
         if read and _may_be_read(module, kind, blocks):
             found = _structure(module)
             if found is not None and (found[0] == kind or not isinstance(module, FusedBlock)):
@@ -165,6 +168,9 @@ def convert(model: nn.Module, *, recompute: bool = False) -> nn.Module:
         if not isinstance(module, FusedBlock):
             module.__class__ = fused_class(kind, type(module))
         module._fusedres_recompute = recompute
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:  # inside of blocks as well, for when those run their original modules
+            module.__class__ = fused_class(FusedSyncNorm.kind, nn.SyncBatchNorm)
     return model
 
 

@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import activations
 from .backends.eager import Geometry, Pool
-from .memory import Part, Unsupported
+from .memory import Part, Unsupported, instances
 from .schedules.chain import Chain, Shortcut, Subsample
 from .schedules.common import Conv, Norm, Unit
 from .schedules.dense import Layer
 from .schedules.norm_pool import NormPool
-from .structure import Call, Plan, Step, original_forward
+from .structure import Call, Plan, Step, class_of, norm_types, original_forward
 
 _GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -46,7 +47,7 @@ def hooked(module: nn.Module) -> bool:
 
 def plain(module: nn.Module, *types: type[nn.Module]) -> None:
     """Check that ``module`` is exactly one of ``types`` (a subclass may compute something else) and that no hook waits inside."""
-    if type(module) not in types:
+    if class_of(module) not in types:
         raise Unsupported(f"found {type(module).__name__} where {' or '.join(t.__name__ for t in types)} is expected")
     unhooked(module)
     if "forward" in module.__dict__:
@@ -81,30 +82,58 @@ def conv(module: nn.Module, dtype: torch.dtype | None) -> Conv:
         if any(r % 2 for r in reach):
             raise Unsupported("padding 'same' that is wider on one side")
         padding = tuple(r // 2 for r in reach)
-    weight, bias = module.weight, module.bias
+    weight, bias = _ordinary(module.weight), _ordinary(module.bias)
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return Conv(weight, bias, Geometry(module.stride, padding, module.dilation, module.groups))
 
 
+def _ordinary(tensor: Tensor | None) -> Tensor | None:
+    """``tensor``, if kernels can read it: a subclass (a DTensor, a quantised weight) holds its values elsewhere."""
+    if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
+        raise Unsupported(f"a weight is a {type(tensor).__name__}")
+    return tensor
+
+
 def norm(module: nn.Module, act: str) -> Norm:
-    """A ``nn.BatchNorm2d`` and what its next step does, without doing it."""
+    """A BatchNorm and what its next step does, without doing it."""
     inside = norm_act(module)
     if inside is None:
-        plain(module, nn.BatchNorm2d)
+        plain(module, *norm_types())
     else:
         plain(module, type(module))
         if not at_rest(inside[0]) or hooked(inside[0]):
             raise Unsupported(f"{type(inside[0]).__name__} inside a BatchNorm")
         own = activation(inside[1])
         act = act if own == "none" else own
+    return _norm(module, act)
+
+
+def _norm(module: nn.Module, act: str) -> Norm:
+    weight, bias = _ordinary(module.weight), _ordinary(module.bias)
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):  # torchvision's frozen one: buffers in every mode
+        return Norm(weight, bias, module.running_mean, module.running_var, False, 0.0, module.eps, act, promotes=True)
     training = module.training or (module.running_mean is None and module.running_var is None)
     tracking = training and module.training and module.track_running_stats and module.running_mean is not None
     momentum = module.momentum
     if tracking and momentum is None:
         momentum = 1.0 / (float(module.num_batches_tracked) + 1.0)  # torch reads the counter on the host, too
     running = (module.running_mean, module.running_var) if tracking or not training else (None, None)
-    return Norm(module.weight, module.bias, *running, training, momentum or 0.0, module.eps, act)
+    group = _group(module) if isinstance(module, nn.SyncBatchNorm) else None
+    return Norm(weight, bias, *running, training, momentum or 0.0, module.eps, act, group)
+
+
+def _group(module: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+    """The processes with which a SyncBatchNorm shares its statistics, None where it has its own batch alone."""
+    if not (module.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = module.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def lone_norm(module: nn.Module, dtype: torch.dtype | None) -> tuple[Chain, list[nn.Module]]:
+    """``(a chain of nothing but this BatchNorm, itself)``; hooks on it are not in the way, being its caller's to fire."""
+    return Chain((), _norm(module, "none")), [module]
 
 
 def activation(module: nn.Module | None) -> str:
@@ -146,9 +175,10 @@ def pool(module: nn.Module) -> Pool:
 
 
 def norm_act(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """``(dropout, activation)`` of timm's BatchNorm with both inside, None where ``module`` is another."""
-    known = getattr(sys.modules.get("timm.layers.norm_act"), "BatchNormAct2d", None)
-    return (module.drop, module.act) if known is not None and type(module) is known else None
+    """``(dropout, activation)`` of timm's BatchNorms with both inside, None where ``module`` is another."""
+    library = sys.modules.get("timm.layers.norm_act")
+    known = (getattr(library, name, None) for name in ("BatchNormAct2d", "SyncBatchNormAct"))
+    return (module.drop, module.act) if type(module) in [k for k in known if k is not None] else None
 
 
 def at_rest(module: nn.Module) -> bool:
@@ -207,7 +237,7 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
             yield Token("norm", (module,), module, known)
         else:
             yield Token("other", (module,), module)
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, norm_types()):
         yield Token("norm", (module,), module, "none")
     elif type(module) is nn.AvgPool2d and not hooked(module):
         yield _average(module)
@@ -408,7 +438,7 @@ def module_parts(block: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     for step in (*plan.main, *(plan.shortcut or ()), *plan.behind):
         if isinstance(step, str):
             module = block.get_submodule(step)
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            if isinstance(module, (nn.Conv2d, *norm_types())):
                 yield from module.modules()
 
 
@@ -559,11 +589,16 @@ def transition(found: list[Token], dtype) -> tuple[NormPool, list[nn.Module]]:
     return NormPool(norm(found[0].module, found[0].value), window, convolution), [found[0].module]
 
 
-def check_map(x: Tensor, dtype: torch.dtype) -> None:
-    """Check that ``x`` is an ordinary, non-empty N x C x H x W tensor of ``dtype``."""
+def exchanges(description: object) -> bool:
+    """Whether running ``description`` exchanges anything with other processes."""
+    return any(norm.group is not None for norm in instances(description, Norm))
+
+
+def check_map(x: Tensor, dtype: torch.dtype, description: object) -> None:
+    """Check that ``x`` is an ordinary N x C x H x W tensor of ``dtype``, and not empty unless other processes wait for ``description``."""
     if type(x) not in (Tensor, nn.Parameter):
         raise Unsupported(f"its input is a {type(x).__name__}")
-    if x.dim() != 4 or x.numel() == 0:
+    if x.dim() != 4 or x.numel() == 0 and (min(x.shape[1:]) == 0 or not exchanges(description)):
         raise Unsupported(f"its input has shape {tuple(x.shape)}, not a non-empty N x C x H x W")
     if x.dtype != dtype:
         raise Unsupported(f"its input is {x.dtype}, its weights {dtype}")
@@ -594,7 +629,7 @@ def check_norm(n: Norm, shape: tuple[int, ...], like: Tensor) -> None:
             raise Unsupported(
                 f"a BatchNorm of {tensor.numel()} channels on {tensor.device} meets {shape[1]} on {like.device}"
             )
-        if tensor.dtype not in (like.dtype, torch.float32):
+        if tensor.dtype != like.dtype and (n.promotes or tensor.dtype != torch.float32):
             raise Unsupported(f"a BatchNorm in {tensor.dtype} meets {like.dtype}")
-    if n.training and shape[0] * shape[2] * shape[3] == 1:
+    if n.training and n.group is None and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")

@@ -54,9 +54,12 @@ class Part:
             except Unsupported as reason:
                 self._known = self._known or str(reason)
                 raise
-            known = description, _counters(norms), list(_tensors(description))
-            # a cast weight is another one in each step, and so is the momentum of a cumulative average
-            if dtype is None and all(norm.momentum is not None for norm in norms):
+            norms = [
+                norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            ]  # a frozen one has no state
+            known = description, _counters(norms), list(instances(description, Tensor))
+            # a cast weight is another one in each step, and so is the momentum of a cumulative average; process groups come and go
+            if dtype is None and not any(n.momentum is None or isinstance(n, nn.SyncBatchNorm) for n in norms):
                 self._known = known
         elif isinstance(known, str):
             raise Unsupported(known)
@@ -81,16 +84,16 @@ def _counters(norms: Iterable[nn.Module]) -> dict[Tensor, int]:
     )
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors of a description."""
-    if isinstance(value, Tensor):
+def instances(value: object, kind: type) -> Iterator[Any]:
+    """Every ``kind`` in a description."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from instances(item, kind)
     elif is_dataclass(value):
         for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from instances(getattr(value, field.name), kind)
 
 
 def _seen(block: nn.Module, modules: list[nn.Module]) -> list[object]:

@@ -55,9 +55,8 @@ class _PlainBasic(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.relu(self.bn1(self.conv1(x)))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(self.bn2(self.conv2(h)) + shortcut)
+        h = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(h + (x if self.downsample is None else self.downsample(x)))
 
 
 class _PlainBottleneck(nn.Module):
@@ -88,9 +87,8 @@ class _PlainBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.relu(self.bn1(self.conv1(x)))
-        h = self.relu(self.bn2(self.conv2(h)))
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(self.bn3(self.conv3(h)) + shortcut)
+        h = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(h)))))
+        return self.relu(h + (x if self.downsample is None else self.downsample(x)))
 
 
 class BasicBlock(FusedBasic, _PlainBasic):

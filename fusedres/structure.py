@@ -9,6 +9,7 @@ longer agrees with them runs its own forward. Nothing is traced outside of ``con
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -59,6 +60,13 @@ class Call:
 Step = str | Call
 
 
+def norm_types() -> tuple[type[nn.Module], ...]:
+    """The BatchNorms that the schedules compute."""
+    # a model of torchvision's can only be given where torchvision is loaded
+    frozen = getattr(sys.modules.get("torchvision.ops.misc"), "FrozenBatchNorm2d", None)
+    return (nn.BatchNorm2d, nn.SyncBatchNorm, *(() if frozen is None else (frozen,)))
+
+
 @dataclass(frozen=True)
 class Stamp:
     """What the trace has seen of one module that it went through: the types of its children, its plain attributes."""
@@ -92,18 +100,22 @@ class Plan:
     stamps: tuple[Stamp, ...] = ()
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` had before it was converted."""
+    original = getattr(type(module), "original_class", None)
+    return type(module) if original is None else original()
+
+
 def original_forward(module: nn.Module) -> Callable:
     """The forward of the class that ``module`` had before it was converted."""
-    original = getattr(type(module), "original_class", None)
-    return (type(module) if original is None else original()).forward
+    return class_of(module).forward
 
 
 def _view(module: nn.Module) -> nn.Module:
     """``module`` under its original class: the same object in everything but its type."""
-    original = getattr(type(module), "original_class", None)
-    if original is None:
+    if class_of(module) is type(module):
         return module
-    view = object.__new__(original())
+    view = object.__new__(class_of(module))
     view.__dict__ = module.__dict__
     return view
 
@@ -121,9 +133,9 @@ def _is_row(module: nn.Module) -> bool:
     return plan is not None and plan.shortcut is None and not plan.dense
 
 
-def _holds(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether there is a ``kind`` inside ``module``, which is none itself."""
-    return not isinstance(module, kind) and any(isinstance(m, kind) for m in module.modules())
+def _holds(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether there is one of ``kinds`` inside ``module``, which is none itself."""
+    return not isinstance(module, kinds) and any(isinstance(m, kinds) for m in module.modules())
 
 
 class _Tracer(fx.Tracer):
@@ -137,7 +149,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         if "forward" not in m.__dict__ and (
-            original_forward(m) is nn.Sequential.forward or self._deep and _holds(m, nn.BatchNorm2d) or _is_row(m)
+            original_forward(m) is nn.Sequential.forward or self._deep and _holds(m, *norm_types()) or _is_row(m)
         ):
             self.passed[self.path_of_module(m)] = m
             self._inside.append(m)
@@ -288,7 +300,7 @@ def _trace(module: nn.Module) -> Plan | None:
             stamps = tuple(_stamp(path, m) for path, m in {"": module, **tracer.passed}.items())
             found = replace(plan, stamps=stamps)
             steps = [step for step in (*plan.main, *(plan.shortcut or ())) if isinstance(step, str)]
-            if not any(_holds(module.get_submodule(step), nn.BatchNorm2d) for step in steps):
+            if not any(_holds(module.get_submodule(step), *norm_types()) for step in steps):
                 break
     return found
 
@@ -317,7 +329,7 @@ def blocks(model: nn.Module) -> set[int]:
         if id(module) not in counts:
             found = [count(child) for child in module.children()]
             convolutions = isinstance(module, nn.Conv2d) + sum(c for c, _ in found)
-            counts[id(module)] = convolutions, isinstance(module, nn.BatchNorm2d) or any(n for _, n in found)
+            counts[id(module)] = convolutions, isinstance(module, norm_types()) or any(n for _, n in found)
         return counts[id(module)]
 
     count(model)

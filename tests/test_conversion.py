@@ -548,10 +548,9 @@ def test_the_report_before_and_after_a_call():
         (lambda m: setattr(m.basic, "relu", nn.Mish()), "found Mish"),
         (lambda m: setattr(m.basic, "conv1", nn.Conv2d(8, 12, 3, 2, 1, padding_mode="reflect")), "padding_mode 'reflect'"),
         (lambda m: setattr(m.basic, "bn1", nn.GroupNorm(3, 12)), "found GroupNorm"),
-        (lambda m: setattr(m.basic, "bn1", nn.SyncBatchNorm(12)), "found SyncBatchNorm"),
         (lambda m: nn.utils.parametrizations.weight_norm(m.basic.conv1), "found ParametrizedConv2d"),
     ],
-    ids=["activation", "padding-mode", "group-norm", "sync-batch-norm", "weight-norm"],
+    ids=["activation", "padding-mode", "group-norm", "weight-norm"],
 )  # fmt: skip
 def test_the_report_says_why_not(change, words):
     model = small()

@@ -340,7 +340,7 @@ def pool_backward(
 
 def bn_coefficients(
     stats: Tensor,
-    count: int,
+    count: int | Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -349,12 +349,13 @@ def bn_coefficients(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """``(affine, saved)`` of a BatchNorm in training from ``stats`` over ``count`` rows; updates the running statistics in place
-    (unbiased variance, factor ``momentum``) where they are given. C-sized."""
+    (unbiased variance, factor ``momentum``) where they are given. C-sized. In this backend alone ``count`` may be a tensor."""
     mean, m2 = stats[0], stats[1]
+    degrees = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
     invstd = torch.rsqrt(m2 / count + eps)
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((m2 / max(count - 1, 1)).to(running_var.dtype), momentum)
+        running_var.lerp_((m2 / degrees).to(running_var.dtype), momentum)
     saved = torch.stack([mean, invstd])
     return _affine_of(saved, weight, bias), saved
 

@@ -42,10 +42,12 @@ from .common import (
     mean_pool,
     mean_pool_gradient,
     new_stats,
+    norm_backward,
     norm_tensors,
     reduction,
     reference_conv,
     reference_norm,
+    replays,
 )
 
 
@@ -308,7 +310,7 @@ class ChainFunction(torch.autograd.Function):
         rows = len(chain.units) + 1
         maps, affines, saveds = (rest[i * rows : (i + 1) * rows] for i in range(3))
         side, tensors = rest[3 * rows : 3 * rows + 3], rest[3 * rows + 3 :]
-        if torch.is_grad_enabled():
+        if replays():
             found = double_backward(backend, lambda *t: reference(chain, *t), (maps[0], source, *tensors), grad)
             return None, None, None, *found
         step = _Backward(backend, chain, source, index, maps, affines, saveds, side, tensors, ctx.needs_input_grad[3:])
@@ -337,7 +339,9 @@ class _Backward:
         channels = self.affines[i].shape[1]
         # the input's gather from several places before the BatchNorm's step reads them
         self.sums[i] = (
-            reduction(self.backend, channels, self.maps[0]) if i else channel_empty(2, channels, self.maps[0])
+            reduction(self.backend, self.norms[i], channels, self.maps[0])
+            if i
+            else channel_empty(2, channels, self.maps[0])
         )
         return self.sums[i]
 
@@ -370,9 +374,9 @@ class _Backward:
         norm, rows, at = self.norms[i], count(self.raw(i)), self.at(i)
         sums, saved = self.sums[i], self.saveds[i]
         coeff = self.coeffs[i] = channel_empty(3, sums.shape[1], self.maps[0])
-        self.backend.bn_backward(sums, rows, norm.weight, saved, norm.training, coeff)
+        norm_backward(self.backend, norm, sums, rows, norm.weight, saved, coeff)
         self.norm_gradients(i)
-        if i and self.need[at + 1]:
+        if i and norm.group is None and self.need[at + 1]:
             self.grads[at + 1] = bias_gradient(sums, coeff, saved, rows, self.units[i].conv, True)
 
     def norm_gradients(self, i: int) -> None:
@@ -384,8 +388,9 @@ class _Backward:
         """The input gradient of unit i from the gradient behind its BatchNorm, and its weight's."""
         at, norm = self.at(i), self.norms[i]
         raw = self.raw(i) if pending and norm.training else None
-        if norm is None and self.need[at + 1]:
-            self.grads[at + 1] = map_bias_gradient(g, self.tensors[at + 1])
+        if self.need[at + 1] and (norm is None or norm.group is not None):
+            coeff = None if raw is None else self.coeffs[i]
+            self.grads[at + 1] = map_bias_gradient(g, self.tensors[at + 1], raw, coeff)
         dx = None
         if need_dx or self.need[at]:
             dx, self.grads[at] = self.backend.conv_backward(
@@ -417,10 +422,11 @@ class _Backward:
             )  # fmt: skip
         if side_sums is not None and sums is None:
             backend.join_backward(dz, self.raw(side), self.affines[side], self.saveds[side], "none", sums=side_sums)
-        if sums is not None:
-            self.finish_norm(n)
+        # the shortcut's first: the order of collectives is that of autograd, the reverse of the forward's
         if side_sums is not None:
             self.finish_norm(side)
+        if sums is not None:
+            self.finish_norm(n)
         return dz, sums is not None
 
     @property
@@ -491,7 +497,7 @@ class _Backward:
         coeff = channel_empty(3, x.shape[1], x)
         coeff[0].fill_(1.0)
         coeff[1:].zero_()
-        self.backend.bn_backward(self.sums[0], count(x), norm.weight, self.saveds[0], True, coeff, accumulate=True)
+        norm_backward(self.backend, norm, self.sums[0], count(x), norm.weight, self.saveds[0], coeff, accumulate=True)
         return self.backend.grad_affine(g, x, coeff, out=g)
 
 

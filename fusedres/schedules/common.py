@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations
+from ..backends import eager
 from ..backends.eager import Geometry, Pool, accum_dtype
 from ..backends.vendor import as_map
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,9 @@ class Norm:
     """A BatchNorm as the schedules see it.
 
     ``training``: normalise by the statistics of the batch (else by the running ones). ``momentum`` is the factor of this step's update
-    of the running statistics, which is skipped where they are None. ``act`` is a name of :mod:`fusedres.activations`.
+    of the running statistics, which is skipped where they are None. ``act`` is a name of :mod:`fusedres.activations`. ``group``: the
+    processes whose batches are normalised as one, by a SyncBatchNorm in training; None for this process's batch alone. ``promotes``:
+    whether its float32 tensors make a float32 map of one in 16 bits, as arithmetic on tensors does and a BatchNorm does not.
     """
 
     weight: Tensor | None
@@ -30,6 +38,8 @@ class Norm:
     momentum: float
     eps: float
     act: str
+    group: ProcessGroup | None = None
+    promotes: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,25 +93,70 @@ def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def reduction(backend, channels: int, like: Tensor):
-    """Room for two reductions per channel that one C-sized step reads next (:func:`coefficients`, ``bn_backward``): a tensor, or where
-    the backend has one a form of its own, which lets it merge partial results in that step."""
-    make = getattr(backend, "new_reduction", None)
+def reduction(backend, norm: Norm, channels: int, like: Tensor):
+    """Room for two reductions per channel that one C-sized step of ``norm`` reads next (:func:`coefficients`, :func:`norm_backward`): a
+    tensor, or where the backend has one a form of its own, which lets it merge partial results in that step. What processes exchange is
+    merged before: always a tensor."""
+    make = getattr(backend, "new_reduction", None) if norm.group is None else None
     return channel_empty(2, channels, like) if make is None else make(channels, like)
 
 
 def new_stats(backend, norm: Norm, channels: int, like: Tensor):
     """Room for the statistics that a BatchNorm in training needs, None where it uses the running ones."""
-    return reduction(backend, channels, like) if norm.training else None
+    return reduction(backend, norm, channels, like) if norm.training else None
 
 
 def coefficients(backend, norm: Norm, stats: Tensor | None, raw: Tensor) -> tuple[Tensor, Tensor]:
     """``(affine, saved)`` of ``norm`` for ``raw``; updates the running statistics in training."""
-    if norm.training:
-        return backend.bn_coefficients(
-            stats, count(raw), norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps
-        )
-    return frozen(backend, norm, raw)
+    if not norm.training:
+        return frozen(backend, norm, raw)
+    finish, rows = backend.bn_coefficients, count(raw)
+    if norm.group is not None:
+        # the common number of rows stays on the device, where only eager's arithmetic takes it: C numbers, next to a collective
+        finish = eager.bn_coefficients
+        stats, rows = gathered(stats, rows, norm.group)
+    return finish(stats, rows, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+
+
+def gathered(stats: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """``(stats, rows)`` of the maps of all processes of ``group`` together, each with its own number of ``rows``, some with none; the same
+    bits in every process, because each merges the same numbers in the same order.
+
+    Chan's formula, around the mean of one process that has rows, so that large means cost no digits.
+    """
+    own = torch.cat([stats.flatten(), stats.new_tensor([rows])])
+    found = own.new_empty(dist.get_world_size(group), own.numel())
+    dist.all_gather(list(found.unbind()), own, group)
+    rows_of = found[:, -1:]
+    present = rows_of > 0
+    # the moments of no rows are NaN
+    means, m2s = torch.where(present, found[:, :-1], 0.0).unflatten(1, stats.shape).unbind(1)
+    total = rows_of.sum()
+    about = means[present.to(torch.uint8).argmax()]
+    mean = about + (rows_of * (means - about)).sum(0) / total
+    return torch.stack([mean, (m2s + rows_of * (means - mean).square()).sum(0)]), total
+
+
+def norm_backward(
+    backend,
+    norm: Norm,
+    sums,
+    rows: int,
+    weight: Tensor | None,
+    saved: Tensor,
+    coeff: Tensor,
+    accumulate: bool = False,
+) -> None:
+    """Write ``coeff`` from this process's ``sums`` over ``rows`` as the primitive ``bn_backward`` does, over the maps of all processes of
+    ``norm.group``; ``sums`` stay this process's, as the gradients of weight and bias have to be."""
+    if norm.group is None:
+        backend.bn_backward(sums, rows, weight, saved, norm.training, coeff, accumulate)
+        return
+    total = torch.cat([sums.flatten(), sums.new_tensor([rows])])
+    dist.all_reduce(total, group=norm.group)
+    # means instead of sums, over one row: the number of all rows is known on the device alone
+    means = (total[:-1] / total[-1]).view_as(sums)
+    backend.bn_backward(means, 1, weight, saved, norm.training, coeff, accumulate)
 
 
 def frozen(backend, norm: Norm, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +176,8 @@ def gradient_of(sums, row: int, parameter: Tensor | None, needed: bool) -> Tenso
 def bias_gradient(sums, coeff: Tensor, saved: Tensor, n: int, conv: Conv, needed: bool) -> Tensor | None:
     """The gradient of a bias in front of a BatchNorm, from C numbers: ``sum(p * dz + q * raw + r)``.
 
-    In training it is zero up to rounding, because normalisation removes the bias.
+    In training it is zero up to rounding, because normalisation removes the bias. Not for a BatchNorm with a ``group``, whose mean is not
+    that of this process's rows: :func:`map_bias_gradient` there.
     """
     if not needed:
         return None
@@ -174,23 +230,40 @@ def _remains(x: Tensor, pool: Pool) -> bool:
     return pool.ceil and any(size % kernel for size, kernel in zip(x.shape[2:], pool.kernel, strict=True))
 
 
+def functorch_active() -> bool:
+    """Whether a transform of torch.func (vmap, grad, ...) is under way."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def replays() -> bool:
+    """Whether a backward that runs now has to be plain PyTorch: it is differentiated itself, or batched (``is_grads_batched=True``)."""
+    return torch.is_grad_enabled() or functorch_active()
+
+
 def double_backward(backend, reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor):
-    """The gradients of ``reference(*inputs)`` as a differentiable graph: what a backward returns under ``create_graph=True``.
+    """The gradients of ``reference(*inputs)`` by operators that can be differentiated and batched: what a backward returns where it
+    :func:`replays`.
 
     Only the eager backend offers it: the block is replayed in plain PyTorch. Raises RuntimeError on the others.
     """
     if backend.name != "eager":
+        how = "batched (is_grads_batched=True, vmap)" if functorch_active() else "differentiated with create_graph=True"
         raise RuntimeError(
-            f"fusedres: a block that ran on the {backend.name!r} backend was differentiated with create_graph=True, but its fused "
-            'backward is not differentiable. Run the forward under fusedres.use_backend("eager"), which supports double backward.'
+            f"fusedres: the backward of a block that ran on the {backend.name!r} backend was {how}, which a fused backward cannot be. "
+            'Run the forward under fusedres.use_backend("eager"), which supports it.'
         )
     wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(reference(*inputs), wanted, grad, create_graph=True, allow_unused=True))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = reference(*inputs)
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def reference_norm(x: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``act(BatchNorm(x))`` in plain PyTorch, running statistics untouched."""
+    """``act(BatchNorm(x))`` in plain PyTorch, running statistics untouched; RuntimeError for a BatchNorm with a ``group``."""
+    if norm.group is not None:
+        raise RuntimeError("fusedres: a SyncBatchNorm in training has no double backward, here as in torch")
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
     y = F.batch_norm(x, *running, weight, bias, norm.training, 0.0, norm.eps)
     return activations.value(y, norm.act)
@@ -216,13 +289,17 @@ __all__ = [
     "double_backward",
     "empty_map",
     "frozen",
+    "functorch_active",
+    "gathered",
     "gradient_of",
     "map_bias_gradient",
     "mean_pool",
     "mean_pool_gradient",
     "new_stats",
+    "norm_backward",
     "norm_tensors",
     "reduction",
     "reference_conv",
     "reference_norm",
+    "replays",
 ]

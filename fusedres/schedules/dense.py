@@ -45,10 +45,12 @@ from .common import (
     gradient_of,
     map_bias_gradient,
     new_stats,
+    norm_backward,
     norm_tensors,
     reduction,
     reference_conv,
     reference_norm,
+    replays,
 )
 
 
@@ -160,7 +162,7 @@ class DenseFunction(torch.autograd.Function):
         kept, tensors = rest[: 5 * len(layers)], rest[5 * len(layers) :]
         total = buffer.shape[1]
         first = total - sum(layer.growth for layer in layers)
-        if torch.is_grad_enabled():
+        if replays():
             return None, None, None, *double_backward(backend, lambda *t: reference(layers, *t), (x, *tensors), grad)
 
         grad = as_map(grad)
@@ -191,7 +193,7 @@ class DenseFunction(torch.autograd.Function):
                         buffer[:, :start], affine1, layer.norm1.act, tensors[at + 2], tensors[at + 3], conv1.geometry
                     )
                 # conv2 <- norm2
-                sums2 = reduction(backend, mid.shape[1], mid)
+                sums2 = reduction(backend, layer.norm2, mid.shape[1], mid)
                 coeff1 = channel_empty(3, mid.shape[1], mid)
                 if wanted[7]:
                     grads[at + 7] = map_bias_gradient(own, tensors[at + 7], own_raw, own_coeff)
@@ -199,21 +201,22 @@ class DenseFunction(torch.autograd.Function):
                     own, own_raw, own_coeff, mid, affine2, saved2, layer.norm2.act, tensors[at + 6],
                     layer.conv2.geometry, need_dw=wanted[6], sums=sums2,
                 )  # fmt: skip
-                backend.bn_backward(sums2, rows, tensors[at + 4], saved2, layer.norm2.training, coeff1)
+                norm_backward(backend, layer.norm2, sums2, rows, tensors[at + 4], saved2, coeff1)
                 grads[at + 4] = gradient_of(sums2, 1, tensors[at + 4], wanted[4])
                 grads[at + 5] = gradient_of(sums2, 0, tensors[at + 5], wanted[5])
-                grads[at + 3] = bias_gradient(sums2, coeff1, saved2, rows, conv1, wanted[3])
                 raw1 = mid if layer.norm2.training else None
+                if wanted[3] and layer.norm2.group is not None:
+                    grads[at + 3] = map_bias_gradient(grad1, tensors[at + 3], raw1, coeff1)
+                else:
+                    grads[at + 3] = bias_gradient(sums2, coeff1, saved2, rows, conv1, wanted[3])
             # conv1 <- norm1, into the one gradient buffer
-            sums1 = reduction(backend, start, buffer)
+            sums1 = reduction(backend, layer.norm1, start, buffer)
             _, grads[at + 2] = backend.conv_backward(
                 grad1, raw1, coeff1, buffer[:, :start], affine1, saved1, layer.norm1.act, tensors[at + 2],
                 conv1.geometry, need_dw=wanted[2], sums=sums1, scaled=True, dx=gathered[:, :start],
                 base=grad[:, :start] if topmost else None, accumulate=not topmost,
             )  # fmt: skip
-            backend.bn_backward(
-                sums1, rows, tensors[at], saved1, layer.norm1.training, coeff[:, :start], accumulate=True
-            )
+            norm_backward(backend, layer.norm1, sums1, rows, tensors[at], saved1, coeff[:, :start], accumulate=True)
             grads[at] = gradient_of(sums1, 1, tensors[at], wanted[0])
             grads[at + 1] = gradient_of(sums1, 0, tensors[at + 1], wanted[1])
             del mid, grad1, raw1  # before the next layer's come to life

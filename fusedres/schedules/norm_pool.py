@@ -30,10 +30,12 @@ from .common import (
     gradient_of,
     map_bias_gradient,
     new_stats,
+    norm_backward,
     norm_tensors,
     reduction,
     reference_conv,
     reference_norm,
+    replays,
 )
 
 
@@ -85,7 +87,7 @@ class NormPoolFunction(torch.autograd.Function):
     def backward(ctx, grad):
         backend, block, need = ctx.backend, ctx.block, ctx.needs_input_grad[3:]
         x, affine, saved, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if replays():
             return None, None, None, *double_backward(backend, lambda *t: reference(block, *t), (x, *tensors), grad)
         gamma, beta, weight, bias = tensors
         grad = as_map(grad)
@@ -111,10 +113,10 @@ class NormPoolFunction(torch.autograd.Function):
             )
         dx = dgamma = dbeta = None
         if any(need[:3]):
-            sums, coeff = reduction(backend, x.shape[1], x), channel_empty(3, x.shape[1], x)
+            sums, coeff = reduction(backend, block.norm, x.shape[1], x), channel_empty(3, x.shape[1], x)
             args = (dpooled, None, x, affine, saved, block.norm.act, block.pool)
             backend.pool_backward(*args, sums=sums)
-            backend.bn_backward(sums, count(x), gamma, saved, block.norm.training, coeff)
+            norm_backward(backend, block.norm, sums, count(x), gamma, saved, coeff)
             dgamma, dbeta = gradient_of(sums, 1, gamma, need[1]), gradient_of(sums, 0, beta, need[2])
             if need[0]:
                 dx = backend.pool_backward(*args, coeff=coeff)

@@ -1,0 +1,156 @@
+"""Converted models over several processes: SyncBatchNorm is one BatchNorm over all batches, DDP and FSDP2 train as one process does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import assert_parity
+
+import fusedres
+from fusedres.schedules import common
+
+dist = pytest.importorskip("torch.distributed")
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+import distributed  # noqa: E402
+
+FUSED = "cpp" if fusedres.backends()["cpp"] == "available" else "eager"
+
+TWO = [f"{block}/uneven" for block in distributed.SYNCHRONISED] + [
+    "basic/even", "bottleneck/empty", "dense/empty", "stem/empty", "basic/empty/backend-in-one", "bottleneck/uneven/recompute",
+    "dense/uneven/recompute", "basic/uneven/hook-in-one", "dense/uneven/hook-in-one", "dense/even/backend-in-one",
+    "bottleneck/uneven/cumulative",
+]  # fmt: skip
+FOUR = [f"{block}/four" for block in distributed.SYNCHRONISED] + ["basic/four/hook-in-one", "dense/four/recompute"]
+WRAPPED = [f"{way}/{normalise}" for way in distributed.WRAPPED for normalise in ("sync", "eval")]
+
+
+@pytest.mark.parametrize("rows", [(7, 5, 9), (0, 6, 3), (4, 0, 0)], ids=["all", "first-empty", "one"])
+def test_gathered_statistics_keep_their_digits_beside_a_large_mean(rows, monkeypatch):
+    maps = torch.randn(sum(rows), 4, dtype=torch.float64) + 1e4
+    found = []
+    for part in maps.float().split(rows):
+        mean = part.mean(0)  # of no rows: NaN
+        found.append(torch.cat([mean, (part - mean).square().sum(0), torch.tensor([float(len(part))])]))
+    monkeypatch.setattr(common.dist, "get_world_size", lambda group: len(rows))
+    monkeypatch.setattr(
+        common.dist, "all_gather", lambda out, own, group: [o.copy_(f) for o, f in zip(out, found, strict=True)]
+    )
+    (mean, m2), total = common.gathered(found[0][:-1].view(2, 4), rows[0], None)
+    truth = maps.float().double()
+    assert total == sum(rows)
+    torch.testing.assert_close(mean.double(), truth.mean(0), rtol=2e-7, atol=0)
+    deviations = (truth - truth.mean(0)).square().sum(0)
+    torch.testing.assert_close(m2.double(), deviations, rtol=1e-3, atol=0)
+
+
+class Processes:
+    """The results of cases that ran in ``world`` processes, which are started once for all of them."""
+
+    def __init__(self, world: int, cases, names: list[str], folder) -> None:
+        self.world, self.found = world, distributed.spawn(world, cases, names, folder)
+
+    def __getitem__(self, name: str) -> list[dict]:
+        for rank, found in enumerate(self.found):
+            first = next((n for n, result in found.items() if isinstance(result, str)), None)
+            if first == name:
+                pytest.fail(f"process {rank}: {found[name]}")
+            if name not in found:
+                pytest.skip(f"{first} failed in process {rank} before")
+        return [found[name] for found in self.found]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return Processes(2, distributed.synchronised, TWO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return Processes(4, distributed.synchronised, FOUR, tmp_path_factory.mktemp("four"))
+
+
+def assert_one_batch_norm(processes: Processes, name: str) -> None:
+    """Assert that the processes found what one process with a BatchNorm over the whole batch finds."""
+    build, sizes, change = distributed.parse(name)
+    plain = fusedres.revert(distributed.seeded(build, distributed.momentum_of(change)))
+    with fusedres.use_backend("eager"):
+        truth = distributed.training_step(plain, distributed.batch(sizes))
+    truth["inference"] = plain.eval()(distributed.batch(sizes)).detach()
+    found = processes[name]
+    results = [of_rank["results"] for of_rank in found]
+    for key, expected in truth.items():
+        ours = [result[key] for result in results]
+        if key.startswith("buffer"):
+            assert all(torch.equal(ours[0], other) for other in ours), f"{key}: processes disagree"
+            ours = ours[0]
+        else:
+            ours = sum(ours) if key.startswith("gradient") else torch.cat(ours)
+        if key.startswith("gradient") and expected.abs().max() < 1e-10:
+            # of a bias in front of a BatchNorm: nothing, but for the rounding of sums of some hundred
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+        elif expected.is_floating_point():
+            assert_parity(ours, expected, expected, key)
+        else:
+            assert torch.equal(ours, expected), key
+    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in plain.modules())
+    for rank, of_rank in enumerate(found):
+        last = rank == processes.world - 1
+        if change == "hook-in-one" and last:
+            assert of_rank["fired"] and any("hook" in outcome for outcome in of_rank["outcomes"])
+        else:
+            alone = sizes[rank] == 0 or change == "backend-in-one" and last
+            assert set(of_rank["outcomes"]) == {"eager" if alone else FUSED}
+        assert of_rank["calls"].count("gather") == norms, "statistics are exchanged once per norm"
+        assert of_rank["calls"].count("reduce") <= norms, "sums are exchanged once per norm at most"
+        assert of_rank["calls"] == found[0]["calls"]
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_sync_batch_norm_is_one_batch_norm_over_two_processes(two, name):
+    assert_one_batch_norm(two, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR)
+def test_sync_batch_norm_is_one_batch_norm_over_four_processes(four, name):
+    assert_one_batch_norm(four, name)
+
+
+@pytest.fixture(scope="module")
+def wrapped_two(tmp_path_factory):
+    return Processes(2, distributed.wrapped, WRAPPED, tmp_path_factory.mktemp("wrapped-two"))
+
+
+@pytest.fixture(scope="module")
+def wrapped_four(tmp_path_factory):
+    return Processes(4, distributed.wrapped, WRAPPED, tmp_path_factory.mktemp("wrapped-four"))
+
+
+def assert_trains_as_one_process(processes: Processes, name: str) -> None:
+    way, normalise = name.split("/")
+    found = processes[name]
+    plain = fusedres.revert(distributed.net(normalise))
+    with fusedres.use_backend("eager"):
+        truth = distributed.losses(plain, *distributed.task(processes.world))
+    for of_rank in found:
+        # four steps of momentum multiply the rounding of the sums over processes
+        torch.testing.assert_close(of_rank["losses"], truth, rtol=1e-9, atol=0)
+        assert of_rank["left"] == []
+        outcomes = of_rank["outcomes"]
+        assert set(outcomes) == {"stem", "basic", "bottleneck", "dense"}
+        inner = {"basic", "bottleneck"} if way == "fsdp-inner" else set()
+        for path, outcome in outcomes.items():
+            assert ("FSDPConv2d" in outcome) if path in inner else outcome == FUSED, f"{path}: {outcome}"
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_ddp_and_fsdp_of_converted_models_train_as_one_process(wrapped_two, name):
+    assert_trains_as_one_process(wrapped_two, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRAPPED)
+def test_ddp_and_fsdp_over_four_processes_train_as_one_process(wrapped_four, name):
+    assert_trains_as_one_process(wrapped_four, name)
