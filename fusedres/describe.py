@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from .schedules.chain import Chain, Shortcut, Subsample
 from .schedules.common import Conv, Norm, Unit
 from .schedules.dense import Layer
 from .schedules.norm_pool import NormPool
-from .structure import RELUS, Call, Plan, Step, original_forward
+from .structure import CONVOLUTIONS, NORMS, RELUS, Call, Plan, Step, original_forward
 
 _GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -67,9 +68,9 @@ def global_hooks() -> bool:
     return any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
 
 
-def conv(module: nn.Module, dtype: torch.dtype | None) -> Conv:
-    """A ``nn.Conv2d``; ``dtype`` casts its weights, as autocast does."""
-    plain(module, nn.Conv2d)
+def conv(module: nn.Module, dtype: torch.dtype | None, *types: type[nn.Module]) -> Conv:
+    """A ``nn.Conv2d`` (or another of ``types``); ``dtype`` casts its weights, as autocast does."""
+    plain(module, *(types or (nn.Conv2d,)))
     if module.padding_mode != "zeros":
         raise Unsupported(f"padding_mode {module.padding_mode!r}")
     padding = module.padding
@@ -86,11 +87,11 @@ def conv(module: nn.Module, dtype: torch.dtype | None) -> Conv:
     return Conv(weight, bias, Geometry(module.stride, padding, module.dilation, module.groups))
 
 
-def norm(module: nn.Module, act: str) -> Norm:
-    """A ``nn.BatchNorm2d`` and what its next step does, without doing it."""
+def norm(module: nn.Module, act: str, *types: type[nn.Module]) -> Norm:
+    """A ``nn.BatchNorm2d`` (or another of ``types``) and what its next step does, without doing it."""
     inside = norm_act(module)
     if inside is None:
-        plain(module, nn.BatchNorm2d)
+        plain(module, *(types or (nn.BatchNorm2d,)))
     else:
         plain(module, type(module))
         if not at_rest(inside[0]) or hooked(inside[0]):
@@ -134,6 +135,43 @@ def pool(module: nn.Module) -> Pool:
     if kernel[0] * kernel[1] > 255:
         raise Unsupported("a max pool whose window has more than 255 positions")
     return Pool("max", kernel, stride, padding)
+
+
+#: what changes no shape, and what stands among the activations and does
+_ELEMENTWISE = (nn.Identity, nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+_RESHAPING = (nn.GLU, nn.MultiheadAttention)
+
+
+def shape_behind(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of ``module``'s output for an input of ``shape``, None where it cannot be told without running it. A module that knows
+    has a method ``out_shape(shape)``."""
+    told = getattr(module, "out_shape", None)
+    if callable(told):
+        return told(shape)
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for child in module:
+            shape = None if shape is None else shape_behind(child, shape)
+        return shape
+    try:
+        if type(module) is nn.Conv2d:
+            return conv(module, None).out_shape(shape)
+        if type(module) in (nn.MaxPool2d, nn.AvgPool2d):
+            return pool(module).out_shape(shape)
+    except Unsupported:
+        return None
+    if isinstance(module, nn.Upsample):
+        return _upsampled(module, shape)
+    activation = type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, _RESHAPING)
+    return shape if activation or isinstance(module, _ELEMENTWISE) else None
+
+
+def _upsampled(module: nn.Upsample, shape: tuple[int, ...]) -> tuple[int, ...]:
+    spatial = shape[2:]
+    given = module.scale_factor if module.size is None else module.size
+    values = given if isinstance(given, tuple) else (given,) * len(spatial)
+    if module.size is None:
+        values = tuple(math.floor(size * scale) for size, scale in zip(spatial, values, strict=True))
+    return (*shape[:2], *values)
 
 
 def norm_act(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -186,7 +224,7 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
         unhooked(module)
         for child in module:
             yield from _tokens_of(child)
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, CONVOLUTIONS):
         yield Token("conv", (module,), module)
     elif inside is not None:
         drop, act = inside
@@ -196,7 +234,7 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
             yield Token("norm", (module,), module, activation(act))
         else:
             yield Token("other", (module,), module)
-    elif isinstance(module, nn.BatchNorm2d):
+    elif isinstance(module, NORMS):
         yield Token("norm", (module,), module, "none")
     elif type(module) is nn.ReLU:
         yield Token("act", (module,), module, "relu")
@@ -267,7 +305,9 @@ def _call_token(step: Call) -> Token | None:
 
 
 #: what most steps are, exactly: told by one look-up
-_COMMON = {nn.Conv2d: ("conv", None), nn.BatchNorm2d: ("norm", "none"), nn.ReLU: ("act", "relu")}
+_COMMON = {
+    **dict.fromkeys(CONVOLUTIONS, ("conv", None)), **dict.fromkeys(NORMS, ("norm", "none")), nn.ReLU: ("act", "relu"),
+}  # fmt: skip
 
 
 def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
@@ -417,6 +457,8 @@ def layout(block: nn.Module, plan: Plan, training: bool | None = None) -> Layout
     check_stamps(block, plan, training)
     main = tokens(block, plan.main[plan.shared :])
     before = tokens(block, plan.main[: plan.shared])
+    if any(isinstance(token.module, nn.Conv3d | nn.BatchNorm3d) for token in (*before, *main)):
+        raise Unsupported("three dimensions, which only dense blocks run fused in")
     if plan.shortcut is None:
         laid = Layout((), (), tuple(_row(tokens(block, plan.main))), ())
     else:
@@ -490,6 +532,15 @@ def stem(children: list[nn.Module | None], dtype) -> tuple[Chain, list[nn.Module
     return Chain((unit,), pool=window), [batch_norm]
 
 
+def highway(block: nn.Module, dtype: torch.dtype | None) -> tuple[Chain, list[nn.Module]]:
+    """``(the chain of a highway block, its BatchNorms)``, by the names of its children."""
+    plain(block.sigmoid, nn.Sigmoid)
+    norms = [module for module in (block.bn1, block.gate_bn) if module is not None]
+    gate = Unit(conv(block.gate, dtype), None if block.gate_bn is None else norm(block.gate_bn, "none"))
+    candidate = Unit(conv(block.conv1, dtype), norm(block.bn1, activation(block.relu)))
+    return Chain((candidate,), shortcut=Shortcut(unit=gate, gated=True)), norms
+
+
 #: the forwards of dense layers whose children have the names below
 _DENSE_LAYERS = (
     ("torchvision.models.densenet", "_DenseLayer"),
@@ -522,9 +573,9 @@ def in_buffer(found: list[Token]) -> bool:
 def layers(found: list[list[Token]], dtype) -> tuple[tuple[Layer, ...], list[nn.Module]]:
     """``(the layers of the schedule, their BatchNorms)`` of what :func:`in_buffer` says yes to."""
     described = tuple(
-        Layer(*(norm(t.module, t.value) if t.kind == "norm" else conv(t.module, dtype) for t in of_layer))
+        Layer(*(norm(t.module, t.value, *NORMS) if t.kind == "norm" else conv(t.module, dtype, *CONVOLUTIONS) for t in of_layer))
         for of_layer in found
-    )
+    )  # fmt: skip
     return described, [token.module for of_layer in found for token in of_layer if token.kind == "norm"]
 
 
@@ -552,12 +603,13 @@ def transition(found: list[Token], dtype) -> tuple[NormPool, list[nn.Module]]:
     return NormPool(norm(found[0].module, found[0].value), window, convolution), [found[0].module]
 
 
-def check_map(x: Tensor, dtype: torch.dtype) -> None:
-    """Check that ``x`` is an ordinary, non-empty N x C x H x W tensor of ``dtype``."""
+def check_map(x: Tensor, dtype: torch.dtype, dims: int = 4) -> None:
+    """Check that ``x`` is an ordinary, non-empty N x C x H x W tensor of ``dtype``, or one of ``dims`` dimensions."""
     if type(x) not in (Tensor, nn.Parameter):
         raise Unsupported(f"its input is a {type(x).__name__}")
-    if x.dim() != 4 or x.numel() == 0:
-        raise Unsupported(f"its input has shape {tuple(x.shape)}, not a non-empty N x C x H x W")
+    if x.dim() != dims or x.numel() == 0:
+        expected = "N x C x H x W" if dims == 4 else "N x C x D x H x W"
+        raise Unsupported(f"its input has shape {tuple(x.shape)}, not a non-empty {expected}")
     if x.dtype != dtype:
         raise Unsupported(f"its input is {x.dtype}, its weights {dtype}")
 
@@ -587,5 +639,5 @@ def check_norm(n: Norm, shape: tuple[int, ...], like: Tensor) -> None:
             )
         if tensor.dtype not in (like.dtype, torch.float32):
             raise Unsupported(f"a BatchNorm in {tensor.dtype} meets {like.dtype}")
-    if n.training and shape[0] * shape[2] * shape[3] == 1:
+    if n.training and shape[0] * math.prod(shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")

@@ -21,6 +21,10 @@ from torch import Tensor, fx, nn
 #: more convolutions than any residual block has: larger modules are networks, and their parts are looked at instead
 MOST_CONVOLUTIONS = 8
 
+#: those of two dimensions, and of three, in which dense blocks run fused
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _ON_SHORTCUTS = (*RELUS, operator.getitem, F.pad, F.avg_pool2d, F.max_pool2d, F.dropout, F.dropout2d)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
@@ -318,8 +322,8 @@ def blocks(model: nn.Module) -> set[int]:
         """Convolutions inside, and whether there is a BatchNorm."""
         if id(module) not in counts:
             found = [count(child) for child in module.children()]
-            convolutions = isinstance(module, nn.Conv2d) + sum(c for c, _ in found)
-            counts[id(module)] = convolutions, isinstance(module, nn.BatchNorm2d) or any(n for _, n in found)
+            convolutions = isinstance(module, CONVOLUTIONS) + sum(c for c, _ in found)
+            counts[id(module)] = convolutions, isinstance(module, NORMS) or any(n for _, n in found)
         return counts[id(module)]
 
     count(model)

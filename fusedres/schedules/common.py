@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.eager import Geometry, Pool, accum_dtype
-from ..backends.vendor import as_map
+from ..backends.vendor import as_map, format_of
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def channel_empty(rows: int, channels: int, like: Tensor) -> Tensor:
     return torch.empty(rows, channels, dtype=accum_dtype(like.dtype), device=like.device)
 
 
-def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised channels_last map."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last map, in the dtype of ``like`` where none is given."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(len(shape)))
 
 
 def reduction(backend, channels: int, like: Tensor):
