@@ -240,6 +240,8 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
         yield Token("act", (module,), module, "relu")
     elif type(module) is nn.AvgPool2d and not hooked(module):
         yield _average(module)
+    elif type(module) in (nn.ZeroPad3d, nn.ConstantPad3d) and _pads_channels(module) and not hooked(module):
+        yield Token("subsample", (module,), module, Subsample((1, 1), *module.padding[4:]))
     elif at_rest(module) and not hooked(module):
         return
     elif _foreign_activation(module):
@@ -258,6 +260,11 @@ def _average(module: nn.AvgPool2d) -> Token:
         return Token("pool", (module,), module, pool(module))
     except Unsupported:
         return Token("other", (module,), module)
+
+
+def _pads_channels(module: nn.ConstantPad3d) -> bool:
+    """Whether ``module`` puts channels of zeros around a map: its third dimension from the end is that of the channels."""
+    return module.value == 0 and not any(module.padding[:4]) and min(module.padding) >= 0
 
 
 def _strides(step: Call) -> tuple[int, int] | None:

@@ -99,7 +99,9 @@ class _PlainBottleneck(nn.Module):
 class BasicBlock(FusedBasic, _PlainBasic):
     """ResNet's basic block (He et al. 2015): two 3x3 convolutions and a shortcut; arguments as torchvision's ``BasicBlock``.
 
-    Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'. ``downsample`` (convolution and BatchNorm) projects the shortcut.
+    Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'. ``downsample`` (convolution and BatchNorm) projects the shortcut; option A,
+    without parameters, is ``nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, front, back)))`` with ``front + back`` new
+    channels.
     """
 
     expansion = 1
