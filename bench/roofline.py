@@ -90,6 +90,10 @@ def account(name: str, a: dict, result) -> tuple[str, int, int, int, int]:
     if name == "join_backward":
         written = 0 if a["act"] == "none" else _bytes(result)
         return "join backward", _bytes(a["grad"], a["raw"], a["residual"]), written, 0, 1
+    if name == "highway_forward":
+        return "highway join", _bytes(a["raw"], a["gate"], a["carry"]), _bytes(result), 0, 1
+    if name == "highway_backward":
+        return "highway join backward", _bytes(a["grad"], a["raw"], a["gate"], a["carry"]), _bytes(*result), 0, 1
     if name == "statistics":
         return "statistics", _bytes(a["x"]), 0, 0, 1
     if name == "grad_affine":

@@ -24,7 +24,7 @@ from .schedules.common import Unit, functorch_active
 _STATS = "_fusedres_stats"
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes in where ``x`` lives, None where it is off."""
     kind = x.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -64,8 +64,8 @@ class FusedBlock:
         would."""
         raise NotImplementedError
 
-    def run_block(self, backend, description, x: Tensor, *beside: Tensor) -> Tensor:
-        """Run the schedule."""
+    def run_block(self, backend, description, x: Tensor, *beside: Tensor, **into: Tensor | None) -> Tensor:
+        """Run the schedule; ``into`` may hold ``out``, the map that a kind which :func:`writes_into` one may write into."""
         raise NotImplementedError
 
     def label(self) -> str:
@@ -88,7 +88,7 @@ class FusedBlock:
 
     def _prepare(self, part: Part, x: Tensor, *beside: Tensor):
         """``(backend, description, counters of BatchNorms, input, whether autocast is on)``; raises Unsupported."""
-        cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
+        cast = autocast_dtype(x) if isinstance(x, Tensor) else None
         description, counters = part.describe(cast)
         x = self.cast_input(x, cast)
         part.check(self.check_block, description, x, *beside)
@@ -100,8 +100,8 @@ class FusedBlock:
             raise Unsupported(f"its input is {x.dtype} under autocast to {cast}")
         return x
 
-    def fused_forward(self, part: Part, original, x: Tensor, *beside: Tensor) -> Tensor:
-        """The output of a part: fused, or by ``original(x, *beside)`` where it cannot be."""
+    def fused_forward(self, part: Part, original, x: Tensor, *beside: Tensor, **into: Tensor | None) -> Tensor:
+        """The output of a part: fused (and ``into`` a place, see :meth:`run_block`), or by ``original(x, *beside)`` where it cannot be."""
         try:
             backend, description, counters, prepared, autocast = self._prepare(part, x, *beside)
         except Unsupported as reason:
@@ -110,20 +110,24 @@ class FusedBlock:
         if counters:
             torch._foreach_add_([*counters], [*counters.values()])
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-            return self.run_block(backend, description, prepared, *beside)
+            return self.run_block(backend, description, prepared, *beside, **into)
 
     def unfused(self, reason: Unsupported, original, *maps: Tensor) -> Tensor:
         """``original(*maps)``, with a note why."""
         self.__dict__["_fusedres_last"] = f"original modules: {reason}"
         return original(*maps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **into: Tensor | None) -> Tensor:
         original = super().forward
         try:
             part = self.reading()
         except Unsupported as reason:
             return self.unfused(reason, original, x)
-        return self.fused_forward(part, original, x)
+        return self.fused_forward(part, original, x, **into)
+
+    def out_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of the output for a map of ``shape``, None where it cannot be told."""
+        return None
 
     def _get_name(self) -> str:
         return f"Fused{self.original_class().__name__}" if is_converted(self) else super()._get_name()
@@ -178,11 +182,26 @@ def check_chain(description: chain.Chain, x: Tensor, source: Tensor | None = Non
         if shortcut.unit is not None:
             beside = check_unit(shortcut.unit, beside, other)
         if beside != shape:
-            raise Unsupported(f"its shortcut gives {beside}, its main path {shape}")
+            raise Unsupported(f"its {'gate' if shortcut.gated else 'shortcut'} gives {beside}, its main path {shape}")
+        if shortcut.gated:
+            check_gated(description, shape, other)
     if description.pool is not None:
         sizes = zip(shape[2:], description.pool.kernel, description.pool.padding, strict=True)
         if any(size + 2 * pad < kernel for size, kernel, pad in sizes):
             raise Unsupported("a pooling window larger than its input")
+
+
+def check_gated(description: chain.Chain, shape: tuple[int, ...], carry: Tensor) -> None:
+    """Check what is particular to a highway, whose main path gives ``shape``."""
+    last, gate = description.behind(len(description.units)), description.projection.norm
+    if gate is not None and gate.act != "none":
+        raise Unsupported(f"a highway whose gate has {gate.act} in front of its sigmoid")
+    if description.act != "none" or last not in ("none", "relu"):
+        raise Unsupported(
+            f"a highway whose candidate ends in {last} and its join in {description.act}, not in ReLU or nothing"
+        )
+    if tuple(carry.shape) != shape:
+        raise Unsupported(f"a highway carries {tuple(carry.shape)} past a main path that gives {shape}")
 
 
 def check_unit(unit: Unit, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
@@ -195,7 +214,8 @@ def check_unit(unit: Unit, shape: tuple[int, ...], like: Tensor) -> tuple[int, .
 
 def check_dense(layers: tuple[dense.Layer, ...], x: Tensor) -> None:
     """Check the layers of a dense block against its input."""
-    describe.check_map(x, layers[0].conv1.weight.dtype, layers)
+    dims = layers[0].conv1.weight.dim()
+    describe.check_map(x, layers[0].conv1.weight.dtype, layers, dims)
     shape = tuple(x.shape)
     for layer in layers:
         describe.check_norm(layer.norm1, shape, x)
@@ -223,11 +243,32 @@ class _ChainKind(FusedBlock):
     def check_block(self, description, x, source=None):
         check_chain(description, x, source)
 
-    def run_block(self, backend, description, x, source=None):
+    def run_block(self, backend, description, x, source=None, *, out=None):
         if self._fusedres_recompute:
             description = description.recomputing
         stats = None if description.first is None else carried_stats(x)
-        return carry(*chain.run(backend, description, x, source, stats))
+        if out is not None and (out.shape != description.out_shape(x.shape) or out.dtype != x.dtype):
+            out = None  # whoever offered it sees that it was not taken
+        return carry(*chain.run(backend, description, x, source, stats, out))
+
+    def steps(self) -> list[Part | nn.Module | None]:
+        """What the forward goes through one after the other: parts that run as chains, modules, and what is neither (None)."""
+        return [self.reading()]
+
+    def out_shape(self, shape):
+        if not writes_into(self):
+            return None
+        try:
+            for step in self.steps():
+                if isinstance(step, Part):
+                    shape = step.describe(None)[0].out_shape(shape)
+                else:
+                    shape = None if step is None else describe.shape_behind(step, shape)
+                if shape is None:
+                    return None
+        except Unsupported:
+            return None
+        return shape
 
 
 class FusedResidual(_ChainKind):
@@ -258,24 +299,30 @@ class FusedResidual(_ChainKind):
     def parts(self):
         return [piece.part for piece in self.read_block().pieces if piece.is_chain]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def steps(self):
+        found = self.reading()
+        return [piece.part if piece.is_chain else None for piece in (*found.head, *found.body, *found.tail)]
+
+    def forward(self, x: Tensor, **into: Tensor | None) -> Tensor:
         original = super(FusedBlock, self).forward
         try:
             found = self.reading()
         except Unsupported as reason:
             return self.unfused(reason, original, x)
         if len(found.pieces) == 1:
-            return self.fused_forward(found.body[0].part, original, x)
-        return self.in_pieces(x, found)
+            return self.fused_forward(found.body[0].part, original, x, **into)
+        return self.in_pieces(x, found, **into)
 
-    def in_pieces(self, x: Tensor, found: describe.Layout) -> Tensor:
+    def in_pieces(self, x: Tensor, found: describe.Layout, **into: Tensor | None) -> Tensor:
         """The output of a block that is split: chains fused, what stands between as it is."""
         outcomes: list[str] = []
+        last = (*found.body, *found.tail)[-1]
 
         def run(piece: describe.Piece, x: Tensor, source: Tensor | None = None) -> Tensor:
             if not piece.is_chain:
                 return piece.original(x)
-            x = self.fused_forward(piece.part, piece.original, x, *(() if source is None else (source,)))
+            beside = () if source is None else (source,)
+            x = self.fused_forward(piece.part, piece.original, x, *beside, **(into if piece is last else {}))
             outcomes.append(self._fusedres_last)
             return x
 
@@ -332,6 +379,24 @@ class FusedPreActBottleneck(_FusedNamed):
 
     kind = "pre-activation bottleneck"
     main, shared = ("bn1", "relu", "conv1", "bn2", "relu", "conv2", "bn3", "relu", "conv3"), 2
+
+
+class FusedPlain(FusedResidual):
+    """conv1-bn1-relu-conv2-bn2-relu: no shortcut."""
+
+    kind = "plain block"
+
+    def plan(self):
+        return structure.Plan(("conv1", "bn1", "relu", "conv2", "bn2", "relu"))
+
+
+class FusedHighway(_ChainKind):
+    """conv1-bn1-relu, and beside it ``gate`` (with ``gate_bn`` behind it or not) and sigmoid, which mixes that with the input."""
+
+    kind = "highway block"
+
+    def read_block(self):
+        return Part(functools.partial(describe.highway, self))
 
 
 class FusedStem(_ChainKind):
@@ -404,11 +469,18 @@ class FusedSequential(_ChainKind):
     def cast_input(self, x, cast):
         return x if cast is None else x.to(cast)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run_children(x, len(self))
+    def steps(self):
+        found, at, children = [], 0, list(self)
+        for start, stop, part in self.reading():
+            found += [*children[at:start], part]
+            at = stop
+        return [*found, *children[at:]]
 
-    def run_children(self, x: Tensor, count: int) -> Tensor:
-        """The first ``count`` children in a row."""
+    def forward(self, x: Tensor, **into: Tensor | None) -> Tensor:
+        return self.run_children(x, len(self), **into)
+
+    def run_children(self, x: Tensor, count: int, **into: Tensor | None) -> Tensor:
+        """The first ``count`` children in a row; ``into`` is for the last of them."""
         children = list(self)[:count]
         try:
             runs = self.reading()
@@ -418,9 +490,19 @@ class FusedSequential(_ChainKind):
         for start, stop, part in runs:
             if stop <= count:
                 x = _in_a_row(x, children[at:start])
-                x = self.fused_forward(part, functools.partial(_in_a_row, children=children[start:stop]), x)
+                original = functools.partial(_in_a_row, children=children[start:stop])
+                x = self.fused_forward(part, original, x, **(into if stop == count else {}))
                 at = stop
         return _in_a_row(x, children[at:])
+
+
+#: the forwards of chains that can write their output where they are told (a subclass may have another)
+_INTO = (_ChainKind.forward, FusedResidual.forward, FusedSequential.forward)
+
+
+def writes_into(module: nn.Module) -> bool:
+    """Whether ``module(x, out=place)`` may write its output into ``place``, a channel slice of a map; it then returns ``place`` itself."""
+    return isinstance(module, _ChainKind) and type(module).forward in _INTO
 
 
 def _run_part(run: list[nn.Module]) -> Part:
@@ -611,8 +693,8 @@ class FusedSyncNorm(_ChainKind):
 KINDS: dict[str, type[FusedBlock]] = {
     kind.kind: kind
     for kind in (
-        FusedResidual, FusedBasic, FusedBottleneck, FusedPreActBasic, FusedPreActBottleneck, FusedStem, FusedSequential,
-        FusedDenseBlock, FusedTransition, FusedHead, FusedSyncNorm,
+        FusedResidual, FusedBasic, FusedBottleneck, FusedPreActBasic, FusedPreActBottleneck, FusedPlain, FusedHighway,
+        FusedStem, FusedSequential, FusedDenseBlock, FusedTransition, FusedHead, FusedSyncNorm,
     )
 }  # fmt: skip
 _classes: dict[tuple[str, type], type] = {}

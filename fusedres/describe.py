@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from .schedules.chain import Chain, Shortcut, Subsample
 from .schedules.common import Conv, Norm, Unit
 from .schedules.dense import Layer
 from .schedules.norm_pool import NormPool
-from .structure import Call, Plan, Step, class_of, norm_types, original_forward
+from .structure import CONVOLUTIONS, Call, Plan, Step, class_of, norm_types, original_forward
 
 _GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -69,9 +70,9 @@ def global_hooks() -> bool:
     return any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
 
 
-def conv(module: nn.Module, dtype: torch.dtype | None) -> Conv:
-    """A ``nn.Conv2d``; ``dtype`` casts its weights, as autocast does."""
-    plain(module, nn.Conv2d)
+def conv(module: nn.Module, dtype: torch.dtype | None, *types: type[nn.Module]) -> Conv:
+    """A ``nn.Conv2d`` (or another of ``types``); ``dtype`` casts its weights, as autocast does."""
+    plain(module, *(types or (nn.Conv2d,)))
     if module.padding_mode != "zeros":
         raise Unsupported(f"padding_mode {module.padding_mode!r}")
     padding = module.padding
@@ -174,6 +175,43 @@ def pool(module: nn.Module) -> Pool:
     return Pool("max", kernel, stride, padding)
 
 
+#: what changes no shape, and what stands among the activations and does
+_ELEMENTWISE = (nn.Identity, nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+_RESHAPING = (nn.GLU, nn.MultiheadAttention)
+
+
+def shape_behind(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of ``module``'s output for an input of ``shape``, None where it cannot be told without running it. A module that knows
+    has a method ``out_shape(shape)``."""
+    told = getattr(module, "out_shape", None)
+    if callable(told):
+        return told(shape)
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for child in module:
+            shape = None if shape is None else shape_behind(child, shape)
+        return shape
+    try:
+        if type(module) is nn.Conv2d:
+            return conv(module, None).out_shape(shape)
+        if type(module) in (nn.MaxPool2d, nn.AvgPool2d):
+            return pool(module).out_shape(shape)
+    except Unsupported:
+        return None
+    if isinstance(module, nn.Upsample):
+        return _upsampled(module, shape)
+    activation = type(module).__module__ == nn.ReLU.__module__ and not isinstance(module, _RESHAPING)
+    return shape if activation or isinstance(module, _ELEMENTWISE) else None
+
+
+def _upsampled(module: nn.Upsample, shape: tuple[int, ...]) -> tuple[int, ...]:
+    spatial = shape[2:]
+    given = module.scale_factor if module.size is None else module.size
+    values = given if isinstance(given, tuple) else (given,) * len(spatial)
+    if module.size is None:
+        values = tuple(math.floor(size * scale) for size, scale in zip(spatial, values, strict=True))
+    return (*shape[:2], *values)
+
+
 def norm_act(module: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """``(dropout, activation)`` of timm's BatchNorms with both inside, None where ``module`` is another."""
     library = sys.modules.get("timm.layers.norm_act")
@@ -226,7 +264,7 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
         unhooked(module)
         for child in module:
             yield from _tokens_of(child)
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, CONVOLUTIONS):
         yield Token("conv", (module,), module)
     elif inside is not None:
         drop, act = inside
@@ -241,6 +279,8 @@ def _tokens_of(module: nn.Module) -> Iterator[Token]:
         yield Token("norm", (module,), module, "none")
     elif type(module) is nn.AvgPool2d and not hooked(module):
         yield _average(module)
+    elif type(module) in (nn.ZeroPad3d, nn.ConstantPad3d) and _pads_channels(module) and not hooked(module):
+        yield Token("subsample", (module,), module, Subsample((1, 1), *module.padding[4:]))
     elif at_rest(module) and not hooked(module):
         return
     elif _foreign_activation(module) or activations.of_module(module) is not None:
@@ -259,6 +299,11 @@ def _average(module: nn.AvgPool2d) -> Token:
         return Token("pool", (module,), module, pool(module))
     except Unsupported:
         return Token("other", (module,), module)
+
+
+def _pads_channels(module: nn.ConstantPad3d) -> bool:
+    """Whether ``module`` puts channels of zeros around a map: its third dimension from the end is that of the channels."""
+    return module.value == 0 and not any(module.padding[:4]) and min(module.padding) >= 0
 
 
 def _strides(step: Call) -> tuple[int, int] | None:
@@ -307,7 +352,11 @@ def _call_token(step: Call) -> Token | None:
 
 
 #: what most steps are, exactly: told by one look-up
-_COMMON = {nn.Conv2d: ("conv", None), nn.BatchNorm2d: ("norm", "none"), nn.ReLU: ("act", "relu")}
+_COMMON = {
+    **dict.fromkeys(CONVOLUTIONS, ("conv", None)),
+    **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm3d), ("norm", "none")),
+    nn.ReLU: ("act", "relu"),
+}
 
 
 def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
@@ -458,6 +507,8 @@ def layout(block: nn.Module, plan: Plan, training: bool | None = None) -> Layout
     check_stamps(block, plan, training)
     main = tokens(block, plan.main[plan.shared :])
     before = tokens(block, plan.main[: plan.shared])
+    if any(isinstance(token.module, nn.Conv3d | nn.BatchNorm3d) for token in (*before, *main)):
+        raise Unsupported("three dimensions, which only dense blocks run fused in")
     if plan.shortcut is None:
         laid = Layout((), (), tuple(_row(tokens(block, plan.main))), ())
     else:
@@ -527,6 +578,20 @@ def stem(children: list[nn.Module | None], dtype) -> tuple[Chain, list[nn.Module
     return Chain((unit,), pool=window), [batch_norm]
 
 
+def highway(block: nn.Module, dtype: torch.dtype | None) -> tuple[Chain, list[nn.Module]]:
+    """``(the chain of a highway block, its BatchNorms)``, by the names of its children."""
+    plain(block.sigmoid, nn.Sigmoid)
+    norms = [module for module in (block.bn1, block.gate_bn) if module is not None]
+    gate = Unit(conv(block.gate, dtype), None if block.gate_bn is None else norm(block.gate_bn, "none"))
+    act = activation(block.relu)
+    if act not in ("none", "relu"):
+        raise Unsupported(
+            f"a highway's candidate is fused with ReLU or nothing behind it, found {type(block.relu).__name__}"
+        )
+    candidate = Unit(conv(block.conv1, dtype), norm(block.bn1, act))
+    return Chain((candidate,), shortcut=Shortcut(unit=gate, gated=True)), norms
+
+
 #: the forwards of dense layers whose children have the names below
 _DENSE_LAYERS = (
     ("torchvision.models.densenet", "_DenseLayer"),
@@ -559,9 +624,9 @@ def in_buffer(found: list[Token]) -> bool:
 def layers(found: list[list[Token]], dtype) -> tuple[tuple[Layer, ...], list[nn.Module]]:
     """``(the layers of the schedule, their BatchNorms)`` of what :func:`in_buffer` says yes to."""
     described = tuple(
-        Layer(*(norm(t.module, t.value) if t.kind == "norm" else conv(t.module, dtype) for t in of_layer))
+        Layer(*(norm(t.module, t.value) if t.kind == "norm" else conv(t.module, dtype, *CONVOLUTIONS) for t in of_layer))
         for of_layer in found
-    )
+    )  # fmt: skip
     return described, [token.module for of_layer in found for token in of_layer if token.kind == "norm"]
 
 
@@ -594,12 +659,14 @@ def exchanges(description: object) -> bool:
     return any(norm.group is not None for norm in instances(description, Norm))
 
 
-def check_map(x: Tensor, dtype: torch.dtype, description: object) -> None:
-    """Check that ``x`` is an ordinary N x C x H x W tensor of ``dtype``, and not empty unless other processes wait for ``description``."""
+def check_map(x: Tensor, dtype: torch.dtype, description: object, dims: int = 4) -> None:
+    """Check that ``x`` is an ordinary N x C x H x W tensor of ``dtype``, or one of ``dims`` dimensions, and not empty unless other
+    processes wait for ``description``."""
     if type(x) not in (Tensor, nn.Parameter):
         raise Unsupported(f"its input is a {type(x).__name__}")
-    if x.dim() != 4 or x.numel() == 0 and (min(x.shape[1:]) == 0 or not exchanges(description)):
-        raise Unsupported(f"its input has shape {tuple(x.shape)}, not a non-empty N x C x H x W")
+    if x.dim() != dims or x.numel() == 0 and (min(x.shape[1:]) == 0 or not exchanges(description)):
+        expected = "N x C x H x W" if dims == 4 else "N x C x D x H x W"
+        raise Unsupported(f"its input has shape {tuple(x.shape)}, not a non-empty {expected}")
     if x.dtype != dtype:
         raise Unsupported(f"its input is {x.dtype}, its weights {dtype}")
 
@@ -631,5 +698,5 @@ def check_norm(n: Norm, shape: tuple[int, ...], like: Tensor) -> None:
             )
         if tensor.dtype != like.dtype and (n.promotes or tensor.dtype != torch.float32):
             raise Unsupported(f"a BatchNorm in {tensor.dtype} meets {like.dtype}")
-    if n.training and n.group is None and shape[0] * shape[2] * shape[3] == 1:
+    if n.training and n.group is None and shape[0] * math.prod(shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")

@@ -8,9 +8,11 @@ names in :mod:`fusedres.activations`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from . import blocks, dispatch
+from . import blocks, concatenation, dispatch
 from .backends import eager
 from .backends.eager import Geometry, Pool
 from .memory import Unsupported
@@ -21,8 +23,8 @@ from .schedules.dense import Layer
 from .schedules.norm_pool import NormPool
 
 __all__ = [
-    "Conv", "Geometry", "Layer", "Norm", "Pool", "Shortcut", "Subsample", "Unit", "conv_bn_act", "dense_block", "norm_pool_conv",
-    "preact_block", "residual_block",
+    "Conv", "Geometry", "Layer", "Norm", "Pool", "Shortcut", "Subsample", "Unit", "concat", "conv_bn_act", "dense_block",
+    "highway_block", "norm_pool_conv", "plain_block", "preact_block", "residual_block",
 ]  # fmt: skip
 
 
@@ -35,9 +37,9 @@ def _serve(check, x: Tensor):
     return dispatch.resolve(x.device, x.dtype) or eager
 
 
-def _run_chain(description: Chain, x: Tensor) -> Tensor:
+def _run_chain(description: Chain, x: Tensor, out: Tensor | None = None) -> Tensor:
     backend = _serve(lambda x: blocks.check_chain(description, x), x)
-    return chain.run(backend, description, x)[0]
+    return chain.run(backend, description, x, out=out)[0]
 
 
 def residual_block(
@@ -62,9 +64,42 @@ def preact_block(x: Tensor, norm: Norm, units: tuple[Unit, ...], shortcut: Short
     return _run_chain(Chain(tuple(units), first=norm, shortcut=shortcut or Shortcut()), x)
 
 
+def plain_block(x: Tensor, units: tuple[Unit, ...]) -> Tensor:
+    """``units(x)``: convolutions in a row without a shortcut. Raises as :func:`residual_block`."""
+    return _run_chain(Chain(tuple(units)), x)
+
+
+def highway_block(x: Tensor, units: tuple[Unit, ...], gate: Unit) -> Tensor:
+    """``t * units(x) + (1 - t) * x`` with ``t = sigmoid(gate(x))``: ``gate`` is a Unit with act "none" or without BatchNorm, the last of
+    ``units`` ends in ReLU or nothing, and both keep the shape of x. Raises as :func:`residual_block`."""
+    return _run_chain(Chain(tuple(units), shortcut=Shortcut(unit=gate, gated=True)), x)
+
+
 def conv_bn_act(x: Tensor, unit: Unit, pool: Pool | None = None) -> Tensor:
     """Convolution, BatchNorm and activation, and a max pool behind them where given. Raises as :func:`residual_block`."""
     return _run_chain(Chain((unit,), pool=pool), x)
+
+
+def concat(
+    inputs: Sequence[Tensor], branches: Sequence[tuple[Unit, ...]], reads: Sequence[int | None] | None = None
+) -> Tensor:
+    """The outputs of ``branches`` (units in a row; without any, what they read) side by side, written into one buffer. Branch i reads the
+    output of branch ``reads[i]``, or where that is None its input: the only one of ``inputs``, or the i-th. Raises as
+    :func:`residual_block`."""
+    if len(inputs) not in (1, len(branches)):
+        raise ValueError(f"concat of {len(branches)} branches takes one input, or one for each; found {len(inputs)}")
+
+    def branch(units: tuple[Unit, ...]) -> concatenation.Branch:
+        if not units:
+            return concatenation.Branch(lambda shape: shape, lambda x, place: x)
+        description = Chain(tuple(units))
+
+        def run(x: Tensor, place: Tensor | None) -> Tensor:
+            return _run_chain(description, x, place if place is not None and place.dtype == x.dtype else None)
+
+        return concatenation.Branch(description.out_shape, run)
+
+    return concatenation.run(inputs, [branch(units) for units in branches], reads or [None] * len(branches))
 
 
 def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:

@@ -6,16 +6,19 @@ below runs, and ``fusedres.report`` says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import concatenation
 from .blocks import (
     FusedBasic,
     FusedBottleneck,
     FusedDenseBlock,
+    FusedHighway,
+    FusedPlain,
     FusedPreActBasic,
     FusedPreActBottleneck,
     FusedSequential,
@@ -23,8 +26,8 @@ from .blocks import (
 )
 
 __all__ = [
-    "BasicBlock", "Bottleneck", "ConvBNAct", "DenseBlock", "DenseLayer", "PreActBasicBlock", "PreActBottleneck",
-    "Transition",
+    "BasicBlock", "Bottleneck", "Concat", "ConvBNAct", "DenseBlock", "DenseLayer", "HighwayBlock", "PlainBlock",
+    "PreActBasicBlock", "PreActBottleneck", "Transition",
 ]  # fmt: skip
 
 
@@ -94,7 +97,9 @@ class _PlainBottleneck(nn.Module):
 class BasicBlock(FusedBasic, _PlainBasic):
     """ResNet's basic block (He et al. 2015): two 3x3 convolutions and a shortcut; arguments as torchvision's ``BasicBlock``.
 
-    Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'. ``downsample`` (convolution and BatchNorm) projects the shortcut.
+    Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'. ``downsample`` (convolution and BatchNorm) projects the shortcut; option A,
+    without parameters, is ``nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, front, back)))`` with ``front + back`` new
+    channels.
     """
 
     expansion = 1
@@ -182,6 +187,91 @@ class PreActBottleneck(FusedPreActBottleneck, _PlainPreActBottleneck):
     """
 
     expansion = 4
+
+
+class _PlainPlain(nn.Module):
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if base_width != 64:
+            raise ValueError(f"PlainBlock only supports base_width=64, found {base_width}")
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, dilation, dilation, groups, bias=False)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, dilation, dilation, groups, bias=False)
+        self.bn2 = norm_layer(planes)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(h)))
+
+
+class PlainBlock(FusedPlain, _PlainPlain):
+    """The basic block without its shortcut, what residual learning is compared with (He et al. 2015, figure 3, middle).
+
+    Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'; arguments as torchvision's ``BasicBlock``, so that
+    ``torchvision.models.ResNet(fusedres.nn.PlainBlock, [2, 2, 2, 2])`` is the plain network of 18 layers. ``downsample``, which such a
+    network passes, is no part of a plain block and is dropped.
+    """
+
+    expansion = 1
+
+
+class _PlainHighway(nn.Module):
+    def __init__(
+        self,
+        planes: int,
+        kernel_size: int = 3,
+        groups: int = 1,
+        dilation: int = 1,
+        gate_bias: float = -2.0,
+        gate_norm: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(
+                f"HighwayBlock wants an odd kernel_size, which keeps the size of a map, found {kernel_size}"
+            )
+        norm_layer = norm_layer or nn.BatchNorm2d
+        padding = (kernel_size - 1) // 2 * dilation
+
+        def conv(bias: bool) -> nn.Conv2d:
+            return nn.Conv2d(planes, planes, kernel_size, 1, padding, dilation, groups, bias=bias)
+
+        self.conv1 = conv(False)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.gate = conv(not gate_norm)
+        self.gate_bn = norm_layer(planes) if gate_norm else None
+        self.sigmoid = nn.Sigmoid()
+        nn.init.constant_((self.gate_bn if gate_norm else self.gate).bias, gate_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(self.conv1(x)))
+        t = self.gate(x)
+        t = self.sigmoid(t if self.gate_bn is None else self.gate_bn(t))
+        return t * h + (1 - t) * x
+
+
+class HighwayBlock(FusedHighway, _PlainHighway):
+    """A highway block (Srivastava et al. 2015), convolutional and with BatchNorm: ``t * h + (1 - t) * x`` with the candidate
+    ``h = relu(bn1(conv1(x)))`` and the transform gate ``t = sigmoid(gate(x))``, or ``sigmoid(gate_bn(gate(x)))`` with ``gate_norm``.
+
+    Maps N x ``planes`` x H x W to the same. The gate's bias (``gate_bn``'s with ``gate_norm``) begins at ``gate_bias``: negative, so that
+    a fresh block mostly carries. Candidate, gate and carry meet in one pass over four maps; its backward is one over seven.
+    """
 
 
 class DenseLayer(nn.Module):
@@ -275,3 +365,40 @@ class ConvBNAct(FusedSequential, nn.Sequential):
         if activation_layer is not None:
             layers.append(activation_layer())
         super().__init__(*layers)
+
+
+class Concat(nn.ModuleList):
+    """The outputs of ``branches`` side by side, in one channels_last buffer into which they write: no ``torch.cat``, forward or backward.
+
+    ``forward(x)`` hands x to every branch (Inception), ``forward(x_0, ..., x_n)`` every branch its own input (a decoder's
+    ``Concat(up, nn.Identity())(x, skip)``). A branch may read another's output instead, in its slice: ``reads[i]`` is the number of that
+    branch, which stands before branch i, or None for the input. VoVNet's aggregation reads ``[None, None, 1, 2]`` behind an
+    ``nn.Identity()``; ELAN's too, behind a convolution.
+
+    A branch whose last module is a fused block that ends in a convolution, a residual or a highway join, or a max pool writes its slice
+    in that block's last pass; any other output is copied in, once. For that the shapes of all outputs are told before anything runs; a
+    branch with a module of your own among what is to run fused tells it by a method ``out_shape(shape)``, else it runs before the others
+    and is copied. Backward hands every branch its slice of the gradient as it lies. Raises ValueError where sizes other than channels
+    disagree, or inputs and branches do.
+    """
+
+    def __init__(self, *branches: nn.Module, reads: Sequence[int | None] | None = None) -> None:
+        super().__init__(branches)
+        if not branches:
+            raise ValueError("Concat wants at least one branch")
+        self.reads = (None,) * len(branches) if reads is None else tuple(reads)
+        if len(self.reads) != len(branches):
+            raise ValueError(f"Concat of {len(branches)} branches: reads has {len(self.reads)} entries")
+        for i, read in enumerate(self.reads):
+            if read is not None and not 0 <= read < i:
+                raise ValueError(f"Concat: reads[{i}] is {read}; a branch reads the input (None) or a branch before it")
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if len(inputs) not in (1, len(self)):
+            raise ValueError(f"Concat of {len(self)} branches takes one input, or one for each; found {len(inputs)}")
+        if concatenation.is_traced(inputs):
+            return concatenation.plain(inputs, list(self), self.reads)
+        return concatenation.run(inputs, [concatenation.branch_of(branch) for branch in self], self.reads)
+
+    def extra_repr(self) -> str:
+        return "" if all(read is None for read in self.reads) else f"reads={list(self.reads)}"

@@ -156,6 +156,39 @@ def _(grad, raw, affine, saved, act, sums, residual, residual_affine, residual_s
     return grad.new_empty(0) if act == "none" else torch.empty_like(raw, memory_format=torch.channels_last)
 
 
+@torch.library.custom_op("fusedres::highway_forward", mutates_args=("out",))
+def highway_forward(
+    raw: Tensor, affine: Tensor | None, act: str, gate: Tensor, gate_affine: Tensor | None, carry: Tensor, out: Tensor
+) -> None:
+    """Candidate and carry, mixed by their gate in one pass, into ``out``."""
+    _backend(raw).highway_forward(raw, affine, act, gate, gate_affine, carry, out=out)
+
+
+@torch.library.custom_op("fusedres::highway_backward", mutates_args=("sums", "gate_sums"))
+def highway_backward(
+    grad: Tensor,
+    raw: Tensor,
+    affine: Tensor | None,
+    saved: Tensor | None,
+    act: str,
+    gate: Tensor,
+    gate_affine: Tensor | None,
+    gate_saved: Tensor | None,
+    carry: Tensor,
+    sums: Tensor | None,
+    gate_sums: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of candidate, gate and carry, and the sums."""
+    return _backend(raw).highway_backward(
+        grad, raw, affine, saved, act, gate, gate_affine, gate_saved, carry, sums=sums, gate_sums=gate_sums
+    )
+
+
+@highway_backward.register_fake
+def _(grad, raw, affine, saved, act, gate, gate_affine, gate_saved, carry, sums, gate_sums):
+    return tuple(torch.empty_like(raw, memory_format=torch.channels_last) for _ in range(3))
+
+
 @torch.library.custom_op("fusedres::grad_affine", mutates_args=("out",))
 def grad_affine(grad: Tensor, raw: Tensor | None, coeff: Tensor, out: Tensor) -> None:
     """``p * grad + q * raw + r``, into ``out``."""

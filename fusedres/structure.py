@@ -24,6 +24,9 @@ from . import activations
 #: more convolutions than any residual block has: larger modules are networks, and their parts are looked at instead
 MOST_CONVOLUTIONS = 8
 
+#: those of two dimensions, and of three, in which dense blocks run fused
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
 _ON_SHORTCUTS = (*activations.FUNCTIONS, operator.getitem, F.pad, F.avg_pool2d, F.max_pool2d, F.dropout, F.dropout2d)
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -64,7 +67,7 @@ def norm_types() -> tuple[type[nn.Module], ...]:
     """The BatchNorms that the schedules compute."""
     # a model of torchvision's can only be given where torchvision is loaded
     frozen = getattr(sys.modules.get("torchvision.ops.misc"), "FrozenBatchNorm2d", None)
-    return (nn.BatchNorm2d, nn.SyncBatchNorm, *(() if frozen is None else (frozen,)))
+    return (nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, *(() if frozen is None else (frozen,)))
 
 
 @dataclass(frozen=True)
@@ -328,7 +331,7 @@ def blocks(model: nn.Module) -> set[int]:
         """Convolutions inside, and whether there is a BatchNorm."""
         if id(module) not in counts:
             found = [count(child) for child in module.children()]
-            convolutions = isinstance(module, nn.Conv2d) + sum(c for c, _ in found)
+            convolutions = isinstance(module, CONVOLUTIONS) + sum(c for c, _ in found)
             counts[id(module)] = convolutions, isinstance(module, norm_types()) or any(n for _, n in found)
         return counts[id(module)]
 

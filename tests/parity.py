@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -74,9 +76,11 @@ def compare(
     recompute: bool = False,
     draws: int | None = None,
     device: str = "cpu",
+    fuse: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
 ) -> None:
     """Compare a converted ``build()`` (a plain float32 module) with itself unconverted, in ``dtype``, against float64, over fresh
-    ``draws`` of inputs and parameters (more of them in low precision, where rounding flips more activations).
+    ``draws`` of inputs and parameters (more of them in low precision, where rounding flips more activations). ``fuse`` makes a module
+    fused where ``fusedres.convert`` is not to.
 
     In training: output, every gradient, running statistics; else the output without gradients, by running statistics.
 
@@ -100,7 +104,7 @@ def compare(
             models = {
                 "truth": copy.deepcopy(eager_model).double(),
                 "eager": eager_model,
-                "fused": fusedres.convert(copy.deepcopy(eager_model), recompute=recompute),
+                "fused": (fuse or functools.partial(fusedres.convert, recompute=recompute))(copy.deepcopy(eager_model)),
             }
             x = torch.randn(shape).to(device, dtype)
             for name, model in models.items():
@@ -135,7 +139,7 @@ def assert_all_parity(
 def randomize(model: torch.nn.Module) -> None:
     """Fresh BatchNorm parameters and running statistics away from their initial zeros and ones."""
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 if tensor is not None and tensor.is_floating_point():
                     uniform = name in ("weight", "running_var")

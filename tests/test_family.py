@@ -257,6 +257,10 @@ PREACT: dict[str, Case] = {
 SHORTCUTS: dict[str, Case] = {
     "option-a": (lambda: OptionA(4, 8, 2), (2, 4, 5, 7)),
     "option-a-stride-1": (lambda: OptionA(4, 8, 1), (2, 4, 5, 7)),
+    "option-a-modules": (
+        lambda: BasicBlock(4, 8, 2, nn.Sequential(nn.AvgPool2d(1, 2), nn.ZeroPad3d((0, 0, 0, 0, 1, 3)))),
+        (2, 4, 5, 7),
+    ),
     "pooled": (lambda: BasicBlock(5, 7, 2, average(5, 7)), (2, 5, 6, 4)),
     "pooled-odd": (lambda: BasicBlock(5, 7, 2, average(5, 7)), (2, 5, 5, 7)),
     "pooled-floor": (lambda: BasicBlock(5, 5, 1, average(5, 5, ceil=False)[1:]), (2, 5, 5, 7)),

@@ -52,6 +52,11 @@ def cases() -> dict[str, tuple]:
         "join_backward-none": (
             map_(2, 5, 5, 7), raw, vectors(2, 5), vectors(2, 5), "none", vectors(2, 5, NAN), None, None, None, None,
         ),
+        "highway_forward": (raw, vectors(2, 5), "relu", *join[2:], map_(2, 5, 5, 7), map_(2, 5, 5, 7, fill=NAN)),
+        "highway_backward": (
+            map_(2, 5, 5, 7), raw, vectors(2, 5), vectors(2, 5), "relu", *join[2:], vectors(2, 5), map_(2, 5, 5, 7),
+            vectors(2, 5, NAN), vectors(2, 5, NAN),
+        ),
         "grad_affine": (map_(2, 5, 5, 7), raw, vectors(3, 5), map_(2, 5, 5, 7, fill=NAN)),
         "pool_forward-max": (x, vectors(2, 6), "relu", *MAX, map_(2, 6, 5, 4, fill=NAN), vectors(2, 6, NAN)),
         "pool_forward-mean": (x, vectors(2, 6), "relu", *MEAN, map_(2, 6, 4, 3, fill=NAN), None),

@@ -30,7 +30,7 @@ struct Sum {
   const void* factor;
 };
 
-constexpr int kMaxInputs = 4, kMaxConstants = 6, kMaxSums = 3;
+constexpr int kMaxInputs = 4, kMaxConstants = 6, kMaxSums = 4, kMaxMore = 2;
 
 // One pass. Which inputs, constants and sums there are, in which order, is said at the operations in passes_engine.h.
 struct PassArgs {
@@ -38,6 +38,7 @@ struct PassArgs {
   int64_t rows, channels;
   Rows in[kMaxInputs];
   Rows out;
+  Rows more[kMaxMore];  // the outputs behind the first, of operations that write several
   Constant constants[kMaxConstants];
   Sum sums[kMaxSums];
   Activation act;
@@ -59,6 +60,8 @@ struct PassKernels {
   void (*statistics)(const PassArgs&, Parallel);
   void (*join_forward)(const PassArgs&, bool affine, bool residual, bool residual_affine, Parallel);
   void (*join_backward)(const PassArgs&, bool residual, bool residual_affine, int sums, Parallel);
+  void (*highway_forward)(const PassArgs&, bool relu, Parallel);
+  void (*highway_backward)(const PassArgs&, bool relu, Parallel);
   void (*grad_affine)(const PassArgs&, bool raw, Parallel);
   void (*dgrad_epilogue)(const PassArgs&, bool sums, bool base, Parallel);
   void (*pool_forward)(const PoolArgs&, Parallel);

@@ -92,11 +92,11 @@ struct Pass {
     a.m2 = row(*stats, 2, 1, "stats");
   }
 
-  // The two sums of a BatchNorm whose xhat is by `saved`.
-  void reduce(const Tensor& sums, const OptionalTensor& saved, const char* name) {
+  // The two sums of a BatchNorm whose xhat is by `saved`, from the `first` of the pass's sums on.
+  void reduce(const Tensor& sums, const OptionalTensor& saved, const char* name, int first = 0) {
     STD_TORCH_CHECK(saved.has_value(), name, " were asked for without the saved mean and invstd");
-    a.sums[0] = {row(sums, 2, 0, name), nullptr};
-    a.sums[1] = {row(sums, 2, 1, name), row(*saved, 2, 1, "saved")};
+    a.sums[first] = {row(sums, 2, 0, name), nullptr};
+    a.sums[first + 1] = {row(sums, 2, 1, name), row(*saved, 2, 1, "saved")};
   }
 };
 
@@ -151,6 +151,44 @@ void join_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& 
   kernels().join_backward(a, residual.has_value(), residual_affine.has_value(), sum_count, parallel);
   if (residual_first != nullptr && residual_first != a.sums[0].data)
     std::memcpy(residual_first, a.sums[0].data, a.channels * (pass.accum == ScalarType::Double ? 8 : 4));
+}
+
+void highway_forward(const Tensor& raw, const OptionalTensor& affine, bool relu, const Tensor& gate, const OptionalTensor& gate_affine,
+                     const Tensor& carry, Tensor out) {
+  Pass pass(raw, "raw");
+  PassArgs& a = pass.a;
+  a.in[0] = pass.map(raw, "raw");
+  a.in[1] = pass.map(gate, "gate");
+  a.in[2] = pass.map(carry, "carry");
+  a.out = pass.map(out, "out");
+  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
+  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
+  a.constants[2] = pass.constant(gate_affine, 2, 0, 1, "gate_affine");
+  a.constants[3] = pass.constant(gate_affine, 2, 1, 0, "gate_affine");
+  kernels().highway_forward(a, relu, parallel);
+}
+
+void highway_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& affine, const OptionalTensor& saved, bool relu,
+                      const Tensor& gate, const OptionalTensor& gate_affine, const OptionalTensor& gate_saved, const Tensor& carry,
+                      Tensor dz, Tensor dgate, Tensor dcarry, const OptionalTensor& sums, const OptionalTensor& gate_sums) {
+  Pass pass(raw, "raw");
+  PassArgs& a = pass.a;
+  a.in[0] = pass.map(grad, "grad");
+  a.in[1] = pass.map(raw, "raw");
+  a.in[2] = pass.map(gate, "gate");
+  a.in[3] = pass.map(carry, "carry");
+  a.out = pass.map(dz, "dz");
+  a.more[0] = pass.map(dgate, "dgate");
+  a.more[1] = pass.map(dcarry, "dcarry");
+  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
+  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
+  a.constants[2] = pass.constant(saved, 2, 0, 0, "saved");
+  a.constants[3] = pass.constant(gate_affine, 2, 0, 1, "gate_affine");
+  a.constants[4] = pass.constant(gate_affine, 2, 1, 0, "gate_affine");
+  a.constants[5] = pass.constant(gate_saved, 2, 0, 0, "gate_saved");
+  if (sums.has_value()) pass.reduce(*sums, saved, "sums");
+  if (gate_sums.has_value()) pass.reduce(*gate_sums, gate_saved, "gate_sums", 2);
+  kernels().highway_backward(a, relu, parallel);
 }
 
 void grad_affine(const Tensor& grad, const OptionalTensor& raw, const Tensor& coeff, Tensor out) {
@@ -259,6 +297,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
   m.def(
       "join_backward(Tensor grad, Tensor raw, Tensor? affine, Tensor? saved, int act, float slope, Tensor(a!)? dz, Tensor(b!)? sums, Tensor? residual, "
       "Tensor? residual_affine, Tensor? residual_saved, Tensor(c!)? residual_sums) -> ()");
+  m.def(
+      "highway_forward(Tensor raw, Tensor? affine, bool relu, Tensor gate, Tensor? gate_affine, Tensor carry, Tensor(a!) out) -> ()");
+  m.def(
+      "highway_backward(Tensor grad, Tensor raw, Tensor? affine, Tensor? saved, bool relu, Tensor gate, Tensor? gate_affine, "
+      "Tensor? gate_saved, Tensor carry, Tensor(a!) dz, Tensor(b!) dgate, Tensor(c!) dcarry, Tensor(d!)? sums, Tensor(e!)? gate_sums) "
+      "-> ()");
   m.def("grad_affine(Tensor grad, Tensor? raw, Tensor coeff, Tensor(a!) out) -> ()");
   m.def(
       "dgrad_epilogue(Tensor da, Tensor x, Tensor? affine, Tensor? saved, int act, float slope, Tensor(a!) dx, Tensor? base, bool accumulate, "
@@ -274,6 +318,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) {
   m.impl("statistics", TORCH_BOX(&fusedres::statistics));
   m.impl("join_forward", TORCH_BOX(&fusedres::join_forward));
   m.impl("join_backward", TORCH_BOX(&fusedres::join_backward));
+  m.impl("highway_forward", TORCH_BOX(&fusedres::highway_forward));
+  m.impl("highway_backward", TORCH_BOX(&fusedres::highway_backward));
   m.impl("grad_affine", TORCH_BOX(&fusedres::grad_affine));
   m.impl("dgrad_epilogue", TORCH_BOX(&fusedres::dgrad_epilogue));
   m.impl("pool_forward", TORCH_BOX(&fusedres::pool_forward));

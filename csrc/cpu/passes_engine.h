@@ -120,6 +120,54 @@ struct JoinBackward {
   }
 };
 
+// x: raw, gate, carry. k: scale, shift, gate's scale, gate's shift.
+template <bool kRelu>
+struct HighwayForward {
+  static constexpr int kInputs = 3, kConstants = 4, kSums = 0;
+  static constexpr bool kWrites = true, kMeasures = false;
+  static constexpr Step kStep = Step::none;
+  template <class V>
+  static V apply(const V* x, const V* k, V*, V) {
+    V h = x[0] * k[0] + k[1];
+    if constexpr (kRelu) h = relu(h, V{});
+    const Sigmoid<V> t(x[1] * k[2] + k[3]);
+    return t.value * h + t.rest * x[2];
+  }
+};
+
+// x: grad, raw, gate, carry. k: scale, shift, mean, and the same of the gate. s: dz, dz * (raw - mean), dgate, dgate * (gate - its mean).
+// Writes dz, and behind it dgate and dcarry.
+template <bool kRelu>
+struct HighwayBackward {
+  static constexpr int kInputs = 4, kConstants = 6, kSums = 4;
+  static constexpr bool kWrites = true, kMeasures = false;
+  static constexpr Step kStep = Step::none;
+  template <class V>
+  static V apply(const V* x, const V* k, V* s, V, V* more) {
+    const V z = x[1] * k[0] + k[1];
+    const Sigmoid<V> t(x[2] * k[3] + k[4]);
+    V h = z, dz = x[0] * t.value;
+    if constexpr (kRelu) {
+      h = relu(z, V{});
+      dz = blocked(dz, z);
+    }
+    const V dgate = x[0] * (h - x[3]) * (t.value * t.rest);
+    s[0] += dz;
+    s[1] += dz * (x[1] - k[2]);
+    s[2] += dgate;
+    s[3] += dgate * (x[2] - k[5]);
+    more[0] = dgate;
+    more[1] = x[0] * t.rest;
+    return dz;
+  }
+};
+
+// The outputs of an operation behind the first.
+template <class Op>
+constexpr int kMore = 0;
+template <bool kRelu>
+constexpr int kMore<HighwayBackward<kRelu>> = 2;
+
 // x: grad, raw. k: p, q, r.
 template <bool kRaw>
 struct GradAffine {
@@ -414,12 +462,13 @@ struct RowPass {
   const Plan& plan;
   const Constants<A>& constants;
   const Partials& partials;
-  int64_t in_pitch[kMaxInputs], out_pitch;  // of a row of the plan
+  int64_t in_pitch[kMaxInputs], out_pitch, more_pitch[kMaxMore];  // of a row of the plan
 
   // One block of a work item: the pointers stand at its first row and lane.
   struct Block {
     const T* in[kMaxInputs];
     T* out;
+    T* more[kMaxMore];
     const A* k[kMaxConstants];
     A* sums;  // kChunk + kPad apart
   };
@@ -457,7 +506,14 @@ struct RowPass {
     load_operands<kPart>(b, r, c, n, x, k);
     if constexpr (Op::kStep != Step::none) x[Op::kInputs] = load(row.result + c);
     for (int i = 0; i < Op::kSums; ++i) s[i] = load(b.sums + i * (kChunk + kPad) + c);
-    const V y = Op::apply(x, k, s, floor);
+    V y;
+    if constexpr (kMore<Op> > 0) {
+      V more[kMore<Op>];
+      y = Op::apply(x, k, s, floor, more);
+      for (int i = 0; i < kMore<Op>; ++i) store_lanes<T, kPart>(b.more[i] + r * more_pitch[i] + c, more[i], n);
+    } else {
+      y = Op::apply(x, k, s, floor);
+    }
     if constexpr (Op::kWrites) store_lanes<T, kPart>(b.out + r * out_pitch + c, y, n);
     for (int i = 0; i < Op::kSums; ++i) store(b.sums + i * (kChunk + kPad) + c, s[i]);
   }
@@ -482,6 +538,7 @@ struct RowPass {
         Block b;
         for (int i = 0; i < Op::kInputs; ++i) b.in[i] = row<T>(a.in[i], start + r, plan.fold) + from;
         b.out = Op::kWrites ? row<T>(a.out, start + r, plan.fold) + from : nullptr;
+        for (int i = 0; i < kMore<Op>; ++i) b.more[i] = row<T>(a.more[i], start + r, plan.fold) + from;
         for (int i = 0; i < Op::kConstants; ++i) b.k[i] = constants.at(i) + from;
         b.sums = sums;
         std::memset(sums, 0, sizeof(sums));
@@ -513,11 +570,13 @@ void run_rows(const PassArgs& a, Parallel parallel) {
   bool dense = a.measured.data == nullptr || a.measured.pitch == a.channels;
   for (int i = 0; i < Op::kInputs; ++i) dense = dense && a.in[i].pitch == a.channels;
   if (Op::kWrites) dense = dense && a.out.pitch == a.channels;
+  for (int i = 0; i < kMore<Op>; ++i) dense = dense && a.more[i].pitch == a.channels;
   const Plan plan = plan_of(a.rows, a.channels, dense ? fold_of(a.channels) : 1, 2 * kMostBlockRows);
   const Constants<A> constants = gather_constants<A>(plan, a.constants, Op::kConstants);
   const Partials partials = new_partials(plan, Op::kSums + (a.measured.data != nullptr ? 2 : 0));
-  RowPass<Op, T> pass{a, plan, constants, partials, {}, a.out.pitch * plan.fold};
+  RowPass<Op, T> pass{a, plan, constants, partials, {}, a.out.pitch * plan.fold, {}};
   for (int i = 0; i < Op::kInputs; ++i) pass.in_pitch[i] = a.in[i].pitch * plan.fold;
+  for (int i = 0; i < kMore<Op>; ++i) pass.more_pitch[i] = a.more[i].pitch * plan.fold;
   distribute(a.rows * a.channels, plan.all_tiles() * plan.chunks, RowPass<Op, T>::body, &pass, parallel);
   merge<A>(a, plan, partials, Op::kSums, parallel);
   std::free(partials.storage);
@@ -840,6 +899,16 @@ void join_backward(const PassArgs& a, bool residual, bool residual_affine, int s
   else join_backward_of<Mask::relu, Residual::plain>(a, sums, parallel);
 }
 
+void highway_forward(const PassArgs& a, bool relu, Parallel parallel) {
+  if (relu) run<HighwayForward<true>>(a, parallel);
+  else run<HighwayForward<false>>(a, parallel);
+}
+
+void highway_backward(const PassArgs& a, bool relu, Parallel parallel) {
+  if (relu) run<HighwayBackward<true>>(a, parallel);
+  else run<HighwayBackward<false>>(a, parallel);
+}
+
 void grad_affine(const PassArgs& a, bool raw, Parallel parallel) {
   if (raw) run<GradAffine<true>>(a, parallel);
   else run<GradAffine<false>>(a, parallel);
@@ -877,7 +946,8 @@ void pool_backward(const PoolArgs& a, bool sums, bool write, Parallel parallel) 
   }
 }
 
-constexpr PassKernels kernels = {statistics, join_forward, join_backward, grad_affine, dgrad_epilogue, pool_forward, pool_backward};
+constexpr PassKernels kernels = {statistics,  join_forward,   join_backward, highway_forward, highway_backward,
+                                 grad_affine, dgrad_epilogue, pool_forward,  pool_backward};
 
 }  // namespace
 }  // namespace FUSEDRES_CAPABILITY

@@ -51,6 +51,8 @@ if _C is not None:
     _statistics = _ops.statistics.default
     _join_forward = _ops.join_forward.default
     _join_backward = _ops.join_backward.default
+    _highway_forward = _ops.highway_forward.default
+    _highway_backward = _ops.highway_backward.default
     _grad_affine = _ops.grad_affine.default
     _dgrad_epilogue = _ops.dgrad_epilogue.default
     _pool_forward = _ops.pool_forward.default
@@ -61,7 +63,7 @@ if _C is not None:
     # every operator only writes into its arguments: for tracing there is nothing to infer
     for _name in (
         "statistics", "join_forward", "join_backward", "grad_affine", "dgrad_epilogue", "pool_forward", "pool_backward",
-        "bn_coefficients", "bn_frozen", "bn_backward", "conv_forward", "conv_dgrad", "conv_wgrad",
+        "bn_coefficients", "bn_frozen", "bn_backward", "conv_forward", "conv_dgrad", "conv_wgrad", "highway_forward", "highway_backward",
     ):  # fmt: skip
         torch.library.register_fake(f"fusedres_cpp::{_name}", lambda *args: None)
 
@@ -144,6 +146,51 @@ def join_backward(
             grad, raw, affine, saved, *parse(act).code, dz, sums, residual, residual_affine, residual_saved, residual_sums
         )  # fmt: skip
     return grad if dz is None else dz
+
+
+def _is_relu(act: str) -> bool:
+    if act not in ("none", "relu"):
+        raise ValueError(f"a highway's pass knows the activations 'none' and 'relu', found {act!r}")
+    return act == "relu"
+
+
+def highway_forward(
+    raw: Tensor,
+    affine: Tensor | None,
+    act: str,
+    gate: Tensor,
+    gate_affine: Tensor | None,
+    carry: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See :func:`fusedres.backends.eager.highway_forward`."""
+    if out is None:
+        out = _like(raw)
+    _highway_forward(raw, affine, _is_relu(act), gate, gate_affine, carry, out)
+    return out
+
+
+def highway_backward(
+    grad: Tensor,
+    raw: Tensor,
+    affine: Tensor | None,
+    saved: Tensor | None,
+    act: str,
+    gate: Tensor,
+    gate_affine: Tensor | None,
+    gate_saved: Tensor | None,
+    carry: Tensor,
+    *,
+    sums: Tensor | None = None,
+    gate_sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fusedres.backends.eager.highway_backward`."""
+    written = _like(raw), _like(raw), _like(raw)
+    _highway_backward(
+        grad, raw, affine, saved, _is_relu(act), gate, gate_affine, gate_saved, carry, *written, sums, gate_sums
+    )
+    return written
 
 
 def grad_affine(grad: Tensor, raw: Tensor | None, coeff: Tensor, *, out: Tensor | None = None) -> Tensor:

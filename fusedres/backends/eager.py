@@ -258,6 +258,52 @@ def join_backward(
     return grad if act == "none" else _deliver(dz, None, raw)
 
 
+def highway_forward(
+    raw: Tensor,
+    affine: Tensor | None,
+    act: str,
+    gate: Tensor,
+    gate_affine: Tensor | None,
+    carry: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``out = t * act(affine(raw)) + (1 - t) * carry`` with the transform gate ``t = sigmoid(gate_affine(gate))`` (Srivastava et al. 2015,
+    arXiv 1505.00387), one pass. Reads raw, gate and carry, writes out: four maps."""
+    t = torch.sigmoid(_activate(gate, gate_affine, "none"))
+    return _deliver(t * _activate(raw, affine, act) + (1 - t) * carry, out, raw)
+
+
+def highway_backward(
+    grad: Tensor,
+    raw: Tensor,
+    affine: Tensor | None,
+    saved: Tensor | None,
+    act: str,
+    gate: Tensor,
+    gate_affine: Tensor | None,
+    gate_saved: Tensor | None,
+    carry: Tensor,
+    *,
+    sums: Tensor | None = None,
+    gate_sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dz, dgate, dcarry)``, the gradients of affine(raw), of gate_affine(gate) and of carry by :func:`highway_forward`, one pass.
+
+    Everything is rebuilt from the operands: the output is not needed. ``sums`` are of dz, with xhat of raw by ``saved``, ``gate_sums`` of
+    dgate, with xhat of gate by ``gate_saved``. Reads grad, raw, gate and carry, writes the three: seven maps.
+    """
+    g, z = grad.to(accum_dtype(raw.dtype)), _activate(raw, affine, "none")
+    t = torch.sigmoid(_activate(gate, gate_affine, "none"))
+    dz = activations.gradient(g * t, z, act)
+    dgate = g * (_activate(raw, affine, act) - carry) * (t * (1 - t))
+    if sums is not None:
+        _write_sums(dz, raw, saved, sums)
+    if gate_sums is not None:
+        _write_sums(dgate, gate, gate_saved, gate_sums)
+    return _deliver(dz, None, raw), _deliver(dgate, None, raw), _deliver(g * (1 - t), None, raw)
+
+
 def grad_affine(grad: Tensor, raw: Tensor | None, coeff: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``p * grad + q * raw + r`` (q taken as zero without raw). ``out`` may be ``grad``. Reads both, writes one."""
     g = grad.to(coeff.dtype) * channel_view(coeff[0], grad) + channel_view(coeff[2], grad)

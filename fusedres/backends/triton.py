@@ -20,6 +20,7 @@ from ..kernels import conv_wgrad as _wgrad
 from ..kernels.batchnorm import bn_backward, bn_coefficients, bn_frozen
 from ..kernels.conv_forward import ConvConfig
 from ..kernels.helpers import INTERPRETED, meant, pitch, pitch_or_zero
+from ..kernels.highway import highway_backward, highway_forward
 from ..kernels.join import dgrad_epilogue, grad_affine, join_backward, join_forward, statistics
 from ..kernels.pool import pool_backward, pool_forward
 from ..kernels.reduce import Reduction
@@ -28,8 +29,8 @@ from . import vendor
 
 __all__ = [
     "bn_backward", "bn_coefficients", "bn_frozen", "conv_backward", "conv_forward", "dgrad_epilogue", "grad_affine",
-    "backward_problems", "forward_problem", "join_backward", "join_forward", "name", "new_reduction", "pool_backward", "pool_forward",
-    "statistics", "supports", "use_plan",
+    "backward_problems", "forward_problem", "highway_backward", "highway_forward", "join_backward", "join_forward", "name", "new_reduction",
+    "pool_backward", "pool_forward", "statistics", "supports", "use_plan",
 ]  # fmt: skip
 
 name = "triton"

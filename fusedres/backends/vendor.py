@@ -57,6 +57,30 @@ def conv_backward(
     )
 
 
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def format_of(dims: int) -> torch.memory_format:
+    """The memory format of maps of so many dimensions."""
+    return _FORMATS.get(dims, torch.contiguous_format)
+
+
 def as_map(x: Tensor) -> Tensor:
-    """``x`` in channels_last (itself where it is already)."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    """``x`` in channels_last (itself where it is already, or is a channel slice of a map)."""
+    return x if is_slice(x) else x.contiguous(memory_format=format_of(x.dim()))
+
+
+def is_slice(x: Tensor) -> bool:
+    """Whether ``x`` is a channel slice of a wider map: rows of channels side by side, one pitch apart."""
+    if x.dim() not in _FORMATS or x.stride(1) != 1:
+        return False
+    pitch = None
+    rows = 1
+    # from the fastest dimension to the slowest; the stride of a dimension of size 1 says nothing
+    for size, stride in zip((x.shape[0], *x.shape[2:])[::-1], (x.stride(0), *x.stride()[2:])[::-1], strict=True):
+        if size > 1:
+            pitch = stride if pitch is None else pitch
+            if stride != rows * pitch:
+                return False
+        rows *= size
+    return pitch is not None and pitch > x.shape[1]

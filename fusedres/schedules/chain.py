@@ -2,11 +2,12 @@
 
     a_0 = act_0(BN_0(x)) | x,  raw_i = conv_i(a_{i-1}),  a_i = act_i(BN_i(raw_i))
     y   = act(BN_n(raw_n) + shortcut) | act(raw_n + shortcut),  shortcut = x | BN_d(conv_d(pool(x or a_0))) | ... | nothing
+    y   = t * a_n + (1 - t) * x,  t = sigmoid(BN_d(conv_d(x))): a highway
 
 One schedule for the basic block (2 units), the bottleneck (3), the plain conv-BN-act (1), the stem (1 and a max pool), for their
 pre-activation forms (BN_0 in front, nothing behind the last convolution) and, without units, for the join alone or BN-act alone: what is
 left where a block is split around a module that no schedule knows. He et al. 2015 (arXiv 1512.03385), figures 2 and 5; He et al. 2016
-(arXiv 1603.05027), figure 1b.
+(arXiv 1603.05027), figure 1b; the highway: Srivastava et al. 2015 (arXiv 1505.00387).
 
 Kept for backward: x, every raw that a BatchNorm reads, and C-sized vectors; the join's derivative comes from its operands, so that y is not
 kept. With ``recompute`` the raws of 1x1 convolutions are not kept either: backward runs those convolutions again, from what is kept,
@@ -79,12 +80,13 @@ class Subsample:
 class Shortcut:
     """What is added at the join: a mean pool, then a subsampling, then a convolution with or without BatchNorm, of the block's input;
     what is None is left out, so that ``Shortcut()`` is the identity. ``activated``: of a_0 instead, which wants ``unit`` and no
-    ``subsample``."""
+    ``subsample``. ``gated``: not added; ``unit`` (and nothing else) is the gate of a highway, whose carry is the block's input."""
 
     pool: Pool | None = None
     subsample: Subsample | None = None
     unit: Unit | None = None
     activated: bool = False
+    gated: bool = False
 
     def pooled(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape behind ``pool``."""
@@ -103,8 +105,8 @@ class Shortcut:
 class Chain:
     """A residual chain. Only the last unit may lack its BatchNorm; ``pool`` (max) wants one unit, no ``first`` and no shortcut.
 
-    ``act`` is the activation of the join; the last unit's own is then ``"none"``. Without a shortcut the last unit's activation is the
-    chain's and ``act`` is ``"none"``.
+    ``act`` is the activation of the join; the last unit's own is then ``"none"``. Without a shortcut, or with a gated one, the last
+    unit's activation is the chain's and ``act`` is ``"none"``.
     """
 
     units: tuple[Unit, ...]
@@ -120,6 +122,11 @@ class Chain:
         return None if self.shortcut is None else self.shortcut.unit
 
     @functools.cached_property
+    def gated(self) -> bool:
+        """Whether the join is a highway's."""
+        return self.shortcut is not None and self.shortcut.gated
+
+    @functools.cached_property
     def norms(self) -> tuple[Norm | None, ...]:
         """The BatchNorm behind the input, then those behind the units."""
         return (self.first, *(unit.norm for unit in self.units))
@@ -133,12 +140,12 @@ class Chain:
     @functools.cached_property
     def in_epilogue(self) -> bool:
         """Whether the join is the last convolution's epilogue: nothing but a sum follows it."""
-        return bool(self.units) and self.units[-1].norm is None and self.act == "none"
+        return bool(self.units) and self.units[-1].norm is None and self.act == "none" and not self.gated
 
     @functools.cached_property
     def measures(self) -> bool:
         """Whether the statistics of the output are reduced where it is written: another pre-activation block follows, most likely."""
-        return self.first is not None and self.first.training and self.shortcut is not None
+        return self.first is not None and self.first.training and self.shortcut is not None and not self.gated
 
     @functools.cached_property
     def all_units(self) -> tuple[Unit, ...]:
@@ -149,6 +156,12 @@ class Chain:
     def recomputing(self) -> Chain:
         """The same with ``recompute``."""
         return replace(self, recompute=True)
+
+    def out_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the output for an input of ``shape``."""
+        for unit in self.units:
+            shape = unit.conv.out_shape(shape)
+        return tuple(shape) if self.pool is None else self.pool.out_shape(shape)
 
     def behind(self, i: int) -> str:
         """The activation behind map ``i`` (0: the input, i: unit i's output)."""
@@ -174,24 +187,30 @@ class Chain:
 
 
 def run(
-    backend, chain: Chain, x: Tensor, source: Tensor | None = None, stats: Tensor | None = None
+    backend,
+    chain: Chain,
+    x: Tensor,
+    source: Tensor | None = None,
+    stats: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``(y, its statistics where the chain measures them)`` for the map ``x``; differentiable where gradients are asked for.
 
-    ``source`` is what the shortcut reads where it is not x; ``stats`` are x's statistics where its writer has reduced them already.
+    ``source`` is what the shortcut reads where it is not x; ``stats`` are x's statistics where its writer has reduced them already;
+    ``out`` is the map, or channel slice of one, that y is written into.
     """
     # out here, so that what the Function keeps are its inputs, which double backward differentiates
     x, source = as_map(x), None if source is None else as_map(source)
     tensors = chain.tensors
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, source, *tensors)):
-        return ChainFunction.apply(backend, chain, stats, x, source, *tensors)
+        return ChainFunction.apply(backend, chain, stats, (out,), x, source, *tensors)
     if any(norm.training for norm in chain.all_norms):
-        state = _forward(backend, chain, x, source, stats)
+        state = _forward(backend, chain, x, source, stats, out)
         return state.y, state.stats
-    return infer(backend, chain, x, source), None
+    return infer(backend, chain, x, source, out), None
 
 
-def infer(backend, chain: Chain, x: Tensor, source: Tensor | None = None) -> Tensor:
+def infer(backend, chain: Chain, x: Tensor, source: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """The chain by running statistics: each convolution with its affine, activation and join in one epilogue."""
 
     def affine_of(norm: Norm | None) -> Tensor | None:
@@ -210,18 +229,24 @@ def infer(backend, chain: Chain, x: Tensor, source: Tensor | None = None) -> Ten
     h = x
     for i, unit in enumerate(chain.units, 1):
         conv = unit.conv
-        joins = i == len(chain.units) and residual is not None
+        last = i == len(chain.units) and not chain.gated
+        joins = last and residual is not None
         h = backend.conv_forward(
             h, affine, act, conv.weight, conv.bias, conv.geometry,
+            out=out if last and chain.pool is None else None,
             out_affine=affine_of(unit.norm),
             residual=residual if joins else None,
             residual_affine=residual_affine if joins else None,
             out_act=chain.act if joins else chain.behind(i),
         )  # fmt: skip
         affine, act = None, "none"
+    if chain.gated:
+        carry = x if source is None else source
+        return backend.highway_forward(h, affine, act, residual, residual_affine, carry, out=out)
     if not chain.units:
-        h = backend.join_forward(h, affine, residual, residual_affine, act if residual is None else chain.act)
-    return h if chain.pool is None else backend.pool_forward(h, None, "none", chain.pool)[0]
+        act = act if residual is None else chain.act
+        h = backend.join_forward(h, affine, residual, residual_affine, act, out=out)
+    return h if chain.pool is None else backend.pool_forward(h, None, "none", chain.pool, out=out)[0]
 
 
 @dataclass
@@ -244,7 +269,9 @@ def _conv_bn(backend, unit: Unit, x: Tensor, affine: Tensor | None, act: str):
     return raw, *((None, None) if norm is None else coefficients(backend, norm, stats, raw))
 
 
-def _forward(backend, chain: Chain, x: Tensor, source: Tensor | None, stats: Tensor | None) -> _State:
+def _forward(
+    backend, chain: Chain, x: Tensor, source: Tensor | None, stats: Tensor | None, out: Tensor | None
+) -> _State:
     first, shortcut, n = chain.first, chain.shortcut, len(chain.units)
     affine = saved = None
     if first is not None:
@@ -269,32 +296,37 @@ def _forward(backend, chain: Chain, x: Tensor, source: Tensor | None, stats: Ten
     if chain.measures:
         state.stats = channel_empty(2, chain.units[-1].conv.weight.shape[0] if n else x.shape[1], x)
     if chain.pool is not None:
-        state.y, state.index = backend.pool_forward(h, affine, act, chain.pool)
+        state.y, state.index = backend.pool_forward(h, affine, act, chain.pool, out=out)
+    elif chain.gated:
+        carry = x if source is None else source
+        state.y = backend.highway_forward(h, affine, act, residual, residual_affine, carry, out=out)
     elif chain.in_epilogue:
         conv = chain.units[-1].conv
         state.y = backend.conv_forward(
-            h, affine, act, conv.weight, conv.bias, conv.geometry, stats=state.stats, residual=residual,
+            h, affine, act, conv.weight, conv.bias, conv.geometry, out=out, stats=state.stats, residual=residual,
             residual_affine=residual_affine,
         )  # fmt: skip
         for values in (state.maps, state.affines, state.saveds):
             values.append(None)  # only the sum exists, and nobody needs it
     else:
         act = act if shortcut is None else chain.act
-        state.y = backend.join_forward(h, affine, residual, residual_affine, act, stats=state.stats)
+        state.y = backend.join_forward(h, affine, residual, residual_affine, act, out=out, stats=state.stats)
     return state
 
 
 class ChainFunction(torch.autograd.Function):
-    """``apply(backend, chain, stats, x, source, *chain.tensors) -> (y, stats of y)`` for maps; stats are not differentiable."""
+    """``apply(backend, chain, stats, (out,), x, source, *chain.tensors) -> (y, stats of y)`` for maps; stats are not differentiable.
+    ``out`` is packed so that autograd takes it for an output alone."""
 
     @staticmethod
-    def forward(ctx, backend, chain, stats, x, source, *tensors):
-        state = _forward(backend, chain, x, source, stats)
+    def forward(ctx, backend, chain, stats, held, x, source, *tensors):
+        state = _forward(backend, chain, x, source, stats, *held)
         ctx.backend, ctx.chain = backend, chain
         ctx.set_materialize_grads(False)
         maps = [None if chain.cheap(i) else raw for i, raw in enumerate(state.maps)]
         raw, *behind = state.side
-        if raw is not None and (chain.cheap(len(maps)) or (chain.act == "none" and behind[0] is None)):
+        unread = chain.act == "none" and behind[0] is None and not chain.gated
+        if raw is not None and (chain.cheap(len(maps)) or unread):
             raw = None  # recomputed, or read by no activation and no BatchNorm
         ctx.save_for_backward(source, state.index, *maps, *state.affines, *state.saveds, raw, *behind, *tensors)
         if state.stats is not None:
@@ -312,9 +344,9 @@ class ChainFunction(torch.autograd.Function):
         side, tensors = rest[3 * rows : 3 * rows + 3], rest[3 * rows + 3 :]
         if replays():
             found = double_backward(backend, lambda *t: reference(chain, *t), (maps[0], source, *tensors), grad)
-            return None, None, None, *found
-        step = _Backward(backend, chain, source, index, maps, affines, saveds, side, tensors, ctx.needs_input_grad[3:])
-        return None, None, None, *step.run(as_map(grad))
+            return None, None, None, None, *found
+        step = _Backward(backend, chain, source, index, maps, affines, saveds, side, tensors, ctx.needs_input_grad[4:])
+        return None, None, None, None, *step.run(as_map(grad))
 
 
 class _Backward:
@@ -330,7 +362,7 @@ class _Backward:
         self.tensors, self.grads = tensors, [None] * len(tensors)
         self.sums: dict[int, Tensor] = {}
         self.coeffs: dict[int, Tensor] = {}
-        self.read = self.side_sums = None
+        self.read = self.side_sums = self.dgate = self.carry = None
 
     def room(self, i: int) -> Tensor | None:
         """Room for the sums of the BatchNorm behind map i, None where there is none."""
@@ -410,7 +442,12 @@ class _Backward:
             return backend.pool_backward(*args, coeff=self.coeffs[n]), False
         sums, side_sums = self.room(n), self.room(side)
         dz, shortcut = grad, chain.shortcut
-        if not chain.in_epilogue:
+        if chain.gated:
+            dz, self.dgate, self.carry = backend.highway_backward(
+                grad, self.raw(n), self.affines[n], self.saveds[n], chain.behind(n), self.raw(side), self.affines[side],
+                self.saveds[side], self.root, sums=sums, gate_sums=side_sums,
+            )  # fmt: skip
+        elif not chain.in_epilogue:
             residual, act = None, chain.behind(n) if shortcut is None else chain.act
             if shortcut is not None and (act != "none" or side_sums is not None):
                 residual = self.operand(side)[0] if shortcut.unit is None else self.raw(side)
@@ -420,7 +457,7 @@ class _Backward:
                 residual_affine=self.affines[side], residual_saved=self.saveds[side] if together else None,
                 residual_sums=side_sums if together else None,
             )  # fmt: skip
-        if side_sums is not None and sums is None:
+        if side_sums is not None and sums is None and not chain.gated:
             backend.join_backward(dz, self.raw(side), self.affines[side], self.saveds[side], "none", sums=side_sums)
         # the shortcut's first: the order of collectives is that of autograd, the reverse of the forward's
         if side_sums is not None:
@@ -445,9 +482,13 @@ class _Backward:
             need = need or any(self.need[:2])
             sums = channel_empty(2, affine.shape[1], dz) if need else None
         self.side_sums = sums
-        g = dz
+        g, target = dz, {}
+        if shortcut.gated:
+            # the gate's input gradient gathers in the carry's
+            g, self.dgate, target = self.dgate, None, {"dx": self.carry, "accumulate": True} if need else {}
+        elif sums is not None and shortcut.pool is None:
+            target = {"sums": sums, "scaled": True}
         if shortcut.unit is not None:
-            target = {"sums": sums, "scaled": True} if sums is not None and shortcut.pool is None else {}
             g = self.conv(side, g, self.norms[side] is not None, need, **target)
         if not need:
             return None
@@ -522,5 +563,9 @@ def reference(chain: Chain, x: Tensor, source: Tensor | None, *tensors: Tensor |
             s = shortcut.subsample.forward(s)
         if shortcut.unit is not None:
             s = apply(shortcut.unit, len(chain.units), s)
-        h = activations.value(h + s, chain.act)
+        if shortcut.gated:
+            gate = torch.sigmoid(s)
+            h = gate * h + (1 - gate) * (x if source is None else source)
+        else:
+            h = activations.value(h + s, chain.act)
     return h if chain.pool is None else F.max_pool2d(h, chain.pool.kernel, chain.pool.stride, chain.pool.padding)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import activations
 from ..backends import eager
 from ..backends.eager import Geometry, Pool, accum_dtype
-from ..backends.vendor import as_map
+from ..backends.vendor import as_map, format_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,9 +88,9 @@ def channel_empty(rows: int, channels: int, like: Tensor) -> Tensor:
     return torch.empty(rows, channels, dtype=accum_dtype(like.dtype), device=like.device)
 
 
-def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised channels_last map."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last map, in the dtype of ``like`` where none is given."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(len(shape)))
 
 
 def reduction(backend, norm: Norm, channels: int, like: Tensor):

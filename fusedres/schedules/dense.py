@@ -20,6 +20,8 @@ layer reads. Kept for backward: the buffer and each bottleneck's raw output, onc
 With ``recompute`` the bottleneck outputs are not kept: backward runs the 1x1 convolutions again, from the buffer, without statistics, and
 the peak is C_L + C_{L-1} + max(2 max_l m_l, C_0). The extension's float32 convolutions hold to this to the byte; those of the vendor's
 library add their own maps.
+
+In three dimensions the same (:mod:`fusedres.backends.volume`): all but the 3x3x3 convolutions sees rows, and those are the vendor's.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.volume import for_maps
 from .common import (
     Conv,
     Norm,
@@ -82,6 +85,7 @@ PER_LAYER = 8
 
 def run(backend, layers: tuple[Layer, ...], x: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor | None]:
     """``(X, stats)``: the concatenation of x and every layer's output, and its per-channel statistics where a layer is in training."""
+    backend = for_maps(backend, x.dim())
     tensors = [t for layer in layers for t in layer.tensors]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return DenseFunction.apply(backend, layers, recompute, x, *tensors)
