@@ -54,7 +54,9 @@ class Part:
             except Unsupported as reason:
                 self._known = self._known or str(reason)
                 raise
-            norms = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]  # a frozen one has no state
+            norms = [
+                norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            ]  # a frozen one has no state
             known = description, _counters(norms), list(instances(description, Tensor))
             # a cast weight is another one in each step, and so is the momentum of a cumulative average; process groups come and go
             if dtype is None and not any(n.momentum is None or isinstance(n, nn.SyncBatchNorm) for n in norms):

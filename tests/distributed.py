@@ -255,5 +255,3 @@ def wrapped(rank: int, world: int, name: str) -> dict:
     reverted = fusedres.revert(model)
     kinds = [type(m).__name__ for m in reverted.modules() if getattr(type(m), "_fusedres_converted", False)]
     return {"losses": found / world, "outcomes": outcomes, "left": kinds}
-
-

@@ -23,7 +23,10 @@ TWO = [f"{block}/uneven" for block in distributed.SYNCHRONISED] + [
     "bottleneck/uneven/cumulative",
 ]  # fmt: skip
 FOUR = [f"{block}/four" for block in distributed.SYNCHRONISED] + ["basic/four/hook-in-one", "dense/four/recompute"]
-WRAPPED = [f"{way}/{normalise}" for way in distributed.WRAPPED for normalise in ("sync", "eval")]
+# torch's DistributedDataParallel refuses a SyncBatchNorm on CPU
+WRAPPED = [f"{way}/eval" for way in distributed.WRAPPED] + [
+    f"{way}/sync" for way in distributed.WRAPPED if not way.startswith("ddp")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [(7, 5, 9), (0, 6, 3), (4, 0, 0)], ids=["all", "first-empty", "one"])
@@ -34,7 +37,9 @@ def test_gathered_statistics_keep_their_digits_beside_a_large_mean(rows, monkeyp
         mean = part.mean(0)  # of no rows: NaN
         found.append(torch.cat([mean, (part - mean).square().sum(0), torch.tensor([float(len(part))])]))
     monkeypatch.setattr(common.dist, "get_world_size", lambda group: len(rows))
-    monkeypatch.setattr(common.dist, "all_gather", lambda out, own, group: [o.copy_(f) for o, f in zip(out, found)])
+    monkeypatch.setattr(
+        common.dist, "all_gather", lambda out, own, group: [o.copy_(f) for o, f in zip(out, found, strict=True)]
+    )
     (mean, m2), total = common.gathered(found[0][:-1].view(2, 4), rows[0], None)
     truth = maps.float().double()
     assert total == sum(rows)

@@ -234,9 +234,13 @@ def functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def replays() -> bool:
-    """Whether a backward that runs now has to be plain PyTorch: it is differentiated itself, or batched (``is_grads_batched=True``)."""
-    return torch.is_grad_enabled() or functorch_active()
+def _batched(grad: Tensor) -> bool:
+    return functorch_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def replays(grad: Tensor) -> bool:
+    """Whether a backward has to be plain PyTorch: it is differentiated itself, or batched (``is_grads_batched=True``, vmap)."""
+    return torch.is_grad_enabled() or _batched(grad)
 
 
 def double_backward(backend, reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor):
@@ -246,7 +250,7 @@ def double_backward(backend, reference: Callable[..., Tensor], inputs: Sequence[
     Only the eager backend offers it: the block is replayed in plain PyTorch. Raises RuntimeError on the others.
     """
     if backend.name != "eager":
-        how = "batched (is_grads_batched=True, vmap)" if functorch_active() else "differentiated with create_graph=True"
+        how = "batched (is_grads_batched=True, vmap)" if _batched(grad) else "differentiated with create_graph=True"
         raise RuntimeError(
             f"fusedres: the backward of a block that ran on the {backend.name!r} backend was {how}, which a fused backward cannot be. "
             'Run the forward under fusedres.use_backend("eager"), which supports it.'

@@ -162,7 +162,7 @@ class DenseFunction(torch.autograd.Function):
         kept, tensors = rest[: 5 * len(layers)], rest[5 * len(layers) :]
         total = buffer.shape[1]
         first = total - sum(layer.growth for layer in layers)
-        if replays():
+        if replays(grad):
             return None, None, None, *double_backward(backend, lambda *t: reference(layers, *t), (x, *tensors), grad)
 
         grad = as_map(grad)
@@ -216,9 +216,7 @@ class DenseFunction(torch.autograd.Function):
                 conv1.geometry, need_dw=wanted[2], sums=sums1, scaled=True, dx=gathered[:, :start],
                 base=grad[:, :start] if topmost else None, accumulate=not topmost,
             )  # fmt: skip
-            norm_backward(
-                backend, layer.norm1, sums1, rows, tensors[at], saved1, coeff[:, :start], accumulate=True
-            )
+            norm_backward(backend, layer.norm1, sums1, rows, tensors[at], saved1, coeff[:, :start], accumulate=True)
             grads[at] = gradient_of(sums1, 1, tensors[at], wanted[0])
             grads[at + 1] = gradient_of(sums1, 0, tensors[at + 1], wanted[1])
             del mid, grad1, raw1  # before the next layer's come to life
