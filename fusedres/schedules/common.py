@@ -121,17 +121,16 @@ def gathered(stats: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Ten
     """``(stats, rows)`` of the maps of all processes of ``group`` together, each with its own number of ``rows``, some with none; the same
     bits in every process, because each merges the same numbers in the same order.
 
-    Chan's formula, around the mean of one process that has rows, so that large means cost no digits.
+    Chan's formula, around the mean of the process with the most rows, so that large means cost no digits.
     """
-    own = torch.cat([stats.flatten(), stats.new_tensor([rows])])
+    own = torch.cat([stats.flatten(), stats.new_full((1,), rows)])
     found = own.new_empty(dist.get_world_size(group), own.numel())
     dist.all_gather(list(found.unbind()), own, group)
     rows_of = found[:, -1:]
-    present = rows_of > 0
     # the moments of no rows are NaN
-    means, m2s = torch.where(present, found[:, :-1], 0.0).unflatten(1, stats.shape).unbind(1)
+    means, m2s = torch.where(rows_of > 0, found[:, :-1], 0.0).unflatten(1, stats.shape).unbind(1)
     total = rows_of.sum()
-    about = means[present.to(torch.uint8).argmax()]
+    about = means.index_select(0, rows_of.argmax(0))[0]
     mean = about + (rows_of * (means - about)).sum(0) / total
     return torch.stack([mean, (m2s + rows_of * (means - mean).square()).sum(0)]), total
 
@@ -151,7 +150,7 @@ def norm_backward(
     if norm.group is None:
         backend.bn_backward(sums, rows, weight, saved, norm.training, coeff, accumulate)
         return
-    total = torch.cat([sums.flatten(), sums.new_tensor([rows])])
+    total = torch.cat([sums.flatten(), sums.new_full((1,), rows)])
     dist.all_reduce(total, group=norm.group)
     # means instead of sums, over one row: the number of all rows is known on the device alone
     means = (total[:-1] / total[-1]).view_as(sums)
