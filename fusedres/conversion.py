@@ -164,13 +164,13 @@ def convert(model: nn.Module, *, recompute: bool = False) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert expects a torch.nn.Module, found {type(model).__name__}")
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:  # inside of blocks as well, for when those run their original modules
+            module.__class__ = fused_class(FusedSyncNorm.kind, nn.SyncBatchNorm)
     for _, module, kind in list(_candidates(model, read=True)):
         if not isinstance(module, FusedBlock):
             module.__class__ = fused_class(kind, type(module))
         module._fusedres_recompute = recompute
-    for module in model.modules():
-        if type(module) is nn.SyncBatchNorm:  # inside of blocks as well, for when those run their original modules
-            module.__class__ = fused_class(FusedSyncNorm.kind, nn.SyncBatchNorm)
     return model
 
 

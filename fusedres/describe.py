@@ -83,17 +83,10 @@ def conv(module: nn.Module, dtype: torch.dtype | None, *types: type[nn.Module]) 
         if any(r % 2 for r in reach):
             raise Unsupported("padding 'same' that is wider on one side")
         padding = tuple(r // 2 for r in reach)
-    weight, bias = _ordinary(module.weight), _ordinary(module.bias)
+    weight, bias = module.weight, module.bias
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return Conv(weight, bias, Geometry(module.stride, padding, module.dilation, module.groups))
-
-
-def _ordinary(tensor: Tensor | None) -> Tensor | None:
-    """``tensor``, if kernels can read it: a subclass (a DTensor, a quantised weight) holds its values elsewhere."""
-    if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
-        raise Unsupported(f"a weight is a {type(tensor).__name__}")
-    return tensor
 
 
 def norm(module: nn.Module, act: str) -> Norm:
@@ -111,7 +104,7 @@ def norm(module: nn.Module, act: str) -> Norm:
 
 
 def _norm(module: nn.Module, act: str) -> Norm:
-    weight, bias = _ordinary(module.weight), _ordinary(module.bias)
+    weight, bias = module.weight, module.bias
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):  # torchvision's frozen one: buffers in every mode
         return Norm(weight, bias, module.running_mean, module.running_var, False, 0.0, module.eps, act, promotes=True)
     training = module.training or (module.running_mean is None and module.running_var is None)
@@ -671,8 +664,16 @@ def check_map(x: Tensor, dtype: torch.dtype, description: object, dims: int = 4)
         raise Unsupported(f"its input is {x.dtype}, its weights {dtype}")
 
 
+def _check_ordinary(*tensors: Tensor | None) -> None:
+    """Check that kernels can read weights: a subclass (a DTensor between two uses, a quantised weight) holds its values elsewhere."""
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
+            raise Unsupported(f"a weight is a {type(tensor).__name__}")
+
+
 def check_conv(c: Conv, shape: tuple[int, ...], like: Tensor) -> tuple[int, ...]:
     """Check ``c`` against its input; returns the shape of its output. Whatever is wrong, the original modules raise it."""
+    _check_ordinary(c.weight, c.bias)
     if c.weight.device != like.device or c.weight.dtype != like.dtype:
         raise Unsupported(f"its input is {like.dtype} on {like.device}, a weight {c.weight.dtype} on {c.weight.device}")
     if shape[1] != c.weight.shape[1] * c.geometry.groups:
@@ -689,6 +690,7 @@ def check_norm(n: Norm, shape: tuple[int, ...], like: Tensor) -> None:
     """Check ``n`` against its input. One value per channel in training, or an activation that is unknown, is an error here, before any
     statistic is updated."""
     activations.parse(n.act)
+    _check_ordinary(n.weight, n.bias, n.running_mean, n.running_var)
     for tensor in (n.weight, n.bias, n.running_mean, n.running_var):
         if tensor is None:
             continue

@@ -86,6 +86,17 @@ def split() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(5), block, nn.BatchNorm2d(16), nn.GELU())
 
 
+class Traced(nn.Module):
+    """A block that is recognised by its structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(5, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)) + x)
+
+
 SYNCHRONISED: dict[str, Callable[[], nn.Module]] = {
     "basic": lambda: basic(5, 6, 2),
     "identity": lambda: basic(5, 5),
@@ -94,6 +105,7 @@ SYNCHRONISED: dict[str, Callable[[], nn.Module]] = {
     "dense": dense,
     "stem": stem,
     "split": split,
+    "traced": Traced,
     "frozen-convolutions": lambda: nn.Sequential(basic(5, 5), basic(5, 6).requires_grad_(False), basic(6, 6)),
 }
 #: samples in each process: even, uneven, one value per channel in one of them, none in one of them

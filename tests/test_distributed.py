@@ -23,11 +23,15 @@ TWO = [f"{block}/uneven" for block in distributed.SYNCHRONISED] + [
     "bottleneck/uneven/cumulative",
 ]  # fmt: skip
 FOUR = [f"{block}/four" for block in distributed.SYNCHRONISED] + ["basic/four/hook-in-one", "dense/four/recompute"]
-WRAPPED = [f"{way}/{normalise}" for way in distributed.WRAPPED for normalise in ("sync", "eval")]
+# torch's DistributedDataParallel refuses a SyncBatchNorm on CPU
+WRAPPED = [f"{way}/eval" for way in distributed.WRAPPED] + [
+    f"{way}/sync" for way in distributed.WRAPPED if not way.startswith("ddp")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [(7, 5, 9), (0, 6, 3), (4, 0, 0)], ids=["all", "first-empty", "one"])
 def test_gathered_statistics_keep_their_digits_beside_a_large_mean(rows, monkeypatch):
+    torch.manual_seed(0)
     maps = torch.randn(sum(rows), 4, dtype=torch.float64) + 1e4
     found = []
     for part in maps.float().split(rows):
@@ -41,8 +45,9 @@ def test_gathered_statistics_keep_their_digits_beside_a_large_mean(rows, monkeyp
     truth = maps.float().double()
     assert total == sum(rows)
     torch.testing.assert_close(mean.double(), truth.mean(0), rtol=2e-7, atol=0)
-    deviations = (truth - truth.mean(0)).square().sum(0)
-    torch.testing.assert_close(m2.double(), deviations, rtol=1e-3, atol=0)
+    invstd = truth.var(0, correction=0).rsqrt()
+    # three digits of it: a mean of 1e4 has no more than its own rounding leaves
+    torch.testing.assert_close((m2.double() / total).rsqrt(), invstd, rtol=1e-3, atol=0)
 
 
 class Processes:

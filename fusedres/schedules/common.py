@@ -122,17 +122,16 @@ def gathered(stats: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Ten
     """``(stats, rows)`` of the maps of all processes of ``group`` together, each with its own number of ``rows``, some with none; the same
     bits in every process, because each merges the same numbers in the same order.
 
-    Chan's formula, around the mean of one process that has rows, so that large means cost no digits.
+    Chan's formula, around the mean of the process with the most rows, so that large means cost no digits.
     """
-    own = torch.cat([stats.flatten(), stats.new_tensor([rows])])
+    own = torch.cat([stats.flatten(), stats.new_full((1,), rows)])
     found = own.new_empty(dist.get_world_size(group), own.numel())
     dist.all_gather(list(found.unbind()), own, group)
     rows_of = found[:, -1:]
-    present = rows_of > 0
     # the moments of no rows are NaN
-    means, m2s = torch.where(present, found[:, :-1], 0.0).unflatten(1, stats.shape).unbind(1)
+    means, m2s = torch.where(rows_of > 0, found[:, :-1], 0.0).unflatten(1, stats.shape).unbind(1)
     total = rows_of.sum()
-    about = means[present.to(torch.uint8).argmax()]
+    about = means.index_select(0, rows_of.argmax(0))[0]
     mean = about + (rows_of * (means - about)).sum(0) / total
     return torch.stack([mean, (m2s + rows_of * (means - mean).square()).sum(0)]), total
 
@@ -152,7 +151,7 @@ def norm_backward(
     if norm.group is None:
         backend.bn_backward(sums, rows, weight, saved, norm.training, coeff, accumulate)
         return
-    total = torch.cat([sums.flatten(), sums.new_tensor([rows])])
+    total = torch.cat([sums.flatten(), sums.new_full((1,), rows)])
     dist.all_reduce(total, group=norm.group)
     # means instead of sums, over one row: the number of all rows is known on the device alone
     means = (total[:-1] / total[-1]).view_as(sums)
@@ -235,9 +234,13 @@ def functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def replays() -> bool:
-    """Whether a backward that runs now has to be plain PyTorch: it is differentiated itself, or batched (``is_grads_batched=True``)."""
-    return torch.is_grad_enabled() or functorch_active()
+def _batched(grad: Tensor) -> bool:
+    return functorch_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def replays(grad: Tensor) -> bool:
+    """Whether a backward has to be plain PyTorch: it is differentiated itself, or batched (``is_grads_batched=True``, vmap)."""
+    return torch.is_grad_enabled() or _batched(grad)
 
 
 def double_backward(backend, reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor):
@@ -247,7 +250,7 @@ def double_backward(backend, reference: Callable[..., Tensor], inputs: Sequence[
     Only the eager backend offers it: the block is replayed in plain PyTorch. Raises RuntimeError on the others.
     """
     if backend.name != "eager":
-        how = "batched (is_grads_batched=True, vmap)" if functorch_active() else "differentiated with create_graph=True"
+        how = "batched (is_grads_batched=True, vmap)" if _batched(grad) else "differentiated with create_graph=True"
         raise RuntimeError(
             f"fusedres: the backward of a block that ran on the {backend.name!r} backend was {how}, which a fused backward cannot be. "
             'Run the forward under fusedres.use_backend("eager"), which supports it.'
