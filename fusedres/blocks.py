@@ -32,7 +32,8 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class Call(NamedTuple):
-    """What remains of a part's call: the block's mode, whether autograd recorded it, and what its maps were, but for their values."""
+    """What remains of a part's call: the block's mode, whether autograd recorded it, and what its maps were, but for their values.
+    ``identities`` tell which of the maps of one block are the same."""
 
     mode: bool
     recorded: bool
@@ -40,6 +41,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     shapes: tuple[torch.Size, ...]
     needed: tuple[bool, ...]
+    identities: tuple[int, ...]
 
 
 class FusedBlock:
@@ -126,6 +128,7 @@ class FusedBlock:
             prepared.dtype,
             tuple(m.shape for m in maps),
             tuple(m.requires_grad for m in maps),
+            tuple(map(id, maps)),
         )
         self.__dict__.update(_fusedres_last=backend.name, _fusedres_calls=(call,))
         if counters:
@@ -299,7 +302,7 @@ class FusedResidual(_ChainKind):
         *body, join = found.body
         for piece in body:
             x = run(piece, x)
-        x = run(join, x, None if source is x else source)
+        x = run(join, x, None if source is x or join.shortcut is None else source)
         for piece in found.tail:
             x = run(piece, x)
         self.settle(outcomes)

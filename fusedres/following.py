@@ -94,10 +94,14 @@ def _reference(description: Any, x: Tensor, *beside: Tensor) -> Tensor:
     return dense.reference(description, x, *(t for layer in description for t in layer.tensors))
 
 
-def _saved_bytes(run: Callable[[], Tensor], own: list[Tensor]) -> int:
-    """Bytes of the storages that ``run()`` saves for backward, each once, without ``own`` and without its result's: that is kept, if at
-    all, by whoever reads it, and counted there."""
-    saved: dict[int, torch.UntypedStorage] = {}
+_Storages = dict[int, torch.UntypedStorage]
+_Maps = dict[tuple[int, torch.Size], Tensor]
+
+
+def _saved(run: Callable[[], Tensor], own: list[Tensor]) -> _Storages:
+    """The storages that ``run()`` saves for backward, without those of ``own`` and without its result's: that is kept, if at all, by
+    whoever reads it, and counted there."""
+    saved: _Storages = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -108,7 +112,14 @@ def _saved_bytes(run: Callable[[], Tensor], own: list[Tensor]) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     others = {tensor.untyped_storage()._cdata for tensor in (*own, result)}
-    return sum(storage.nbytes() for key, storage in saved.items() if key not in others)
+    return {key: storage for key, storage in saved.items() if key not in others}
+
+
+def _bytes(parts: list[_Storages | None]) -> int | None:
+    """Bytes of the storages of all parts, each once; None where a part was not recorded."""
+    if None in parts:
+        return None
+    return sum(storage.nbytes() for storage in {k: s for part in parts for k, s in part.items()}.values())
 
 
 def _launching_nothing(device: torch.device):
@@ -128,34 +139,38 @@ def follow(block: FusedBlock) -> Followed | None:
         made = [(p, call) for p, call in zip(block.parts(), block._fusedres_calls, strict=False) if call is not None]
         if not made or any(call.mode is not block.training for _, call in made):
             return None
-        found = [_follow_part(block, part, call, name) for part, call in made]
+        maps: _Maps = {}
+        found = [_follow_part(block, part, call, name, maps) for part, call in made]
     except Unsupported:
         return None
-    kept, eager = (None if any(f[i] is None for f in found) else sum(f[i] for f in found) for i in range(2))
-    return Followed(kept, eager, tuple(plan for f in found for plan in f.plans))
+    kept, eager, plans = zip(*found, strict=True)
+    return Followed(_bytes(kept), _bytes(eager), tuple(plan for of_part in plans for plan in of_part))
 
 
-def _follow_part(block: FusedBlock, part: Part, call: Call, name: str) -> Followed:
+def _follow_part(block: FusedBlock, part: Part, call: Call, name: str, block_maps: _Maps):
+    """``(storages kept, by the same modules in eager, plans)`` of one part; ``block_maps`` holds the maps of the parts before it."""
     known: dict[int, Tensor] = {}
     description = _without_values(part.describe(None)[0], known, call.dtype)
-    maps = [
-        torch.empty(shape, dtype=call.dtype, device="meta", memory_format=torch.channels_last).requires_grad_(needed)
-        for shape, needed in zip(call.shapes, call.needed, strict=True)
-    ]
+    maps = []
+    for key, needed in zip(zip(call.identities, call.shapes, strict=True), call.needed, strict=True):
+        if key not in block_maps:
+            empty = torch.empty(key[1], dtype=call.dtype, device="meta", memory_format=torch.channels_last)
+            block_maps[key] = empty.requires_grad_(needed)
+        maps.append(block_maps[key])
     kept = eager = None
     plans: dict[int, dict[str, bool]] = {}
     with torch.set_grad_enabled(call.recorded):
         if call.recorded:
             stand_in, own = _StandIn(name), list(known.values())
-            kept = _saved_bytes(lambda: block.run_block(stand_in, description, *maps), own)
-            eager = _saved_bytes(lambda: _reference(description, *maps), own)
+            kept = _saved(lambda: block.run_block(stand_in, description, *maps), own)
+            eager = _saved(lambda: _reference(description, *maps), own)
         backend = dispatch.load(name)
         if hasattr(backend, "forward_plan"):
             with _launching_nothing(call.device):
                 y = block.run_block(_Noted(backend, name, plans), description, *maps)
                 if y.requires_grad:
                     y.backward(torch.empty_like(y))
-    return Followed(kept, eager, _named(block, known, plans))
+    return kept, eager, _named(block, known, plans)
 
 
 def _named(
