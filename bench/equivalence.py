@@ -217,7 +217,7 @@ def judge(runs: Sequence[Run]) -> list[Verdict]:
             seeds, epochs = eager.shape
             late = (converted - eager)[:, -math.ceil(epochs / 3) :].mean(1)
             # equal in every seed: an interval of no width around zero
-            interval = stats.t.ppf(1 - level / 2, seeds - 1) * late.std().item() / math.sqrt(seeds)
+            interval = float(stats.t.ppf(1 - level / 2, seeds - 1)) * late.std().item() / math.sqrt(seeds)
             verdicts.append(
                 Verdict(
                     name,
@@ -234,7 +234,7 @@ def judge(runs: Sequence[Run]) -> list[Verdict]:
 
 def wilson(hits: int, of: int, level: float = LEVEL) -> tuple[float, float]:
     """Wilson's interval of a share."""
-    z = stats.norm.ppf(1 - level / 2)
+    z = float(stats.norm.ppf(1 - level / 2))
     middle, half = hits / of + z * z / (2 * of), z * math.sqrt(hits / of * (1 - hits / of) / of + (z / (2 * of)) ** 2)
     return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
 

@@ -257,18 +257,17 @@ def test_parametrised_convolutions_compute_their_weights(name, rewrite, when):
     plain = MODELS[name]()
     randomize(plain)
     plain.double()
-    place, x = PLACES[name], images()
-    if when == "before":
-        REWRITES[rewrite](plain.get_submodule(place))
-    model = fusedres.convert(copy.deepcopy(plain))
+    model, x = copy.deepcopy(plain), images()
+    if when != "before":
+        fusedres.convert(model)
     if when == "after-a-call":
         assert_trains_the_same(plain, model, x)
         plain.zero_grad(), model.zero_grad()
-    if when != "before":
+    for m in (plain, model):
         torch.manual_seed(1)  # spectral norm starts from a random vector
-        REWRITES[rewrite](plain.get_submodule(place))
-        torch.manual_seed(1)
-        REWRITES[rewrite](model.get_submodule(place))
+        REWRITES[rewrite](m.get_submodule(PLACES[name]))
+    if when == "before":
+        fusedres.convert(model)
     for m in (plain, model):
         for key, parameter in m.named_parameters():
             parameter.requires_grad_(not key.endswith(SCALES) or rewrite == "spectral-norm")
