@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from . import activations, describe, dispatch, memory, structure
 from .backends import eager
@@ -32,6 +33,19 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+class Call(NamedTuple):
+    """What remains of a part's call: the block's mode, whether autograd recorded it, and what its maps were, but for their values.
+    ``identities`` tell which of the maps of one block are the same."""
+
+    mode: bool
+    recorded: bool
+    device: torch.device
+    dtype: torch.dtype
+    shapes: tuple[torch.Size, ...]
+    needed: tuple[bool, ...]
+    identities: tuple[int, ...]
+
+
 class FusedBlock:
     """What the kinds share. A kind gives ``kind`` (its name), ``read_block``, ``check_block`` and ``run_block``."""
 
@@ -40,6 +54,8 @@ class FusedBlock:
     _fusedres_recompute = False
     #: the outcome of the last call, for report: the backend's name, or why the original modules ran
     _fusedres_last: str | None = None
+    #: what remains of the last call, part by part, None for one that ran its original modules; for report
+    _fusedres_calls: tuple[Call | None, ...] = ()
 
     @classmethod
     def original_class(cls) -> type[nn.Module]:
@@ -82,6 +98,8 @@ class FusedBlock:
             raise Unsupported("torch.func transforms the original modules")
         if forward_ad._current_level >= 0:
             raise Unsupported("forward-mode differentiation goes through the original modules")
+        if is_fx_symbolic_tracing():
+            raise Unsupported("torch.fx traces the original modules")
         if describe.global_hooks():
             raise Unsupported("a global module hook is registered")
         return memory.recall(self, self.inside, self.read_block)
@@ -106,7 +124,17 @@ class FusedBlock:
             backend, description, counters, prepared, autocast = self._prepare(part, x, *beside)
         except Unsupported as reason:
             return self.unfused(reason, original, x, *beside)
-        self.__dict__["_fusedres_last"] = backend.name
+        maps = (prepared, *beside)
+        call = Call(
+            self.training,
+            torch.is_grad_enabled(),
+            prepared.device,
+            prepared.dtype,
+            tuple(m.shape for m in maps),
+            tuple(m.requires_grad for m in maps),
+            tuple(map(id, maps)),
+        )
+        self.__dict__.update(_fusedres_last=backend.name, _fusedres_calls=(call,))
         if counters:
             torch._foreach_add_([*counters], [*counters.values()])
         with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
@@ -114,8 +142,18 @@ class FusedBlock:
 
     def unfused(self, reason: Unsupported, original, *maps: Tensor) -> Tensor:
         """``original(*maps)``, with a note why."""
-        self.__dict__["_fusedres_last"] = f"original modules: {reason}"
+        self.__dict__.update(_fusedres_last=f"original modules: {reason}", _fusedres_calls=(None,))
         return original(*maps)
+
+    def outcome(self) -> tuple[str, tuple[Call | None, ...]]:
+        """How the last call of a part went."""
+        return self._fusedres_last, self._fusedres_calls
+
+    def settle(self, outcomes: list[tuple[str, tuple[Call | None, ...]]]) -> None:
+        """Make the outcomes of its parts the block's: of the reasons the first, which says more than another part's success."""
+        reasons = [last for last, _ in outcomes]
+        last = next((reason for reason in reasons if reason.startswith("original")), reasons[-1])
+        self.__dict__.update(_fusedres_last=last, _fusedres_calls=tuple(c for _, calls in outcomes for c in calls))
 
     def forward(self, x: Tensor, **into: Tensor | None) -> Tensor:
         original = super().forward
@@ -315,7 +353,7 @@ class FusedResidual(_ChainKind):
 
     def in_pieces(self, x: Tensor, found: describe.Layout, **into: Tensor | None) -> Tensor:
         """The output of a block that is split: chains fused, what stands between as it is."""
-        outcomes: list[str] = []
+        outcomes = []
         last = (*found.body, *found.tail)[-1]
 
         def run(piece: describe.Piece, x: Tensor, source: Tensor | None = None) -> Tensor:
@@ -323,7 +361,7 @@ class FusedResidual(_ChainKind):
                 return piece.original(x)
             beside = () if source is None else (source,)
             x = self.fused_forward(piece.part, piece.original, x, *beside, **(into if piece is last else {}))
-            outcomes.append(self._fusedres_last)
+            outcomes.append(self.outcome())
             return x
 
         for piece in found.head:
@@ -334,10 +372,10 @@ class FusedResidual(_ChainKind):
         *body, join = found.body
         for piece in body:
             x = run(piece, x)
-        x = run(join, x, None if source is x else source)
+        x = run(join, x, None if source is x or join.shortcut is None else source)
         for piece in found.tail:
             x = run(piece, x)
-        self.__dict__["_fusedres_last"] = first_reason(outcomes)
+        self.settle(outcomes)
         return x
 
 
@@ -486,13 +524,16 @@ class FusedSequential(_ChainKind):
             runs = self.reading()
         except Unsupported as reason:
             return self.unfused(reason, functools.partial(_in_a_row, children=children), x)
-        at = 0
+        at, outcomes = 0, []
         for start, stop, part in runs:
             if stop <= count:
                 x = _in_a_row(x, children[at:start])
                 original = functools.partial(_in_a_row, children=children[start:stop])
                 x = self.fused_forward(part, original, x, **(into if stop == count else {}))
+                outcomes.append(self.outcome())
                 at = stop
+        if outcomes:
+            self.settle(outcomes)
         return _in_a_row(x, children[at:])
 
 
@@ -582,17 +623,12 @@ class FusedDenseBlock(FusedBlock):
             for piece in pieces:
                 if piece.is_chain:
                     h = self.fused_forward(piece.part, piece.original, h)
-                    outcomes.append(self._fusedres_last)
+                    outcomes.append(self.outcome())
                 else:
                     h = piece.original(h)
             features.append(h)
-        self.__dict__["_fusedres_last"] = first_reason(outcomes)
+        self.settle(outcomes)
         return torch.cat(features, 1)
-
-
-def first_reason(outcomes: list[str]) -> str:
-    """Of the outcomes of a block's pieces, the first reason why one did not run fused, which says more than another's success."""
-    return next((outcome for outcome in outcomes if outcome.startswith("original")), outcomes[-1])
 
 
 def carry(x: Tensor, stats: Tensor | None) -> Tensor:

@@ -180,7 +180,7 @@ def revert(model: nn.Module) -> nn.Module:
         raise TypeError(f"revert expects a torch.nn.Module, found {type(model).__name__}")
     for module in model.modules():
         if is_converted(module):
-            for name in (memory.KEY, "_fusedres_last", "_fusedres_recompute", *_PLANS):
+            for name in (memory.KEY, "_fusedres_last", "_fusedres_calls", "_fusedres_recompute", *_PLANS):
                 module.__dict__.pop(name, None)
             module.__class__ = module.original_class()
     return model
@@ -188,27 +188,83 @@ def revert(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Row:
-    """One block of a report: ``path`` in the model, ``kind``, whether it is ``fused``, and by what or why not in ``detail``."""
+    """One block of a report: ``path`` in the model, ``kind``, whether it is ``fused``, and by what or why not in ``detail``.
+
+    After a call: ``plans``, pairs of a convolution's name and ``"fused"`` (kernel) or ``"vendor"`` (between fused passes), as
+    ``forward/dgrad/wgrad`` where these differ, where the backend has plans. After a call in training: ``kept`` bytes for backward, and
+    ``eager_kept``, what the same modules keep in eager. Counted are the maps that the block reads and makes but for its output, which
+    counts where it is read, and small vectors; not parameters, and not what runs unfused inside a block.
+    """
 
     path: str
     kind: str
     fused: bool
     detail: str
+    plans: tuple[tuple[str, str], ...] = ()
+    kept: int | None = None
+    eager_kept: int | None = None
+
+    def agrees(self, other: Row) -> bool:
+        """Whether a table may show both as one: neighbours of a kind with the same outcome."""
+        ours, theirs = (row.path.rpartition(".")[0] for row in (self, other))
+        same = (self.kind, self.fused, self.detail, self.plans) == (other.kind, other.fused, other.detail, other.plans)
+        return same and bool(ours) and ours == theirs and (self.kept is None) == (other.kept is None)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}" if size < 100 * 2**20 else f"{size / 2**20:.0f}"
 
 
 class Report(list[Row]):
-    """The blocks of a model; ``str()`` is a table."""
+    """The blocks of a model; ``str()`` is a table, in which neighbours that agree share a line."""
 
     def __str__(self) -> str:
         if not self:
             return "fusedres: no residual or dense block found"
-        head = ("module", "kind", "fused", "by what, or why not")
-        cells = [head, *((r.path or "(model)", r.kind, "yes" if r.fused else "no", r.detail) for r in self)]
-        widths = [max(len(row[i]) for row in cells) for i in range(3)]
-        lines = ["  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3])) for row in cells]
-        lines.insert(1, "  ".join("-" * w for w in (*widths, max(len(row[3]) for row in cells))))
-        fused = sum(r.fused for r in self)
-        return "\n".join([*lines, f"{fused} of {len(self)} blocks fused"])
+        groups: list[list[Row]] = []
+        for row in self:
+            if groups and groups[-1][-1].agrees(row):
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        head = ("module", "kind", "fused", "by what, or why not", "plan", "kept, MiB", "in eager")
+        cells = [head, *map(self._line, groups)]
+        # columns that nobody fills are left out
+        filled = [i for i in range(len(head)) if any(line[i] for line in cells[1:])]
+        widths = {i: max(len(line[i]) for line in cells) for i in filled}
+        cells.insert(1, tuple("-" * widths.get(i, 0) for i in range(len(head))))
+        lines = [
+            "  ".join(line[i].rjust(widths[i]) if i > 4 else line[i].ljust(widths[i]) for i in filled) for line in cells
+        ]
+        return "\n".join(
+            [
+                *(line.rstrip() for line in lines),
+                *self._kept(),
+                f"{sum(r.fused for r in self)} of {len(self)} blocks fused",
+            ]
+        )
+
+    @staticmethod
+    def _line(group: list[Row]) -> tuple[str, ...]:
+        first, last = group[0], group[-1]
+        path = f"{first.path} to {last.path}" if len(group) > 1 else first.path or "(model)"
+        kept = (
+            ("", "")
+            if first.kept is None
+            else (_mib(sum(r.kept for r in group)), _mib(sum(r.eager_kept for r in group)))
+        )
+        plans = ", ".join(f"{name} {plan}" for name, plan in first.plans)
+        return path, first.kind, "yes" if first.fused else "no", first.detail, plans, *kept
+
+    def _kept(self) -> list[str]:
+        trained = [row for row in self if row.kept is not None]
+        if not trained:
+            return []
+        kept, eager = (sum(getattr(row, name) for row in trained) for name in ("kept", "eager_kept"))
+        less = f" ({100 * (1 - kept / eager):.0f} % less)" if kept < eager else ""
+        return [
+            f"kept for backward by the last call: {_mib(kept)} MiB, by the same modules in eager {_mib(eager)} MiB{less}"
+        ]
 
 
 def why_not_fused(module: FusedBlock) -> str | None:
@@ -224,10 +280,10 @@ def why_not_fused(module: FusedBlock) -> str | None:
 def report(model: nn.Module) -> Report:
     """What :func:`convert` did, block by block: fused and by which backend, or why not.
 
-    Before a block's first call the backend is that which serves its parameters; after it, what the last call really did. Raises TypeError
-    if ``model`` is no ``nn.Module``.
+    Before a block's first call the backend is that which serves its parameters; after it, what the last call really did, and after one in
+    training also the bytes that it kept for backward (:class:`Row`). Raises TypeError if ``model`` is no ``nn.Module``.
     """
-    from . import dispatch
+    from . import dispatch, following
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"report expects a torch.nn.Module, found {type(model).__name__}")
@@ -241,7 +297,9 @@ def report(model: nn.Module) -> Report:
         if reason is not None:
             rows.append(Row(path, kind, False, reason))
         elif last is not None:
-            rows.append(Row(path, kind, not last.startswith("original"), last))
+            followed = following.follow(module)
+            more = () if followed is None else (followed.plans, followed.kept, followed.eager)
+            rows.append(Row(path, kind, not last.startswith("original"), last, *more))
         else:
             parameter = next(module.parameters(), torch.empty(0))
             backend = dispatch.resolve(parameter.device, parameter.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 #: where a module keeps its memory; no part of a copy
 KEY = "_fusedres_memory"
 #: attributes of a block that say nothing about how it computes
-_OUTCOMES = (KEY, "_fusedres_last")
+_OUTCOMES = (KEY, "_fusedres_last", "_fusedres_calls")
 
 _contents = operator.itemgetter(
     "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

@@ -245,3 +245,50 @@ def test_the_sweep_tables_every_model_at_every_size(tmp_path, capsys):
         least = min(r["ratio_to_eager"] for r in records if (r["mode"], r["contender"]) == (mode, "fused"))
         assert f"Smallest: {least:.3f}x (resnet18, batch " in text
     assert "ratio to eager" in capsys.readouterr().out
+
+
+@pytest.fixture
+def equivalence():
+    pytest.importorskip("sklearn")
+    from bench import equivalence
+
+    return equivalence
+
+
+def test_training_equivalence_is_judged_and_drawn(equivalence, tmp_path, capsys):
+    size = ("--models", "ResNet-20", "--epochs", "2", "--seeds", "2", "--batch", "128", "--threads", "1")
+    threads = torch.get_num_threads()
+    status = equivalence.main([*size, "--out", str(tmp_path)])
+    torch.set_num_threads(threads)
+    assert status == 0, capsys.readouterr().out
+    content = json.loads((tmp_path / "equivalence.json").read_text())
+    assert content["settings"]["epochs"] == 2 and content["environment"]["command"].endswith(str(tmp_path))
+    assert [(r["seed"], r["arm"]) for r in content["runs"]] == [(s, arm) for s in range(2) for arm in equivalence.ARMS]
+    assert all(len(r["train_loss"]) == 2 and r["train_loss"][-1] < r["train_loss"][0] for r in content["runs"])
+    assert [v["quantity"] for v in content["verdicts"]] == list(equivalence.CURVES)
+    assert "| ResNet-20 | converted |" in (tmp_path / "equivalence.md").read_text()
+    assert_picture(tmp_path / "equivalence.png")
+
+
+@pytest.mark.parametrize("wrong", ["bias", "spread", None])
+def test_training_that_differs_is_outside_the_noise(equivalence, wrong):
+    generator = torch.Generator().manual_seed(0)
+
+    def curve(seed: int, arm: str) -> list[float]:
+        noise = 0.02 * torch.randn(12, generator=generator)
+        if arm == "converted" and wrong == "bias":
+            noise += 0.2
+        if arm == "converted" and wrong == "spread":
+            noise *= 20
+        return torch.exp(noise - torch.arange(12) / 4).tolist()
+
+    def run(seed: int, arm: str) -> object:
+        return equivalence.Run("ResNet-20", arm, seed, curve(seed, arm), curve(seed, arm), [0.97 + seed / 1000] * 12)
+
+    verdicts = equivalence.judge([run(seed, arm) for seed in range(5) for arm in equivalence.ARMS])
+    assert [v.passed for v in verdicts] == [wrong is None, wrong is None, True]
+
+
+def test_wilsons_interval_is_that_of_the_textbook(equivalence):
+    low, high = equivalence.wilson(8, 10)
+    assert (low, high) == (pytest.approx(0.490162, abs=1e-5), pytest.approx(0.943318, abs=1e-5))

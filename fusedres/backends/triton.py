@@ -28,8 +28,9 @@ from ..plans import Plan, Problem
 from . import vendor
 
 __all__ = [
-    "bn_backward", "bn_coefficients", "bn_frozen", "conv_backward", "conv_forward", "dgrad_epilogue", "grad_affine",
-    "backward_problems", "forward_problem", "highway_backward", "highway_forward", "join_backward", "join_forward", "name", "new_reduction",
+    "backward_plans", "backward_problems", "bn_backward", "bn_coefficients", "bn_frozen", "conv_backward", "conv_forward",
+    "dgrad_epilogue", "forward_plan", "forward_problem", "grad_affine", "highway_backward", "highway_forward", "join_backward",
+    "join_forward", "name", "new_reduction",
     "pool_backward", "pool_forward", "statistics", "supports", "use_plan",
 ]  # fmt: skip
 
@@ -124,6 +125,27 @@ def _is_guessed_fused(x: Tensor, weight: Tensor, geometry) -> bool:
     )
 
 
+def forward_plan(x, affine, act, weight, bias, geometry, **epilogue) -> Plan:
+    """How such a call of :func:`conv_forward` runs."""
+    if epilogue.get("stats") is not None and epilogue.get("residual") is not None:
+        return Plan(False)  # the fused kernel reduces the convolution's statistics, not those of a sum
+    plan, measured = _plan, plans.table(meant(x.device))
+    if plan is None and measured:
+        plan = measured.get(forward_problem(x, affine, act, weight, bias, geometry, **epilogue))
+    return plan or Plan(_is_guessed_fused(x, weight, geometry))
+
+
+def backward_plans(grad, raw, coeff, x, affine, saved, act, weight, geometry, **target) -> tuple[Plan, Plan]:
+    """How such a call of :func:`conv_backward` runs: dgrad and wgrad."""
+    chosen: dict[str, Plan] = {}
+    measured = plans.table(meant(x.device))
+    if _plan is None and measured:
+        problems = backward_problems(grad, raw, coeff, x, affine, saved, act, weight, geometry, **target)
+        chosen = {p.op: measured[p] for p in problems if p in measured}
+    default = _plan or Plan(_is_guessed_fused(x, weight, geometry))
+    return chosen.get("dgrad", default), chosen.get("wgrad", default)
+
+
 def new_reduction(channels: int, like: Tensor) -> Reduction:
     """Room for two reductions of a map like ``like`` that ``bn_coefficients`` or ``bn_backward`` reads next."""
     return Reduction(channels, like.device)
@@ -157,13 +179,8 @@ def conv_forward(
         "out": out, "stats": stats, "out_affine": out_affine, "residual": residual, "residual_affine": residual_affine,
         "out_act": out_act,
     }  # fmt: skip
-    # the fused kernel reduces the convolution's statistics, not those of a sum
-    servable = stats is None or residual is None
-    plan, measured = _plan, plans.table(meant(x.device))
-    if plan is None and measured:
-        plan = measured.get(forward_problem(x, affine, act, weight, bias, geometry, **epilogue))
-    plan = plan or Plan(_is_guessed_fused(x, weight, geometry))
-    if plan.fused and servable:
+    plan = forward_plan(x, affine, act, weight, bias, geometry, **epilogue)
+    if plan.fused:
         return _forward.conv_forward(x, affine, act, weight, bias, geometry, **epilogue, config=_config(plan))
     return vendor.conv_forward(_passes(), x, affine, act, weight, bias, geometry, **epilogue)
 
@@ -190,13 +207,7 @@ def conv_backward(
     """See :func:`fusedres.backends.eager.conv_backward`."""
     target = {"dx": dx, "base": base, "accumulate": accumulate, "scaled": scaled, "sums": sums}
     operands = (grad, raw, coeff, x, affine, saved, act, weight, geometry)
-    chosen: dict[str, Plan] = {}
-    measured = plans.table(meant(x.device))
-    if _plan is None and measured:
-        problems = backward_problems(*operands, need_dx=need_dx, need_dw=need_dw, **target)
-        chosen = {p.op: measured[p] for p in problems if p in measured}
-    default = _plan or Plan(_is_guessed_fused(x, weight, geometry))
-    dgrad, wgrad = (chosen.get(op, default) for op in ("dgrad", "wgrad"))
+    dgrad, wgrad = backward_plans(*operands, need_dx=need_dx, need_dw=need_dw, **target)
     # what is left to the vendor is one call, which shares the materialised gradient
     vendor_dx, vendor_dw = need_dx and not dgrad.fused, need_dw and not wgrad.fused
     dinput = dweight = None
