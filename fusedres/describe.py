@@ -386,7 +386,7 @@ def tokens(block: nn.Module, steps: tuple[Step, ...]) -> list[Token]:
     return found
 
 
-def _gains(convolutions: Iterable[nn.Conv2d], acts: Iterable[str]) -> None:
+def _check_gain(convolutions: Iterable[nn.Conv2d], acts: Iterable[str]) -> None:
     """Check that a schedule can be faster than the modules: beyond ReLU not around a depthwise convolution, which the vendor's library
     runs between passes over maps that are its whole cost. Measured on CPU, MobileNets and EfficientNets: 0.7 to 0.95 of eager's speed."""
     if not set(acts) <= {"none", "relu"} and any(1 < c.groups == c.in_channels for c in convolutions):
@@ -522,7 +522,7 @@ def layout(block: nn.Module, plan: Plan, training: bool | None = None) -> Layout
     chains = [piece for piece in laid.pieces if piece.is_chain]
     norms = [norm for piece in chains for norm in (piece.first, *(n for _, n in piece.units)) if norm is not None]
     convolutions = (c.module for piece in chains for c, _ in piece.units)
-    _gains(convolutions, (*(norm.value for norm in norms), *(piece.act for piece in chains)))
+    _check_gain(convolutions, (*(norm.value for norm in norms), *(piece.act for piece in chains)))
     return laid
 
 
@@ -580,7 +580,7 @@ def stem(children: list[nn.Module | None], dtype) -> tuple[Chain, list[nn.Module
     """Convolution, BatchNorm, activation or None, max pool or None."""
     convolution, batch_norm, act, pooling = children
     unit = Unit(conv(convolution, dtype), norm(batch_norm, activation(act)))
-    _gains([convolution], [unit.norm.act])
+    _check_gain([convolution], [unit.norm.act])
     window = None if pooling is None else pool(pooling)
     return Chain((unit,), pool=window), [batch_norm]
 

@@ -37,6 +37,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 KINKS = {"relu6": (0.0, 6.0), "leaky_relu:0.1": (0.0,), "leaky_relu:-0.5": (0.0,), "hardswish": (-3.0, 3.0)}
 SHAPE = (2, 5, 7, 6)
 
+
+def slow(*values: object):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 each_act = pytest.mark.parametrize("act", MODULES)
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 
@@ -139,20 +144,21 @@ def test_a_block_equals_its_plain_modules(act, block, backend, training):
 @each_mode
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 @pytest.mark.parametrize("block", MORE)
-@pytest.mark.parametrize("act", ["silu", "relu6"])
+@pytest.mark.parametrize("act", ["silu", slow("relu6")])
 def test_more_blocks_equal_their_plain_modules(act, block, backend, training):
     served(backend, torch.float64)
     compare(functools.partial(build, block, act), SHAPE, torch.float64, backend, training, draws=1)
 
 
-@each_mode
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("training", [True, slow(False)], ids=["training", "inference"])
+@pytest.mark.parametrize("block", ["basic", *map(slow, ("pre-activation", "dense", "row"))])
 @each_act
 def test_a_block_is_as_exact_as_eager_in_float32(act, block, training):
     served("cpp", torch.float32)
     compare(functools.partial(build, block, act), SHAPE, torch.float32, "cpp", training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", MORE)
 @pytest.mark.parametrize("act", ["silu", "leaky_relu:0.1"])
 def test_more_blocks_are_as_exact_as_eager_in_float32(act, block):
@@ -160,13 +166,14 @@ def test_more_blocks_are_as_exact_as_eager_in_float32(act, block):
     compare(functools.partial(build, block, act), SHAPE, torch.float32, "cpp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_trains_in_bfloat16(block):
     served("cpp", torch.bfloat16)
     compare(functools.partial(build, block, "silu"), SHAPE, torch.bfloat16, "cpp")
 
 
-@pytest.mark.parametrize("act", ["silu", "hardswish"])
+@pytest.mark.parametrize("act", ["silu", slow("hardswish")])
 def test_winograd_tiles_and_several_vectors_of_channels(act):
     served("cpp", torch.float32)
     block = lambda: Basic(MODULES[act](), 48, 48)  # noqa: E731
@@ -181,11 +188,7 @@ def test_recomputing_gives_the_same_step():
 
 @pytest.mark.parametrize(
     ("act", "block"),
-    [
-        pytest.param(act, block, marks=[] if (act, block) == ("silu", "basic") else pytest.mark.slow)
-        for act in MODULES
-        for block in BLOCKS
-    ],
+    [(act, block) if (act, block) == ("silu", "basic") else slow(act, block) for act in MODULES for block in BLOCKS],
 )
 def test_a_block_trains_on_triton(act, block):
     served("triton", torch.float32)
@@ -199,7 +202,7 @@ def test_more_blocks_train_on_triton(block):
     compare(functools.partial(build, block, "silu"), (1, 5, 6, 4), torch.float32, "triton", draws=1)
 
 
-@pytest.mark.parametrize("act", ["silu", "gelu"])
+@pytest.mark.parametrize("act", ["silu", slow("gelu")])
 def test_a_block_infers_on_triton(act):
     served("triton", torch.float32)
     compare(functools.partial(build, "basic", act), (1, 5, 5, 4), torch.float32, "triton", False, draws=1)
@@ -492,13 +495,7 @@ def acts_inside(model: nn.Module) -> set[str]:
 @each_mode
 @pytest.mark.parametrize(
     "layer",
-    [
-        "silu",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("gelu", "hard_swish", "leaky_relu", "relu6", "gelu_tanh")
-        ),
-    ],
+    ["silu", *map(slow, ("gelu", "hard_swish", "leaky_relu", "relu6", "gelu_tanh"))],
 )
 def test_timms_resnet18_with_another_activation_runs_fused(layer, training):
     timm = pytest.importorskip("timm")
@@ -511,7 +508,7 @@ def test_timms_resnet18_with_another_activation_runs_fused(layer, training):
     fused_report(fused, x)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", slow("mobilenet_v2"), slow("efficientnet_b0")])
 def test_torchvisions_rows_run_fused_with_their_activation(name):
     models = pytest.importorskip("torchvision.models")
     served("cpp", torch.float32)
