@@ -446,7 +446,8 @@ def test_grad_checkpointing_of_timm_gives_the_same_step(name):
     plain, model = pair(lambda: timm.create_model(name, num_classes=5))
     for m in (plain, model):
         m.set_grad_checkpointing(True)
-    x = images(2, 3, 48, 48)
+    # in the last stage 18 values of a channel: a BatchNorm of the two that 48 pixels leave magnifies roundings a millionfold
+    x = images(2, 3, 96, 96)
     ours, theirs = run_training(model, x), run_training(plain, x)
     if name == "densenet121":  # timm's is torchvision's checkpoint inside of dense layers, see above
         ours, theirs = ({k: v for k, v in found.items() if not k.startswith("buffer")} for found in (ours, theirs))
