@@ -604,12 +604,11 @@ def test_modules_added_or_replaced_after_conversion_are_used(change, called):
         assert_same(run_training(model, x), run_training(plain, x))
         # again with the newcomers converted, too
         fusedres.convert(model)
-    expected = (
-        {FUSED}
-        if change is not replace_norm
-        else {FUSED, *(b._fusedres_last for b in model.layer3.modules() if b in blocks(model))}
-    )
-    assert outcomes(model) == expected
+    found = outcomes(model) - {FUSED}
+    if change in (replace_stem, replace_norm):  # their blocks cannot fuse what stands there now
+        assert len(found) == 1 and found.pop().startswith("original modules: found ")
+    else:
+        assert not found
 
 
 def test_a_dense_layer_added_after_conversion_reads_and_writes_its_channels():
