@@ -255,13 +255,14 @@ def equivalence():
     return equivalence
 
 
-def test_training_equivalence_is_judged_and_drawn(equivalence, tmp_path, capsys):
+def test_training_equivalence_is_judged_and_drawn(equivalence, tmp_path):
     size = ("--models", "ResNet-20", "--epochs", "2", "--seeds", "2", "--batch", "128", "--threads", "1")
     threads = torch.get_num_threads()
     status = equivalence.main([*size, "--out", str(tmp_path)])
     torch.set_num_threads(threads)
-    assert status == 0, capsys.readouterr().out
     content = json.loads((tmp_path / "equivalence.json").read_text())
+    # two seeds and twenty steps from the start, where runs part fastest, prove nothing either way
+    assert status == (0 if all(v["passed"] for v in content["verdicts"]) else 1)
     assert content["settings"]["epochs"] == 2 and content["environment"]["command"].endswith(str(tmp_path))
     assert [(r["seed"], r["arm"]) for r in content["runs"]] == [(s, arm) for s in range(2) for arm in equivalence.ARMS]
     assert all(len(r["train_loss"]) == 2 and r["train_loss"][-1] < r["train_loss"][0] for r in content["runs"])

@@ -446,7 +446,8 @@ def test_grad_checkpointing_of_timm_gives_the_same_step(name):
     plain, model = pair(lambda: timm.create_model(name, num_classes=5))
     for m in (plain, model):
         m.set_grad_checkpointing(True)
-    x = images(2, 3, 48, 48)
+    # in the last stage 18 values of a channel: a BatchNorm of the two that 48 pixels leave magnifies roundings a millionfold
+    x = images(2, 3, 96, 96)
     ours, theirs = run_training(model, x), run_training(plain, x)
     if name == "densenet121":  # timm's is torchvision's checkpoint inside of dense layers, see above
         ours, theirs = ({k: v for k, v in found.items() if not k.startswith("buffer")} for found in (ours, theirs))
@@ -603,12 +604,11 @@ def test_modules_added_or_replaced_after_conversion_are_used(change, called):
         assert_same(run_training(model, x), run_training(plain, x))
         # again with the newcomers converted, too
         fusedres.convert(model)
-    expected = (
-        {FUSED}
-        if change is not replace_norm
-        else {FUSED, *(b._fusedres_last for b in model.layer3.modules() if b in blocks(model))}
-    )
-    assert outcomes(model) == expected
+    found = outcomes(model) - {FUSED}
+    if change in (replace_stem, replace_norm):  # their blocks cannot fuse what stands there now
+        assert len(found) == 1 and found.pop().startswith("original modules: found ")
+    else:
+        assert not found
 
 
 def test_a_dense_layer_added_after_conversion_reads_and_writes_its_channels():
