@@ -295,7 +295,7 @@ def test_every_primitive_is_torchs_function_at_its_kinks_and_far_out(act, backen
         assert torch.equal(found[kinks], gradient[kinks]), where
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", slow("avx2"), "avx512"])
 def test_values_and_derivatives_are_exact_to_roundings_on_every_instruction_set(capability, tmp_path):
     """In float32, from -12 to 12: a few units in the last place of the argument for values, of 1 for derivatives."""
     served("cpp", torch.float32)
