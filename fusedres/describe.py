@@ -486,7 +486,8 @@ def stem(children: list[nn.Module | None], dtype) -> tuple[Chain, list[nn.Module
     """Convolution, BatchNorm, activation or None, max pool or None."""
     convolution, batch_norm, act, pooling = children
     unit = Unit(conv(convolution, dtype), norm(batch_norm, activation(act)))
-    window = None if pooling is None else pool(pooling)
+    no_pool = pooling is None or type(pooling) is nn.Identity and not hooked(pooling)
+    window = None if no_pool else pool(pooling)
     return Chain((unit,), pool=window), [batch_norm]
 
 
