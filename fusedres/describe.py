@@ -581,7 +581,8 @@ def stem(children: list[nn.Module | None], dtype) -> tuple[Chain, list[nn.Module
     convolution, batch_norm, act, pooling = children
     unit = Unit(conv(convolution, dtype), norm(batch_norm, activation(act)))
     _check_gain([convolution], [unit.norm.act])
-    window = None if pooling is None else pool(pooling)
+    no_pool = pooling is None or type(pooling) is nn.Identity and not hooked(pooling)
+    window = None if no_pool else pool(pooling)
     return Chain((unit,), pool=window), [batch_norm]
 
 
