@@ -70,9 +70,11 @@ def _without_values(value: Any, known: dict[int, Tensor], dtype: torch.dtype, of
     the meta tensors by the identities of those that they stand for."""
     if isinstance(value, Tensor):
         if id(value) not in known:
-            known[id(value)] = torch.empty_like(
-                value, dtype=dtype if of_conv else value.dtype, device="meta", requires_grad=value.requires_grad
-            )
+            # not empty_like: of a DTensor, whose shape is that of the whole, it would be another
+            known[id(value)] = torch.empty_strided(
+                value.shape, value.stride(), dtype=dtype if of_conv else value.dtype, device="meta",
+                requires_grad=value.requires_grad,
+            )  # fmt: skip
         return known[id(value)]
     if is_dataclass(value):
         of_conv = isinstance(value, Conv)
