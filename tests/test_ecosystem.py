@@ -129,7 +129,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "timm-cspresnet50": (lambda: timm("cspresnet50"), IMAGE, 17),
     "timm-repvgg-a0": (lambda: timm("repvgg_a0"), IMAGE, 39),
     "timm-dla34": (lambda: timm("dla34"), IMAGE, 8),
-    "timm-selecsls42": (lambda: timm("selecsls42"), IMAGE, 41),
+    "timm-selecsls42": (lambda: timm("selecsls42"), (6, 3, 64, 64), 41),  # maps of one pixel, as above
     "torchvision-resnet34": (lambda: torchvision("resnet34"), IMAGE, 17),
     "torchvision-mnasnet": (lambda: torchvision("mnasnet0_5"), IMAGE, 17),
     "torchvision-fcn-resnet50": (lambda: torchvision_segmentation("fcn_resnet50"), IMAGE, 17),
@@ -156,7 +156,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "monai-densenet": (monai_densenet, IMAGE, 3),
     "segmentation-resnet18": (lambda: segmentation("resnet18", decoder_channels=(64, 32, 16, 8, 8)), IMAGE, 8),
     "segmentation-deeplab-resnet34": (lambda: segmentation("resnet34", "DeepLabV3Plus"), IMAGE, 19),
-    "monai-resnet18": (lambda: monai("resnet18", n_input_channels=3, num_classes=5), IMAGE, 8),
+    "monai-resnet18": (
+        lambda: without_gradient(monai("resnet18", n_input_channels=3, num_classes=5), r"downsample\.0\.bias"),
+        IMAGE,
+        8,
+    ),
     "monai-densenet121": (lambda: monai("DenseNet121", in_channels=3, out_channels=5), IMAGE, 8),
     "xrayvision-densenet121": (xrayvision_densenet, (2, 1, 64, 64), 8),
     "transformers-resnet": (transformers, IMAGE, 4),
