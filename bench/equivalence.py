@@ -316,7 +316,7 @@ def draw(runs: Sequence[Run]) -> Figure:
         }
         epochs = range(1, tables["eager", "train_loss"].shape[1] + 1)
         for axes, curve, words in zip(curves, ("train_loss", "test_loss"), ("training loss", "test loss"), strict=True):
-            axes.set_title(f"{name}: {words}, mean and range of the seeds", loc="left", fontsize=9.5, color=report.INK)
+            axes.set_title(f"{name}: {words}, mean and range", loc="left", fontsize=9.5, color=report.INK)
             for arm, style in (("eager", "-"), ("converted", "--")):
                 values = tables[arm, curve]
                 low, high = values.amin(0).tolist(), values.amax(0).tolist()
