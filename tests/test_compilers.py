@@ -36,7 +36,7 @@ def pair(build, training: bool) -> tuple[nn.Module, nn.Module]:
     return model, fusedres.convert(copy.deepcopy(model))
 
 
-def images(batch: int = 3, size: int = 32) -> Tensor:
+def images(batch: int = 3, size: int = 64) -> Tensor:
     return torch.randn(batch, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
 
 
