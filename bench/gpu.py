@@ -122,7 +122,7 @@ def primitives(model: str, mode: str) -> Stage:
     def command(run: Run) -> list[str]:
         sizes = [model, "--batch", "256", "--resolution", "224", "--dtype", "bfloat16"]
         if run.dry:
-            sizes = ["resnet18", "--batch", "1", "--resolution", "32", "--repeats", "1"]
+            sizes = ["resnet18", "--batch", "2", "--resolution", "32", "--repeats", "1"]
         json_file = str(run.out / f"primitives-{model}-{mode}.json")
         return ["-m", "bench.roofline", "--model", *sizes, "--mode", mode, "--device", run.device, "--json", json_file]
 

@@ -27,10 +27,10 @@ def rehearse(out: Path, *arguments: str) -> tuple[int, dict[str, dict]]:
 
 def test_some_stages(tmp_path):
     """A stage of each form: this script's own, the roofline, and what a stage leaves."""
-    code, outcomes = rehearse(tmp_path, "--only", "environment", "primitives-resnet50-infer", "tune")
+    code, outcomes = rehearse(tmp_path, "--only", "environment", "primitives-resnet50-train", "tune")
     assert code == 0 and {o["status"] for o in outcomes.values()} == {"passed"}
     assert json.loads((tmp_path / "environment.json").read_text())["backends"]["torch.float32"]["triton"] == "available"
-    assert json.loads((tmp_path / "primitives-resnet50-infer.json").read_text())[0]["primitives"]
+    assert json.loads((tmp_path / "primitives-resnet50-train.json").read_text())[0]["primitives"]
     assert list((tmp_path / "plans").glob("*.json"))
     page = (tmp_path / "summary.md").read_text()
     assert "rehearsal" in page and "| tune | passed |" in page
