@@ -2,7 +2,6 @@
 #include <Python.h>
 
 #include <exception>
-#include <initializer_list>
 
 #include "cpu/capability.h"
 
@@ -20,7 +19,7 @@ PyObject* cpu_capability(PyObject*, PyObject*) {
 PyObject* cpu_capabilities(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   if (names == nullptr) return nullptr;
-  for (auto capability : {fusedres::Capability::baseline, fusedres::Capability::avx2, fusedres::Capability::avx512}) {
+  for (auto capability : fusedres::kCapabilities) {
     if (!fusedres::capability_supported(capability)) continue;
     PyObject* name = PyUnicode_FromString(fusedres::capability_name(capability));
     if (name == nullptr || PyList_Append(names, name) < 0) {
@@ -35,7 +34,7 @@ PyObject* cpu_capabilities(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS,
-     "The instruction set of the CPU kernels in this process: 'default', 'avx2' or 'avx512'; FUSEDRES_CPU_CAPABILITY overrides it."},
+     "The instruction set of the CPU kernels in this process: 'default', 'avx2', 'avx512' or 'avx512_bf16'; FUSEDRES_CPU_CAPABILITY overrides it."},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets that this CPU supports, the best last."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -1,5 +1,11 @@
 #include "capability.h"
 
+#include "conv.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -7,24 +13,36 @@
 namespace fusedres {
 namespace {
 
-constexpr Capability kAll[] = {Capability::baseline, Capability::avx2, Capability::avx512};
+#if defined(__x86_64__)
+// Read from the CPU itself: compilers learnt these names late.
+struct Leaf {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  explicit Leaf(unsigned sub) {
+    if (!__get_cpuid_count(7, sub, &a, &b, &c, &d)) a = b = c = d = 0;
+  }
+};
+bool has_avx512_bf16() { return Leaf(0).a >= 1 && Leaf(1).a >> 5 & 1; }
+bool has_amx_bf16() { return Leaf(0).d >> 22 & 1; }
+#else
+bool has_amx_bf16() { return false; }
+#endif
 
 Capability choose() {
   const char* asked = std::getenv("FUSEDRES_CPU_CAPABILITY");
   if (asked == nullptr || *asked == '\0') {
     Capability best = Capability::baseline;
-    for (Capability c : kAll)
-      if (capability_supported(c)) best = c;
+    for (Capability c : kCapabilities)
+      if (capability_supported(c) && !(c == Capability::avx512_bf16 && has_amx_bf16())) best = c;
     return best;
   }
-  for (Capability c : kAll) {
+  for (Capability c : kCapabilities) {
     if (std::string(asked) != capability_name(c)) continue;
     if (!capability_supported(c))
       throw std::invalid_argument(std::string("FUSEDRES_CPU_CAPABILITY=") + asked +
                                   " is not supported by this CPU; unset it, or set it to default");
     return c;
   }
-  throw std::invalid_argument(std::string("FUSEDRES_CPU_CAPABILITY=") + asked + " is not known: expected default, avx2 or avx512");
+  throw std::invalid_argument(std::string("FUSEDRES_CPU_CAPABILITY=") + asked + " is not known: expected default, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace
@@ -38,6 +56,7 @@ const char* capability_name(Capability capability) {
   switch (capability) {
     case Capability::avx2: return "avx2";
     case Capability::avx512: return "avx512";
+    case Capability::avx512_bf16: return "avx512_bf16";
     default: return "default";
   }
 }
@@ -47,8 +66,9 @@ bool capability_supported(Capability capability) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (capability == Capability::avx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  return capability == Capability::avx512 ? avx512 : avx512 && has_avx512_bf16() && conv_kernels_avx512_bf16.forward != nullptr;
 #else
   return false;
 #endif

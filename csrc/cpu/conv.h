@@ -1,6 +1,6 @@
-// Native float32 convolutions on channels_last maps: what the binding and the per-capability kernels agree on.
+// Native convolutions on channels_last maps of float32 or bfloat16: what the binding and the per-capability kernels agree on.
 //
-// A map is rows of C values, `stride` floats apart; row (n * H + h) * W + w is a pixel. Nothing here depends on torch, so that the
+// A map is rows of C values, `stride` values apart; row (n * H + h) * W + w is a pixel. Nothing here depends on torch, so that the
 // kernels can be compiled once per CPU capability.
 #pragma once
 
@@ -11,15 +11,22 @@
 
 namespace fusedres {
 
-struct Map {
-  float* data;
-  int64_t stride;  // floats between pixels
+// A bfloat16 as it is stored.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+template <class Value>
+struct MapOf {
+  Value* data;
+  int64_t stride;  // values between pixels
 };
 
 // How a convolution's operand is read: a plain map, act(scale * x + shift), or the pending gradient p * x + q * second + r.
-struct Source {
-  Map map;
-  Map second;                 // raw of a pending gradient; data may be null (q taken as zero)
+template <class Value>
+struct SourceOf {
+  MapOf<Value> map;
+  MapOf<Value> second;                // raw of a pending gradient; data may be null (q taken as zero)
   const float* scale;         // null: plain
   const float* shift;
   const float* q;             // non-null with second: a pending gradient, scale is p and shift is r
@@ -31,34 +38,37 @@ struct Geometry2d {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
-// A weight of out_c x in_c x kernel_h x kernel_w with any strides (floats).
-struct Weight {
-  float* data;
+// A weight of out_c x in_c x kernel_h x kernel_w with any strides (values).
+template <class Value>
+struct WeightOf {
+  Value* data;
   int64_t so, si, sh, sw;
 };
 
-struct ForwardArgs {
+template <class Value>
+struct ForwardArgsOf {
   Geometry2d g;
-  Source x;
-  Weight weight;
-  Map out;
-  const float* bias;           // every pointer below may be null
+  SourceOf<Value> x;
+  WeightOf<Value> weight;
+  MapOf<Value> out;
+  const Value* bias;           // every pointer below may be null
   float* mean;                 // statistics of out
   float* m2;
   const float* out_scale;      // epilogue: act(out_scale * v + out_shift + residual_scale * residual + residual_shift)
   const float* out_shift;
-  Map residual;
+  MapOf<Value> residual;
   const float* residual_scale;
   const float* residual_shift;
   Activation out_act;
 };
 
-struct DgradArgs {
+template <class Value>
+struct DgradArgsOf {
   Geometry2d g;                // of the forward convolution
-  Source grad;
-  Weight weight;
-  Map dx;
-  Map x;                       // data null: no activation below, no sums
+  SourceOf<Value> grad;
+  WeightOf<Value> weight;
+  MapOf<Value> dx;
+  MapOf<Value> x;                       // data null: no activation below, no sums
   const float* scale;          // affine of x; null: no mask, no scaling
   const float* shift;
   Activation act;
@@ -66,29 +76,32 @@ struct DgradArgs {
   const float* invstd;
   float* sum_dz;               // null: no sums
   float* sum_dz_xhat;
-  Map base;                    // data null: nothing to add (or dx itself with accumulate)
+  MapOf<Value> base;                    // data null: nothing to add (or dx itself with accumulate)
   bool accumulate;
   bool scaled;
 };
 
-struct WgradArgs {
+template <class Value>
+struct WgradArgsOf {
   Geometry2d g;
-  Source grad;
-  Source x;
-  Weight dweight;
+  SourceOf<Value> grad;
+  SourceOf<Value> x;
+  WeightOf<Value> dweight;
 };
 
-struct ConvKernels {
-  void (*forward)(const ForwardArgs&, Parallel);
-  void (*dgrad)(const DgradArgs&, Parallel);
-  void (*wgrad)(const WgradArgs&, Parallel);
+template <class Value>
+struct ConvKernelsOf {
+  void (*forward)(const ForwardArgsOf<Value>&, Parallel);
+  void (*dgrad)(const DgradArgsOf<Value>&, Parallel);
+  void (*wgrad)(const WgradArgsOf<Value>&, Parallel);
 };
 
 // One table per capability, each in its own translation unit.
-extern const ConvKernels conv_kernels_default;
+extern const ConvKernelsOf<float> conv_kernels_default;
 #if defined(__x86_64__)
-extern const ConvKernels conv_kernels_avx2;
-extern const ConvKernels conv_kernels_avx512;
+extern const ConvKernelsOf<float> conv_kernels_avx2;
+extern const ConvKernelsOf<float> conv_kernels_avx512;
+extern const ConvKernelsOf<Bfloat16> conv_kernels_avx512_bf16;  // without functions where the compiler was too old for them
 #endif
 
 }  // namespace fusedres

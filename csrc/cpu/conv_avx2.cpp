@@ -17,7 +17,7 @@
 #include "conv_engine.h"
 
 namespace fusedres {
-const ConvKernels conv_kernels_avx2 = {avx2_capability::forward, avx2_capability::dgrad, avx2_capability::wgrad};
+const ConvKernelsOf<float> conv_kernels_avx2 = {avx2_capability::forward, avx2_capability::dgrad, avx2_capability::wgrad};
 }  // namespace fusedres
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -17,7 +17,7 @@
 #include "conv_engine.h"
 
 namespace fusedres {
-const ConvKernels conv_kernels_avx512 = {avx512_capability::forward, avx512_capability::dgrad, avx512_capability::wgrad};
+const ConvKernelsOf<float> conv_kernels_avx512 = {avx512_capability::forward, avx512_capability::dgrad, avx512_capability::wgrad};
 }  // namespace fusedres
 #if defined(__clang__)
 #pragma clang attribute pop

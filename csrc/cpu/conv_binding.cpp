@@ -19,9 +19,22 @@ void parallel(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-const ConvKernels& kernels() {
+template <class Value>
+constexpr torch::headeronly::ScalarType kType = torch::headeronly::ScalarType::Float;
+template <>
+constexpr torch::headeronly::ScalarType kType<Bfloat16> = torch::headeronly::ScalarType::BFloat16;
+template <class Value>
+constexpr const char* kTypeName = "float32";
+template <>
+constexpr const char* kTypeName<Bfloat16> = "bfloat16, as the other maps are";
+
+template <class Value>
+const ConvKernelsOf<Value>& kernels();
+template <>
+const ConvKernelsOf<float>& kernels() {
 #if defined(__x86_64__)
   switch (cpu_capability()) {
+    case Capability::avx512_bf16:
     case Capability::avx512: return conv_kernels_avx512;
     case Capability::avx2: return conv_kernels_avx2;
     default: break;
@@ -29,13 +42,24 @@ const ConvKernels& kernels() {
 #endif
   return conv_kernels_default;
 }
+template <>
+const ConvKernelsOf<Bfloat16>& kernels() {
+#if defined(__x86_64__)
+  if (cpu_capability() == Capability::avx512_bf16) return conv_kernels_avx512_bf16;
+#endif
+  STD_TORCH_CHECK(false, "bfloat16 convolutions need the CPU capability avx512_bf16, found ", capability_name(cpu_capability()));
+}
 
-float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+template <class Value>
+Value* data(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == kType<Value>, name, " must be ", kTypeName<Value>);
+  return static_cast<Value*>(t.data_ptr());
+}
 
-// A float32 channels_last map or channel slice. Dimensions of one element have any stride.
-Map map_of(const Tensor& t, const char* name) {
+// A channels_last map or channel slice. Dimensions of one element have any stride.
+template <class Value>
+MapOf<Value> map_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, found ", t.dim());
-  STD_TORCH_CHECK(t.scalar_type() == torch::headeronly::ScalarType::Float, name, " must be float32");
   const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
   int64_t pixel = c;
   if (w > 1) pixel = t.stride(3);
@@ -43,10 +67,13 @@ Map map_of(const Tensor& t, const char* name) {
   else if (n > 1) pixel = t.stride(0);
   const bool rows = (c == 1 || t.stride(1) == 1) && (h == 1 || t.stride(2) == pixel * w) && (n == 1 || t.stride(0) == pixel * w * h);
   STD_TORCH_CHECK(rows && pixel >= c, name, " must be channels_last or a channel slice of a channels_last map");
-  return {data(t), pixel};
+  return {data<Value>(t, name), pixel};
 }
 
-Map map_or_null(const std::optional<Tensor>& t, const char* name) { return t.has_value() ? map_of(*t, name) : Map{nullptr, 0}; }
+template <class Value>
+MapOf<Value> map_or_null(const std::optional<Tensor>& t, const char* name) {
+  return t.has_value() ? map_of<Value>(*t, name) : MapOf<Value>{nullptr, 0};
+}
 
 // Row `row` of a per-channel tensor, null where there is none.
 float* row_of(const std::optional<Tensor>& t, int64_t row, int64_t channels, const char* name) {
@@ -54,23 +81,33 @@ float* row_of(const std::optional<Tensor>& t, int64_t row, int64_t channels, con
   STD_TORCH_CHECK(t->scalar_type() == torch::headeronly::ScalarType::Float && t->dim() == 2 && t->size(0) > row && t->size(1) == channels &&
                       (channels == 1 || t->stride(1) == 1),
                   name, " must be float32 with ", channels, " channels side by side");
-  return data(*t) + row * t->stride(0);
+  return static_cast<float*>(t->data_ptr()) + row * t->stride(0);
 }
 
-Weight weight_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == torch::headeronly::ScalarType::Float, "weight must be float32 with 4 dimensions");
-  return {data(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+template <class Value>
+WeightOf<Value> weight_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4, "weight must have 4 dimensions, found ", t.dim());
+  return {data<Value>(t, "weight"), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
-Source plain_or_affine(const Tensor& x, const std::optional<Tensor>& affine, const Activation& act) {
+template <class Value>
+SourceOf<Value> plain_or_affine(const Tensor& x, const std::optional<Tensor>& affine, const Activation& act) {
   const int64_t c = x.size(1);
-  return {map_of(x, "x"), {nullptr, 0}, row_of(affine, 0, c, "affine"), row_of(affine, 1, c, "affine"), nullptr, act};
+  return {map_of<Value>(x, "x"), {nullptr, 0}, row_of(affine, 0, c, "affine"), row_of(affine, 1, c, "affine"), nullptr, act};
 }
 
-Source pending(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff) {
+template <class Value>
+SourceOf<Value> pending(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff) {
   const int64_t c = grad.size(1);
-  return {map_of(grad, "grad"), map_or_null(raw, "raw"), row_of(coeff, 0, c, "coeff"), row_of(coeff, 2, c, "coeff"),
+  return {map_of<Value>(grad, "grad"), map_or_null<Value>(raw, "raw"), row_of(coeff, 0, c, "coeff"), row_of(coeff, 2, c, "coeff"),
           row_of(coeff, 1, c, "coeff"), {}};
+}
+
+// body(a value of the maps' type).
+template <class F>
+void with_type(const Tensor& map, F&& body) {
+  if (map.scalar_type() == torch::headeronly::ScalarType::BFloat16) return body(Bfloat16{});
+  body(float{});
 }
 
 // `geometry` holds stride, padding and dilation, two each.
@@ -83,6 +120,8 @@ Geometry2d geometry_of(const Tensor& in, const Tensor& out, const Tensor& weight
                       g.out_h == size(g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h) &&
                       g.out_w == size(g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
                   "input, weight and output do not belong to one convolution");
+  if (in.scalar_type() == torch::headeronly::ScalarType::BFloat16)
+    STD_TORCH_CHECK(g.in_c % 2 == 0 && g.out_c % 2 == 0, "bfloat16 convolutions take even numbers of channels, found ", g.in_c, " and ", g.out_c);
   STD_TORCH_CHECK(g.kernel_h <= 16 && g.kernel_w <= 16 && g.stride_h * g.stride_w <= 16, "kernel or stride beyond the native kernels");
   return g;
 }
@@ -90,57 +129,66 @@ Geometry2d geometry_of(const Tensor& in, const Tensor& out, const Tensor& weight
 void conv_forward(const Tensor& x, const std::optional<Tensor>& affine, int64_t act, double slope, const Tensor& weight, const std::optional<Tensor>& bias,
                   std::vector<int64_t> geometry, Tensor out, const std::optional<Tensor>& stats, const std::optional<Tensor>& out_affine,
                   const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_affine, int64_t out_act, double out_slope) {
-  ForwardArgs a{};
-  a.g = geometry_of(x, out, weight, geometry);
-  a.x = plain_or_affine(x, affine, activation_of(act, slope));
-  a.weight = weight_of(weight);
-  a.out = map_of(out, "out");
-  a.bias = bias.has_value() ? data(*bias) : nullptr;
-  a.mean = row_of(stats, 0, a.g.out_c, "stats");
-  a.m2 = row_of(stats, 1, a.g.out_c, "stats");
-  a.out_scale = row_of(out_affine, 0, a.g.out_c, "out_affine");
-  a.out_shift = row_of(out_affine, 1, a.g.out_c, "out_affine");
-  a.residual = map_or_null(residual, "residual");
-  a.residual_scale = row_of(residual_affine, 0, a.g.out_c, "residual_affine");
-  a.residual_shift = row_of(residual_affine, 1, a.g.out_c, "residual_affine");
-  a.out_act = activation_of(out_act, out_slope);
-  kernels().forward(a, parallel);
+  with_type(x, [&](auto type) {
+    using Value = decltype(type);
+    ForwardArgsOf<Value> a{};
+    a.g = geometry_of(x, out, weight, geometry);
+    a.x = plain_or_affine<Value>(x, affine, activation_of(act, slope));
+    a.weight = weight_of<Value>(weight);
+    a.out = map_of<Value>(out, "out");
+    a.bias = bias.has_value() ? data<Value>(*bias, "bias") : nullptr;
+    a.mean = row_of(stats, 0, a.g.out_c, "stats");
+    a.m2 = row_of(stats, 1, a.g.out_c, "stats");
+    a.out_scale = row_of(out_affine, 0, a.g.out_c, "out_affine");
+    a.out_shift = row_of(out_affine, 1, a.g.out_c, "out_affine");
+    a.residual = map_or_null<Value>(residual, "residual");
+    a.residual_scale = row_of(residual_affine, 0, a.g.out_c, "residual_affine");
+    a.residual_shift = row_of(residual_affine, 1, a.g.out_c, "residual_affine");
+    a.out_act = activation_of(out_act, out_slope);
+    kernels<Value>().forward(a, parallel);
+  });
 }
 
 void conv_dgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff, const Tensor& weight,
                 std::vector<int64_t> geometry, Tensor dx, const std::optional<Tensor>& x, const std::optional<Tensor>& affine, int64_t act,
                 double slope, const std::optional<Tensor>& saved, const std::optional<Tensor>& base, bool accumulate, bool scaled,
                 const std::optional<Tensor>& sums) {
-  DgradArgs a{};
-  a.g = geometry_of(dx, grad, weight, geometry);
-  a.grad = pending(grad, raw, coeff);
-  a.weight = weight_of(weight);
-  a.dx = map_of(dx, "dx");
-  a.x = map_or_null(x, "x");
-  a.scale = row_of(affine, 0, a.g.in_c, "affine");
-  a.shift = row_of(affine, 1, a.g.in_c, "affine");
-  a.act = activation_of(act, slope);
-  if (sums.has_value()) {
-    STD_TORCH_CHECK(x.has_value() && saved.has_value(), "sums need x and saved");
-    a.mean = row_of(saved, 0, a.g.in_c, "saved");
-    a.invstd = row_of(saved, 1, a.g.in_c, "saved");
-    a.sum_dz = row_of(sums, 0, a.g.in_c, "sums");
-    a.sum_dz_xhat = row_of(sums, 1, a.g.in_c, "sums");
-  }
-  a.base = map_or_null(base, "base");
-  a.accumulate = accumulate;
-  a.scaled = scaled;
-  kernels().dgrad(a, parallel);
+  with_type(grad, [&](auto type) {
+    using Value = decltype(type);
+    DgradArgsOf<Value> a{};
+    a.g = geometry_of(dx, grad, weight, geometry);
+    a.grad = pending<Value>(grad, raw, coeff);
+    a.weight = weight_of<Value>(weight);
+    a.dx = map_of<Value>(dx, "dx");
+    a.x = map_or_null<Value>(x, "x");
+    a.scale = row_of(affine, 0, a.g.in_c, "affine");
+    a.shift = row_of(affine, 1, a.g.in_c, "affine");
+    a.act = activation_of(act, slope);
+    if (sums.has_value()) {
+      STD_TORCH_CHECK(x.has_value() && saved.has_value(), "sums need x and saved");
+      a.mean = row_of(saved, 0, a.g.in_c, "saved");
+      a.invstd = row_of(saved, 1, a.g.in_c, "saved");
+      a.sum_dz = row_of(sums, 0, a.g.in_c, "sums");
+      a.sum_dz_xhat = row_of(sums, 1, a.g.in_c, "sums");
+    }
+    a.base = map_or_null<Value>(base, "base");
+    a.accumulate = accumulate;
+    a.scaled = scaled;
+    kernels<Value>().dgrad(a, parallel);
+  });
 }
 
 void conv_wgrad(const Tensor& grad, const std::optional<Tensor>& raw, const std::optional<Tensor>& coeff, const Tensor& x,
                 const std::optional<Tensor>& affine, int64_t act, double slope, std::vector<int64_t> geometry, Tensor dweight) {
-  WgradArgs a{};
-  a.g = geometry_of(x, grad, dweight, geometry);
-  a.grad = pending(grad, raw, coeff);
-  a.x = plain_or_affine(x, affine, activation_of(act, slope));
-  a.dweight = weight_of(dweight);
-  kernels().wgrad(a, parallel);
+  with_type(grad, [&](auto type) {
+    using Value = decltype(type);
+    WgradArgsOf<Value> a{};
+    a.g = geometry_of(x, grad, dweight, geometry);
+    a.grad = pending<Value>(grad, raw, coeff);
+    a.x = plain_or_affine<Value>(x, affine, activation_of(act, slope));
+    a.dweight = weight_of<Value>(dweight);
+    kernels<Value>().wgrad(a, parallel);
+  });
 }
 
 }  // namespace

@@ -11,5 +11,5 @@
 #include "conv_engine.h"
 
 namespace fusedres {
-const ConvKernels conv_kernels_default = {default_capability::forward, default_capability::dgrad, default_capability::wgrad};
+const ConvKernelsOf<float> conv_kernels_default = {default_capability::forward, default_capability::dgrad, default_capability::wgrad};
 }  // namespace fusedres

@@ -1,5 +1,5 @@
-// Implicit-GEMM convolutions in float32, compiled once per CPU capability (FUSEDRES_CAPABILITY names the namespace, FUSEDRES_LANES the
-// floats of a vector).
+// Implicit-GEMM convolutions in float32 or bfloat16 (conv_operand.h), compiled once per CPU capability (FUSEDRES_CAPABILITY names the
+// namespace, FUSEDRES_LANES the floats of a vector).
 //
 // One mechanism for forward and both gradients. A tile is a few rows of output pixels of one or more images. The operand's pixels that a
 // tile needs are loaded once into a scratch that stays in L2, padded with zeros, and whatever is pending (affine and ReLU, or the
@@ -9,10 +9,10 @@
 //
 // Partial statistics and sums are kept per tile and merged in tile order in double: the result depends on shapes alone, not on threads.
 //
-// Large 3 x 3 convolutions of stride 1 go the same way by Winograd's algorithm: the scratch is transformed, the register kernel runs for each
+// Large 3 x 3 convolutions of stride 1 in float32 go the same way by Winograd's algorithm: the scratch is transformed, the register kernel runs for each
 // of 16 positions, and the result is transformed back before the epilogue.
 //
-// Where a weight meets few pixels (small batches, late stages), packing it would cost more than the product: kernels then read it as it lies,
+// Where a float32 weight meets few pixels (small batches, late stages), packing it would cost more than the product: kernels then read it as it lies,
 // each number once.
 //
 // No template of the standard library is instantiated here: such functions are shared between translation units at link time, and a copy
@@ -71,16 +71,13 @@ inline void store(float* p, vec v) { *reinterpret_cast<vec*>(p) = v; }
 #define FUSEDRES_HIGH 2, 6, 3, 7
 #endif
 
-// dst[j][i] = src[i][j] for kLanes x kLanes floats: log2(kLanes) rounds of interleaving the first half of the rows with the second. With
-// kAhead, what lies so many floats ahead in each row is asked for: as many rows at once are beyond what the hardware foresees.
-template <int kAhead>
-inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+// Writes the columns of kLanes rows as rows: log2(kLanes) rounds of interleaving the first half of the rows with the second. `read(i)` is row i,
+// `write(j, column j)` takes the result.
+template <class Read, class Write>
+inline void transpose(Read&& read, Write&& write) {
   vec rows[kLanes], next[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    rows[i] = load(src + i * src_stride);
-    if (kAhead > 0) __builtin_prefetch(src + i * src_stride + kAhead, 0, 2);
-  }
+  for (int i = 0; i < kLanes; ++i) rows[i] = read(i);
 #pragma GCC unroll 4
   for (int round = 1; round < kLanes; round *= 2) {
 #pragma GCC unroll 16
@@ -92,9 +89,10 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(dst + i * dst_stride, rows[i]);
+  for (int i = 0; i < kLanes; ++i) write(i, rows[i]);
 }
 
+#include "conv_operand.h"
 #include "conv_winograd.h"
 
 // Uninitialised floats, freed with the owner; aligned for whole vectors.
@@ -238,7 +236,8 @@ struct Chunk {
 
 struct Problem {
   Axis h, w;
-  int64_t batch, src_c, dst_c, dst_h, dst_w;
+  int64_t batch, src_c, dst_c, dst_h, dst_w;  // src_c in units where those run along the channels
+  int64_t per_unit = 1;                       // channels
   // the plan
   int64_t tile_rows = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
   bool winograd = false;
@@ -255,7 +254,8 @@ struct Problem {
   // Whether Winograd's 16 products per 2 x 2 outputs, with their transforms, are cheaper than 36: not where the map is so small that
   // transforming the weights outweighs it. In multiplications per pair of channels.
   bool winograd_pays() const {
-    if (h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() || !w.consecutive()) return false;
+    // in bfloat16 a transformed operand would be rounded once more
+    if (kPairs || h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() || !w.consecutive()) return false;
     if (src_c % kLanes != 0 || w.grid > 128) return false;
     const double tiles = static_cast<double>(batch * div_up(h.grid, 2) * div_up(w.grid, 2));
     const double transforms = 4.0 / static_cast<double>(src_c) + 4.0 / static_cast<double>(dst_c);
@@ -271,7 +271,7 @@ struct Problem {
   // of it lie side by side.
   bool plan_few(const Weight& weight, int64_t vector_c, int64_t most_pixels) {
     const int64_t pixels = rows() * w.grid;
-    if (pixels == 0 || pixels > most_pixels || weight.si != 1 || vector_c % kLanes != 0 || h.taps == 0 || w.taps == 0) return false;
+    if (kPairs || pixels == 0 || pixels > most_pixels || weight.si != 1 || vector_c % kLanes != 0 || h.taps == 0 || w.taps == 0) return false;
     winograd = false;
     scratch_w = w.scratch_size(w.grid);
     tile_rows = rows();
@@ -327,7 +327,7 @@ Tile locate(const Problem& p, int64_t tile, int64_t width, const Source* in_plac
     for (int64_t i = 0; i < count; ++i) {
       const int64_t dst_row = (n * p.dst_h + p.h.dst_first + (first + i) * p.h.dst_step) * p.dst_w + p.w.dst_first;
       const int64_t src_row = in_place ? (n * p.h.src_size + (first + i) * p.h.step) * p.w.src_size : (scratch_row + i * p.h.scratch_step()) * p.scratch_w;
-      const int64_t src_step = in_place ? p.w.step : p.w.scratch_step(), src_stride = in_place ? in_place->map.stride : width;
+      const int64_t src_step = in_place ? p.w.step : p.w.scratch_step(), src_stride = in_place ? in_place->map.stride / p.per_unit : width;
       for (int64_t j = 0; j < p.w.grid; ++j, ++m) {
         base[m] = (src_row + j * src_step) * src_stride;
         pixel[m] = dst_row + j * p.w.dst_step;
@@ -370,13 +370,14 @@ int64_t patches_of(const Problem& p, int64_t tile) {
 
 // --- prologue -----------------------------------------------------------------------------------------------------------------------
 
+// `width` channels of a pixel from `first` on, in float.
 inline void load_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
-  const float* x = s.map.data + pixel * s.map.stride + first;
+  const Value* x = s.map.data + pixel * s.map.stride + first;
   if (s.scale == nullptr) {
     if (s.act.is_relu()) {
-      for (int64_t c = 0; c < width; ++c) dst[c] = x[c] <= 0.f ? 0.f : x[c];
+      for (int64_t c = 0; c < width; ++c) dst[c] = to_float(x[c]) <= 0.f ? 0.f : to_float(x[c]);
     } else {
-      for (int64_t c = 0; c < width; ++c) dst[c] = x[c];
+      for (int64_t c = 0; c < width; ++c) dst[c] = to_float(x[c]);
       if (s.act.is_other()) activate_row(dst, width, s.act);
     }
     return;
@@ -384,18 +385,37 @@ inline void load_pixel(const Source& s, int64_t pixel, int64_t first, int64_t wi
   const float* scale = s.scale + first;
   const float* shift = s.shift + first;
   if (s.q != nullptr && s.second.data != nullptr) {
-    const float* raw = s.second.data + pixel * s.second.stride + first;
+    const Value* raw = s.second.data + pixel * s.second.stride + first;
     const float* q = s.q + first;
-    for (int64_t c = 0; c < width; ++c) dst[c] = scale[c] * x[c] + (q[c] * raw[c] + shift[c]);
+    for (int64_t c = 0; c < width; ++c) dst[c] = scale[c] * to_float(x[c]) + (q[c] * to_float(raw[c]) + shift[c]);
   } else if (s.act.is_relu()) {
     for (int64_t c = 0; c < width; ++c) {
-      const float z = scale[c] * x[c] + shift[c];
+      const float z = scale[c] * to_float(x[c]) + shift[c];
       dst[c] = z <= 0.f ? 0.f : z;  // NaN passes
     }
   } else {
-    for (int64_t c = 0; c < width; ++c) dst[c] = scale[c] * x[c] + shift[c];
+    for (int64_t c = 0; c < width; ++c) dst[c] = scale[c] * to_float(x[c]) + shift[c];
     if (s.act.is_other()) activate_row(dst, width, s.act);
   }
+}
+
+// The same as `width` units from unit `first` on.
+inline void load_units_of_pixel(const Problem& p, const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
+#ifdef FUSEDRES_PAIRS
+  if (s.scale == nullptr && s.act.kind == Act::none) {
+    std::memcpy(dst, s.map.data + pixel * s.map.stride + 2 * first, width * sizeof(float));
+    return;
+  }
+  constexpr int64_t kPiece = 256;
+  float values[2 * kPiece];
+  for (int64_t c = 0; c < width; c += kPiece) {
+    const int64_t units = least(kPiece, width - c);
+    load_pixel(s, pixel, 2 * (first + c), 2 * units, values);
+    round_row(values, units, dst + c);
+  }
+#else
+  load_pixel(s, pixel, first, width, dst);
+#endif
 }
 
 void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
@@ -418,7 +438,7 @@ void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, flo
         if (x < 0 || x >= p.w.src_size) {
           for (int64_t c = 0; c < chunk.width; ++c) dst[c] = 0.f;
         } else {
-          load_pixel(s, line + x, chunk.first, chunk.width, dst);
+          load_units_of_pixel(p, s, line + x, chunk.first, chunk.width, dst);
         }
       }
     }
@@ -507,6 +527,33 @@ constexpr int kMaxSegments = kMaxTaps * kMaxTaps * 4 + 64;
 // last panel is padded with zeros to whole vectors. `source_stride` and `destination_stride` are those of the weight's two channels.
 int64_t panel_width(int64_t dst_c, int64_t panel) { return round_up(least(kPanel, dst_c - panel * kPanel), kLanes); }
 
+// The unit whose numbers lie `stride` apart.
+inline float unit_at(const float* p, int64_t) { return *p; }
+
+// Units side by side, whose numbers lie `stride` apart.
+inline void pack_row(const float* src, int64_t, int64_t n, float* dst) { std::memcpy(dst, src, n * sizeof(float)); }
+
+#ifdef FUSEDRES_PAIRS
+inline float unit_at(const Bfloat16* p, int64_t stride) { return make_unit(p[0], p[stride]); }
+
+inline void pack_row(const Bfloat16* src, int64_t stride, int64_t n, float* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, make_units(widen(src + i), widen(src + stride + i)));
+  for (; i < n; ++i) dst[i] = make_unit(src[i], src[stride + i]);
+}
+#endif
+
+// dst[j][i] = src[i][j] for kLanes x kLanes units. What lies some lines ahead in each row is asked for: as many rows at once are beyond what the
+// hardware foresees.
+inline void transpose_ahead(const Value* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  transpose(
+      [&](int i) {
+        __builtin_prefetch(src + i * src_stride + 256 / sizeof(Value), 0, 2);
+        return load_units(src + i * src_stride);
+      },
+      [&](int j, vec column) { store(dst + j * dst_stride, column); });
+}
+
 void pack_panel(const Problem& p, const Weight& w, int64_t source_stride, int64_t destination_stride, int64_t panel, float* packed) {
   const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel), valid = least(width, p.dst_c - first);
   float* dst = packed + first * p.depth();
@@ -514,10 +561,10 @@ void pack_panel(const Problem& p, const Weight& w, int64_t source_stride, int64_
     const Chunk chunk = p.chunk_at(k);
     for (int i = 0; i < p.h.taps; ++i) {
       for (int j = 0; j < p.w.taps; ++j, dst += chunk.width * width) {
-        const float* src = w.data + p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw + chunk.first * source_stride + first * destination_stride;
+        const Value* src = w.data + p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw + p.per_unit * chunk.first * source_stride + first * destination_stride;
         if (valid < width) std::memset(dst, 0, chunk.width * width * sizeof(float));
         if (destination_stride == 1) {
-          for (int64_t c = 0; c < chunk.width; ++c) std::memcpy(dst + c * width, src + c * source_stride, valid * sizeof(float));
+          for (int64_t c = 0; c < chunk.width; ++c) pack_row(src + p.per_unit * c * source_stride, source_stride, valid, dst + c * width);
         } else {
           int64_t c = 0;
           if (source_stride == 1) {
@@ -525,12 +572,12 @@ void pack_panel(const Problem& p, const Weight& w, int64_t source_stride, int64_
             const int64_t whole = valid / kLanes * kLanes;
             // 16 rows from end to end before the next 16: memory is read in long runs
             for (int64_t n = 0; n < whole; n += kLanes)
-              for (int64_t k = 0; k < c; k += kLanes) transpose<64>(src + n * destination_stride + k, destination_stride, dst + k * width + n, width);
+              for (int64_t k = 0; k < c; k += kLanes) transpose_ahead(src + n * destination_stride + p.per_unit * k, destination_stride, dst + k * width + n, width);
             for (int64_t n = whole; n < valid; ++n)
-              for (int64_t k = 0; k < c; ++k) dst[k * width + n] = src[n * destination_stride + k];
+              for (int64_t k = 0; k < c; ++k) dst[k * width + n] = unit_at(src + n * destination_stride + p.per_unit * k, 1);
           }
           for (; c < chunk.width; ++c)
-            for (int64_t n = 0; n < valid; ++n) dst[c * width + n] = src[n * destination_stride + c * source_stride];
+            for (int64_t n = 0; n < valid; ++n) dst[c * width + n] = unit_at(src + n * destination_stride + p.per_unit * c * source_stride, source_stride);
         }
       }
     }
@@ -538,7 +585,8 @@ void pack_panel(const Problem& p, const Weight& w, int64_t source_stride, int64_
 }
 
 // As pack_panel, for Winograd: within a panel the rows are chunk, position, channel. src_c is a multiple of kLanes.
-void pack_winograd(const Problem& p, const Weight& w, int64_t source_stride, int64_t destination_stride, int64_t panel, float* packed) {
+template <class Of>
+void pack_winograd(const Problem& p, const Of& w, int64_t source_stride, int64_t destination_stride, int64_t panel, float* packed) {
   const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel), valid = least(width, p.dst_c - first);
   float* dst = packed + first * p.depth();
   for (int64_t k = 0; k < p.chunks(); ++k) {
@@ -548,9 +596,9 @@ void pack_winograd(const Problem& p, const Weight& w, int64_t source_stride, int
         float taps[9][kLanes][kLanes] = {};
         const int64_t columns = least(kLanes, valid - n0);
         for (int t = 0; t < 9; ++t) {
-          const float* src = w.data + p.h.kernel[t / 3] * w.sh + p.w.kernel[t % 3] * w.sw + (chunk.first + c0) * source_stride + (first + n0) * destination_stride;
+          const auto* src = w.data + p.h.kernel[t / 3] * w.sh + p.w.kernel[t % 3] * w.sw + (chunk.first + c0) * source_stride + (first + n0) * destination_stride;
           if (source_stride == 1 && columns == kLanes) {
-            transpose<64>(src, destination_stride, taps[t][0], kLanes);
+            transpose_ahead(src, destination_stride, taps[t][0], kLanes);
           } else {
             for (int64_t c = 0; c < kLanes; ++c)
               for (int64_t n = 0; n < columns; ++n) taps[t][c][n] = src[c * source_stride + n * destination_stride];
@@ -569,9 +617,12 @@ void pack_winograd(const Problem& p, const Weight& w, int64_t source_stride, int
   }
 }
 
-void pack_weights(const Problem& p, const Weight& w, int64_t source_stride, int64_t destination_stride, float* packed, Parallel parallel) {
+template <class Of>
+void pack_weights(const Problem& p, const Of& w, int64_t source_stride, int64_t destination_stride, float* packed, Parallel parallel) {
   run_parallel(parallel, div_up(p.dst_c, kPanel), p.dst_c * p.depth(), [&](int64_t panel) {
-    (p.winograd ? pack_winograd : pack_panel)(p, w, source_stride, destination_stride, panel, packed);
+    if constexpr (!kPairs)
+      if (p.winograd) return pack_winograd(p, w, source_stride, destination_stride, panel, packed);
+    pack_panel(p, w, source_stride, destination_stride, panel, packed);
   });
 }
 
@@ -595,7 +646,7 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
     for (int i = 0; i < R; ++i) {
       const float value = a[i][k];
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) acc[i][j] += value * weights[j];
+      for (int j = 0; j < V; ++j) acc[i][j] = multiply_add(acc[i][j], value, weights[j]);
     }
   }
   for (int i = 0; i < R; ++i)
@@ -620,7 +671,7 @@ __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, cons
     for (int i = 0; i < R; ++i) {
       const float value = from[i];
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) acc[i][j] += value * values[j];
+      for (int j = 0; j < V; ++j) acc[i][j] = multiply_add(acc[i][j], value, values[j]);
     }
   }
   for (int i = 0; i < R; ++i)
@@ -727,8 +778,8 @@ inline int64_t even_block(int64_t total, int64_t limit) { return div_up(total, d
 // Lines of maps that will be needed soon, asked for a few at a time between register kernels, so that memory works while the FMA units do.
 struct Prefetch {
   struct Range {
-    const float* data;
-    int64_t stride, pixels, lines;  // lines: of a pixel
+    const char* data;
+    int64_t stride, pixels, lines;  // stride in bytes; lines: of a pixel
   };
   Range ranges[4];
   int count = 0, current = 0;
@@ -737,18 +788,19 @@ struct Prefetch {
   // Channels [first, first + width) of pixels [begin, end).
   void add(const Map& map, int64_t begin, int64_t end, int64_t first, int64_t width) {
     if (map.data == nullptr || end <= begin) return;
-    const float* data = map.data + begin * map.stride + first;
+    constexpr int64_t kSize = sizeof(Value), kPerLine = 64 / kSize;
+    const char* data = reinterpret_cast<const char*>(map.data + begin * map.stride + first);
     // whole pixels are one long run
-    Range range = width == map.stride ? Range{data, 0, 1, div_up((end - begin) * width, 16)} : Range{data, map.stride, end - begin, div_up(width, 16)};
+    Range range = width == map.stride ? Range{data, 0, 1, div_up((end - begin) * width, kPerLine)} : Range{data, map.stride * kSize, end - begin, div_up(width, kPerLine)};
     ranges[count++] = range;
     total += range.pixels * range.lines;
   }
   void issue(int64_t lines) {
     while (lines > 0 && current < count) {
       const Range& r = ranges[current];
-      const float* data = r.data + pixel * r.stride + line * 16;
+      const char* data = r.data + pixel * r.stride + line * 64;
       const int64_t now = least(lines, r.lines - line);
-      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(data + i * 16, 0, 2);
+      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(data + i * 64, 0, 2);
       lines -= now;
       line += now;
       if (line < r.lines) continue;
@@ -769,8 +821,8 @@ void prefetch_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk,
     return (row / p.h.grid * p.h.src_size + most(0, least(p.h.src_size, y))) * p.w.src_size;
   };
   const int64_t from = line(begin, p.h.low), to = line(end, p.h.low + p.h.span);
-  prefetch->add(s.map, from, to, chunk.first, chunk.width);
-  if (s.q != nullptr) prefetch->add(s.second, from, to, chunk.first, chunk.width);
+  prefetch->add(s.map, from, to, p.per_unit * chunk.first, p.per_unit * chunk.width);
+  if (s.q != nullptr) prefetch->add(s.second, from, to, p.per_unit * chunk.first, p.per_unit * chunk.width);
 }
 
 // --- the product of a tile ----------------------------------------------------------------------------------------------------------
@@ -816,12 +868,13 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
     return;
   }
   // where nothing is pending and nothing padded, the map itself is the operand
-  const Source* in_place = s.scale == nullptr && s.act.kind == Act::none && p.h.inside() && p.w.inside() ? &s : nullptr;
+  const bool plain = s.scale == nullptr && s.act.kind == Act::none && s.map.stride % p.per_unit == 0;
+  const Source* in_place = plain && p.h.inside() && p.w.inside() ? &s : nullptr;
   float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk);
   for (int64_t k = 0; k < p.chunks(); ++k) {
     const Chunk chunk = p.chunk_at(k);
     if (!in_place) load_tile(p, s, tile, chunk, loaded);
-    const float* scratch = in_place ? s.map.data + chunk.first : loaded;
+    const float* scratch = in_place ? reinterpret_cast<const float*>(s.map.data) + chunk.first : loaded;
     *where = locate(p, tile, chunk.width, in_place);
     Prefetch prefetch;
     const bool last = k + 1 == p.chunks();
@@ -866,7 +919,7 @@ int64_t panels_per_task(const Problem& p) {
 const float* load_whole(const Problem& p, const Source& s, Tile* where) {
   const Source* in_place = s.scale == nullptr && s.act.kind == Act::none && p.h.inside() && p.w.inside() ? &s : nullptr;
   *where = locate(p, 0, p.src_c, in_place);
-  if (in_place) return s.map.data;
+  if (in_place) return reinterpret_cast<const float*>(s.map.data);
   float* loaded = scratch_a.get(p.scratch_pixels * p.src_c);
   load_tile(p, s, 0, p.chunk_at(0), loaded);
   return loaded;
@@ -961,21 +1014,30 @@ void finish_rows(const ForwardArgs& a, const Tile& where, int64_t first, int64_t
   const float floor = a.out_act.is_relu() ? 0.f : -__builtin_inff();
   for (int64_t m = 0; m < where.pixels; ++m) {
     float* v = c + m * ldc;
-    const float* r = kResidual ? a.residual.data + where.pixel[m] * a.residual.stride + first : nullptr;
+    const Value* r = kResidual ? a.residual.data + where.pixel[m] * a.residual.stride + first : nullptr;
     for (int64_t n = 0; n < columns; ++n) {
       float value = kAffine ? scale[n] * v[n] + shift[n] : v[n];
-      if (kResidual) value += kResidualAffine ? residual_scale[n] * r[n] + residual_shift[n] : r[n];
+      if (kResidual) value += kResidualAffine ? residual_scale[n] * to_float(r[n]) + residual_shift[n] : to_float(r[n]);
       v[n] = value <= floor ? floor : value;  // NaN passes
     }
     if (a.out_act.is_other()) activate_row(v, columns, a.out_act);
   }
 }
 
+// A row of the output; with `back` what is stored goes to `c`, too, for the statistics.
+inline void write_row(float* c, int64_t n, float* out, bool) { std::memcpy(out, c, n * sizeof(float)); }
+#ifdef FUSEDRES_PAIRS
+inline void write_row(float* c, int64_t n, Bfloat16* out, bool back) {
+  for_each_vector(n, [&](int64_t i) { store(out + i, load(c + i)); }, [&](int64_t i) { put(out + i, c[i]); });
+  if (back) for_each_vector(n, [&](int64_t i) { store(c + i, load(out + i)); }, [&](int64_t i) { c[i] = to_float(out[i]); });
+}
+#endif
+
 // The epilogue of a tile, in place; then its way to the output where the product is not there already.
 void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool in_place) {
   if (a.bias != nullptr)
     for (int64_t m = 0; m < where.pixels; ++m)
-      for (int64_t n = 0; n < columns; ++n) c[m * ldc + n] += a.bias[first + n];
+      for (int64_t n = 0; n < columns; ++n) c[m * ldc + n] += to_float(a.bias[first + n]);
   const bool residual = a.residual.data != nullptr;
   if (a.out_scale != nullptr) {
     (!residual ? finish_rows<true, false, false> : a.residual_scale ? finish_rows<true, true, true> : finish_rows<true, true, false>)(a, where, first, columns, c, ldc);
@@ -983,10 +1045,11 @@ void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int6
     (!residual ? finish_rows<false, false, false> : a.residual_scale ? finish_rows<false, true, true> : finish_rows<false, true, false>)(a, where, first, columns, c, ldc);
   }
   if (in_place) return;
-  for (int64_t m = 0; m < where.pixels; ++m) std::memcpy(a.out.data + where.pixel[m] * a.out.stride + first, c + m * ldc, columns * sizeof(float));
+  for (int64_t m = 0; m < where.pixels; ++m) write_row(c + m * ldc, columns, a.out.data + where.pixel[m] * a.out.stride + first, a.mean != nullptr);
 }
 
-void forward_few(const ForwardArgs& a, const Problem& p, Parallel parallel) {
+template <class Args>
+void forward_few(const Args& a, const Problem& p, Parallel parallel) {
   Run runs[kMaxRuns];
   const int count = make_runs(p, a.weight, true, runs);
   const int64_t each = few_per_task(p.dst_c, kDotOutputs);
@@ -1007,24 +1070,26 @@ void forward_few(const ForwardArgs& a, const Problem& p, Parallel parallel) {
   });
 }
 
-void forward(const ForwardArgs& a, Parallel parallel) {
+template <class Args>
+void forward(const Args& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   Problem p{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
             forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
-            g.batch, g.in_c, g.out_c, g.out_h, g.out_w};
-  if (p.plan_few(a.weight, g.in_c, kFewerPixels)) return forward_few(a, p, parallel);
+            g.batch, g.in_c / kChannelsPerUnit, g.out_c, g.out_h, g.out_w, kChannelsPerUnit};
+  if constexpr (!kPairs)
+    if (p.plan_few(a.weight, g.in_c, kFewerPixels)) return forward_few(a, p, parallel);
   p.plan();
   const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
   float* weights = packed_weights.get(round_up(p.dst_c, kLanes) * p.depth());
   pack_weights(p, a.weight, a.weight.si, a.weight.so, weights, parallel);
   float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * 2 * p.dst_c);
-  const bool in_place = p.dst_c % kLanes == 0;
+  const bool in_place = !kPairs && p.dst_c % kLanes == 0;
   run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
     const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
     const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
     // output pixels of a tile are consecutive rows of the map
-    float* c = in_place ? a.out.data + tile * p.tile_pixels * a.out.stride + first : scratch_c.get(p.tile_pixels * ldc);
+    float* c = in_place ? reinterpret_cast<float*>(a.out.data) + tile * p.tile_pixels * a.out.stride + first : scratch_c.get(p.tile_pixels * ldc);
     Tile where;
     multiply_tile(p, a.x, tile, weights, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
       prefetch->add(a.residual, t.pixel[0], t.pixel[t.pixels - 1] + 1, first, columns);
@@ -1041,8 +1106,8 @@ void forward(const ForwardArgs& a, Parallel parallel) {
 // accumulate in place, without the factor invstd.
 template <int R, bool kMask, bool kSums, bool kOld, bool kScaled>
 void dgrad_rows(const DgradArgs& a, const int64_t* pixel, int64_t first, int64_t columns, const float* c, int64_t ldc, float* sum_dz, float* sum_dz_xhat) {
-  const float *x[R], *old[R];
-  float* out[R];
+  const Value *x[R], *old[R];
+  Value* out[R];
   for (int i = 0; i < R; ++i) {
     x[i] = kMask || kSums ? a.x.data + pixel[i] * a.x.stride + first : nullptr;
     out[i] = a.dx.data + pixel[i] * a.dx.stride + first;
@@ -1076,14 +1141,14 @@ void dgrad_rows(const DgradArgs& a, const int64_t* pixel, int64_t first, int64_t
   for (; n < columns; ++n) {
     for (int i = 0; i < R; ++i) {
       float dz = c[i * ldc + n];
-      if (kMask && scale[n] * x[i][n] + shift[n] <= 0.f) dz = 0.f;
+      if (kMask && scale[n] * to_float(x[i][n]) + shift[n] <= 0.f) dz = 0.f;
       if (kSums) {
         sum_dz[n] += dz;
-        sum_dz_xhat[n] += dz * (x[i][n] - mean[n]);
+        sum_dz_xhat[n] += dz * (to_float(x[i][n]) - mean[n]);
       }
       if (kScaled) dz *= scale[n];
-      if (kOld) dz += old[i][n];
-      out[i][n] = dz;
+      if (kOld) dz += to_float(old[i][n]);
+      put(out[i] + n, dz);
     }
   }
 }
@@ -1108,11 +1173,11 @@ void derive_tile(const DgradArgs& a, const Tile& where, int64_t first, int64_t c
   constexpr int64_t kPiece = 512;
   float z[kPiece];
   for (int64_t m = 0; m < where.pixels; ++m) {
-    const float* x = a.x.data + where.pixel[m] * a.x.stride + first;
+    const Value* x = a.x.data + where.pixel[m] * a.x.stride + first;
     for (int64_t begin = 0; begin < columns; begin += kPiece) {
       const int64_t width = least(kPiece, columns - begin);
       const float *scale = a.scale + first + begin, *shift = a.shift + first + begin;
-      for (int64_t n = 0; n < width; ++n) z[n] = scale[n] * x[begin + n] + shift[n];
+      for (int64_t n = 0; n < width; ++n) z[n] = scale[n] * to_float(x[begin + n]) + shift[n];
       gradient_row(c + m * ldc + begin, z, width, a.act);
     }
   }
@@ -1131,7 +1196,8 @@ void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t 
 }
 
 // The sums of the only tile go to `sums`.
-void dgrad_few(const DgradArgs& a, const Problem& p, float* sums, Parallel parallel) {
+template <class Args>
+void dgrad_few(const Args& a, const Problem& p, float* sums, Parallel parallel) {
   Run runs[kMaxRuns];
   const int count = make_runs(p, a.weight, false, runs);
   run_parallel(parallel, div_up(p.dst_c, kPanel), p.dst_c * p.depth(), [&](int64_t panel) {
@@ -1154,7 +1220,8 @@ void dgrad_few(const DgradArgs& a, const Problem& p, float* sums, Parallel paral
   });
 }
 
-void dgrad(const DgradArgs& a, Parallel parallel) {
+template <class Args>
+void dgrad(const Args& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   const int64_t phases = g.stride_h * g.stride_w;
   Problem problems[16];
@@ -1164,7 +1231,7 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
     Problem& p = problems[i];
     p = Problem{dgrad_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h, i / g.stride_w),
                 dgrad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w, i % g.stride_w),
-                g.batch, g.out_c, g.in_c, g.in_h, g.in_w};
+                g.batch, g.out_c / kChannelsPerUnit, g.in_c, g.in_h, g.in_w, kChannelsPerUnit};
     if (p.h.grid > 0 && p.w.grid > 0) {
       few[i] = p.plan_few(a.weight, g.in_c, kFewPixels);
       if (!few[i]) p.plan();
@@ -1177,9 +1244,11 @@ void dgrad(const DgradArgs& a, Parallel parallel) {
   for (int64_t i = 0; i < phases; ++i) {
     const Problem& p = problems[i];
     if (first_tile[i + 1] == first_tile[i]) continue;
-    if (few[i]) {
-      dgrad_few(a, p, sums == nullptr ? nullptr : sums + first_tile[i] * 2 * g.in_c, parallel);
-      continue;
+    if constexpr (!kPairs) {
+      if (few[i]) {
+        dgrad_few(a, p, sums == nullptr ? nullptr : sums + first_tile[i] * 2 * g.in_c, parallel);
+        continue;
+      }
     }
     const int64_t each = panels_per_task(p), parts = div_up(panels, each);
     float* weights = packed_weights.get(round_up(p.dst_c, kLanes) * p.depth());
@@ -1298,25 +1367,27 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
 }
 
 // A block of `rows` source and `valid` destination channels (rows of `width`), laid out as the weight is.
-void store_weights(const Weight& w, const float* block, int64_t width, int64_t rows, int64_t valid, float* to) {
+void store_weights(const Weight& w, const float* block, int64_t width, int64_t rows, int64_t valid, Value* to) {
   int64_t n = 0;
   if (w.si == 1) {
     // 16 rows of the weight from end to end before the next 16: memory is written in long runs
     const int64_t whole = rows / kLanes * kLanes;
     for (; n + kLanes <= valid; n += kLanes) {
-      for (int64_t c = 0; c < whole; c += kLanes) transpose<0>(block + c * width + n, width, to + n * w.so + c, w.so);
+      for (int64_t c = 0; c < whole; c += kLanes)
+        transpose([&](int i) { return load(block + (c + i) * width + n); }, [&](int j, vec column) { store(to + (n + j) * w.so + c, column); });
       for (int64_t c = whole; c < rows; ++c)
-        for (int64_t i = n; i < n + kLanes; ++i) to[i * w.so + c] = block[c * width + i];
+        for (int64_t i = n; i < n + kLanes; ++i) put(to + i * w.so + c, block[c * width + i]);
     }
   }
   for (; n < valid; ++n)
-    for (int64_t c = 0; c < rows; ++c) to[n * w.so + c * w.si] = block[c * width + n];
+    for (int64_t c = 0; c < rows; ++c) put(to + n * w.so + c * w.si, block[c * width + n]);
 }
 
 // Every product is a finished number of the weight's gradient, which is written in its rows.
-void wgrad_few(const WgradArgs& a, const Problem& p, Parallel parallel) {
+template <class Args>
+void wgrad_few(const Args& a, const Problem& p, Parallel parallel) {
   Run runs[kMaxRuns];
-  const Weight& dweight = a.dweight;
+  const auto& dweight = a.dweight;
   const int count = make_runs(p, dweight, true, runs);
   const int64_t block = rows_for(kPanelVectors), each = few_per_task(p.dst_c, block);
   run_parallel(parallel, div_up(p.dst_c, each), p.dst_c * p.depth(), [&](int64_t task) {
@@ -1338,12 +1409,93 @@ void wgrad_few(const WgradArgs& a, const Problem& p, Parallel parallel) {
   });
 }
 
-void wgrad(const WgradArgs& a, Parallel parallel) {
+#ifdef FUSEDRES_PAIRS
+// The operand of a tile for the weight gradient: units of a pixel and the one that the next output pixel reads through the same tap.
+void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
+  const int64_t width = chunk.width, begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  const bool single = p.h.taps == 1 && p.w.taps == 1;
+  float* const values = scratch_v.get(most(2, p.scratch_w) * width);  // of a row; with a single tap, of two pixels
+  const auto load = [&](int64_t line, int64_t j, float* to) {
+    const int64_t x = p.w.source(0, j);
+    if (line < 0 || x < 0 || x >= p.w.src_size) std::memset(to, 0, width * sizeof(float));
+    else load_pixel(s, line + x, chunk.first, width, to);
+  };
+  int64_t pixel = 0;
+  for (int64_t row = begin; row < end;) {
+    const int64_t n = row / p.h.grid, first = row % p.h.grid, count = least(end - row, p.h.grid - first), in_rows = p.h.scratch_size(count);
+    for (int64_t i = 0; i < in_rows; ++i) {
+      const int64_t y = p.h.source(first, i), line = y < 0 || y >= p.h.src_size ? -1 : (n * p.h.src_size + y) * p.w.src_size;
+      if (single) {
+        for (int64_t j = 0; j < p.scratch_w; ++j, ++pixel) {
+          load(line, j, values + pixel % 2 * width);
+          if (pixel % 2 == 1) interleave(values, values + width, width, scratch + pixel / 2 * width);
+        }
+        continue;
+      }
+      float* to = scratch + pixel * width;
+      pixel += p.scratch_w;
+      if (line < 0) {
+        std::memset(to, 0, p.scratch_w * width * sizeof(float));
+        continue;
+      }
+      for (int64_t j = 0; j < p.scratch_w; ++j) load(line, j, values + j * width);
+      const int64_t next = p.w.scratch_step();
+      for (int64_t j = 0; j < p.scratch_w; ++j)
+        interleave(values + j * width, j + next < p.scratch_w ? values + (j + next) * width : nullptr, width, to + j * width);
+    }
+    row += count;
+  }
+  if (single && pixel % 2 == 1) interleave(values, nullptr, width, scratch + pixel / 2 * width);
+}
+
+// The pixels that pair up: of a tile where a single tap reads them side by side, else of a row.
+int64_t line_pixels(const Problem& p, int64_t pixels) { return p.h.taps == 1 && p.w.taps == 1 ? pixels : p.w.grid; }
+
+// How many units a tile has; their bases replace those of its pixels.
+int64_t locate_units(const Problem& p, int64_t width, const Tile& where) {
+  const bool single = p.h.taps == 1 && p.w.taps == 1;
+  const int64_t line = line_pixels(p, where.pixels);
+  int64_t* base = scratch_base.data;
+  int64_t units = 0;
+  for (int64_t start = 0; start < where.pixels; start += line)
+    for (int64_t j = 0; j < line; j += 2, ++units) base[units] = single ? units * width : base[start + j];
+  return units;
+}
+
+void load_gradient(const Problem& p, const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg, float* gradient) {
+  const int64_t line = line_pixels(p, where.pixels);
+  float* const values = scratch_v.get(2 * columns);
+  for (int64_t start = 0; start < where.pixels; start += line) {
+    for (int64_t j = 0; j < line; j += 2, gradient += ldg) {
+      const bool two = j + 1 < line;
+      load_pixel(s, where.pixel[start + j], first, columns, values);
+      if (two) load_pixel(s, where.pixel[start + j + 1], first, columns, values + columns);
+      interleave(values, two ? values + columns : nullptr, columns, gradient);
+      for (int64_t n = columns; n < ldg; ++n) gradient[n] = 0.f;
+    }
+  }
+}
+#else
+void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) { load_tile(p, s, tile, chunk, scratch); }
+
+int64_t locate_units(const Problem&, int64_t, const Tile& where) { return where.pixels; }
+
+void load_gradient(const Problem&, const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg, float* gradient) {
+  for (int64_t m = 0; m < where.pixels; ++m) {
+    load_pixel(s, where.pixel[m], first, columns, gradient + m * ldg);
+    for (int64_t n = columns; n < ldg; ++n) gradient[m * ldg + n] = 0.f;
+  }
+}
+#endif
+
+template <class Args>
+void wgrad(const Args& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   Problem problem{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
                   forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
                   g.batch, g.in_c, g.out_c, g.out_h, g.out_w};
-  if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, parallel);
+  if constexpr (!kPairs)
+    if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, parallel);
   const WgradPlan plan(problem);
   const Problem& p = plan.p;
   const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
@@ -1357,12 +1509,10 @@ void wgrad(const WgradArgs& a, Parallel parallel) {
     float* gradient = scratch_b.get(p.tile_pixels * ldg);
     for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
       const bool fresh = tile == group * plan.group_tiles;
-      load_tile(p, a.x, tile, chunk, scratch);
-      const Tile where = locate(p, tile, chunk.width);
-      for (int64_t m = 0; m < where.pixels; ++m) {
-        load_pixel(a.grad, where.pixel[m], first, columns, gradient + m * ldg);
-        for (int64_t n = columns; n < ldg; ++n) gradient[m * ldg + n] = 0.f;
-      }
+      load_operand(p, a.x, tile, chunk, scratch);
+      Tile where = locate(p, tile, chunk.width);
+      load_gradient(p, a.grad, where, first, columns, ldg, gradient);
+      where.pixels = locate_units(p, chunk.width, where);
       Prefetch prefetch;
       if (tile + 1 < stop) {
         prefetch_tile(p, a.x, tile + 1, chunk, &prefetch);

@@ -19,7 +19,8 @@ void parallel(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
 const PassKernels& kernels() {
 #if defined(__x86_64__)
   switch (cpu_capability()) {
-    case Capability::avx512: return pass_kernels_avx512;
+    case Capability::avx512:
+    case Capability::avx512_bf16: return pass_kernels_avx512;
     case Capability::avx2: return pass_kernels_avx2;
     default: break;
   }

@@ -1,4 +1,4 @@
-"""The extension's own convolutions (float32, CPU): everything pending is applied while an operand is loaded, everything that follows while
+"""The extension's own convolutions (CPU; float32, and bfloat16 where the processor multiplies it): everything pending is applied while an operand is loaded, everything that follows while
 the result is in cache, so that a convolution reads its maps once, writes one, and nothing lies between.
 
 What they do not take (other dtypes, groups, very large kernels) goes to the vendor's library between passes. The contracts are those of
@@ -18,6 +18,21 @@ from . import vendor
 _ops = torch.ops.fusedres_cpp
 _MAX_KERNEL = 16
 _MAX_STRIDE = 16  # product of both strides: the phases of an input gradient
+_FEW_PIXELS = 64  # up to here the vendor's bfloat16 is faster: packing a weight costs more than its products
+
+
+@functools.cache
+def _bfloat16() -> bool:
+    """Whether this process has kernels for bfloat16 that are worth having."""
+    from .. import _C
+
+    return _C.cpu_capability() == "avx512_bf16"
+
+
+def _takes(dtype: torch.dtype, weight: torch.Size, pixels: int) -> bool:
+    if dtype == torch.bfloat16:
+        return _bfloat16() and pixels > _FEW_PIXELS and weight[0] % 2 == weight[1] % 2 == 0
+    return dtype == torch.float32
 
 
 @functools.lru_cache(maxsize=4096)
@@ -27,18 +42,20 @@ def _plan(
     """``(the shape of the output, the geometry as the operators take it)`` for an input of ``shape``, None where the native kernels do not
     take the convolution."""
     if (
-        dtype != torch.float32
-        or len(weight) != 4
+        len(weight) != 4
         or geometry.groups != 1
         or max(weight[2:]) > _MAX_KERNEL
         or geometry.stride[0] * geometry.stride[1] > _MAX_STRIDE
     ):
         return None
-    spatial = (
+    spatial = [
         (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
         for size, kernel, stride, pad, dilation in zip(shape[2:], weight[2:], *geometry[:3], strict=True)
-    )
-    return (shape[0], weight[0], *spatial), [*geometry.stride, *geometry.padding, *geometry.dilation]
+    ]
+    out = (shape[0], weight[0], *spatial)
+    if not _takes(dtype, weight, shape[0] * out[2] * out[3]):
+        return None
+    return out, [*geometry.stride, *geometry.padding, *geometry.dilation]
 
 
 def conv_forward(
