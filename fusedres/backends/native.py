@@ -18,7 +18,6 @@ from . import vendor
 _ops = torch.ops.fusedres_cpp
 _MAX_KERNEL = 16
 _MAX_STRIDE = 16  # product of both strides: the phases of an input gradient
-_FEW_PIXELS = 64  # up to here the vendor's bfloat16 is faster: packing a weight costs more than its products
 
 
 @functools.cache
@@ -29,9 +28,9 @@ def _bfloat16() -> bool:
     return _C.cpu_capability() == "avx512_bf16"
 
 
-def _takes(dtype: torch.dtype, weight: torch.Size, pixels: int) -> bool:
-    if dtype == torch.bfloat16:
-        return _bfloat16() and pixels > _FEW_PIXELS and weight[0] % 2 == weight[1] % 2 == 0
+def _takes(dtype: torch.dtype, weight: torch.Size) -> bool:
+    if dtype == torch.bfloat16:  # in pairs of channels
+        return weight[0] % 2 == weight[1] % 2 == 0 and _bfloat16()
     return dtype == torch.float32
 
 
@@ -43,19 +42,17 @@ def _plan(
     take the convolution."""
     if (
         len(weight) != 4
+        or not _takes(dtype, weight)
         or geometry.groups != 1
         or max(weight[2:]) > _MAX_KERNEL
         or geometry.stride[0] * geometry.stride[1] > _MAX_STRIDE
     ):
         return None
-    spatial = [
+    spatial = (
         (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
         for size, kernel, stride, pad, dilation in zip(shape[2:], weight[2:], *geometry[:3], strict=True)
-    ]
-    out = (shape[0], weight[0], *spatial)
-    if not _takes(dtype, weight, shape[0] * out[2] * out[3]):
-        return None
-    return out, [*geometry.stride, *geometry.padding, *geometry.dilation]
+    )
+    return (shape[0], weight[0], *spatial), [*geometry.stride, *geometry.padding, *geometry.dilation]
 
 
 def conv_forward(
