@@ -11,7 +11,7 @@ import torch
 from parity import assert_parity
 from torch import Tensor
 
-from fusedres.backends import cpp, eager
+from fusedres.backends import cpp, eager, native
 from fusedres.backends.eager import Geometry
 
 pytestmark = pytest.mark.skipif(cpp._C is None, reason="the C++ extension is not built")
@@ -56,24 +56,36 @@ FEW = {
 }
 EVERY = {**DIRECT, **WINOGRAD, **FEW}
 cases = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
+# bfloat16 is multiplied in pairs of channels
+PAIRED = {name: case for name, case in EVERY.items() if case[0][1] % 2 == case[0][4] % 2 == 0}
+needs_bfloat16 = pytest.mark.skipif(
+    cpp.cpu_capability() != "avx512_bf16",
+    reason="this process multiplies no bfloat16 itself (CPU capability avx512_bf16)",
+)
 
 
 class Draw:
-    """The operands of one convolution: float32, or the same numbers in float64. Maps are slices of buffers full of NaN."""
+    """The operands of one convolution, in ``dtype``: numbers of ``stored`` for maps and weights, of float32 for what belongs to a channel.
+    Maps are slices of buffers full of NaN."""
 
-    def __init__(self, case: tuple, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, case: tuple, seed: int, dtype: torch.dtype, stored: torch.dtype = torch.float32) -> None:
         (n, c, h, w, k), kernel, stride, padding, dilation = case
-        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
+        self.generator, self.dtype, self.stored = torch.Generator().manual_seed(seed), dtype, stored
+        self.accum = torch.float64 if dtype == torch.float64 else torch.float32
         self.geometry = Geometry(stride, padding, dilation, 1)
         sizes = zip((h, w), kernel, stride, padding, dilation, strict=True)
         self.out = (n, k, *((s + 2 * p - d * (r - 1) - 1) // t + 1 for s, r, t, p, d in sizes))
-        self.weight = (self.values(k, c, *kernel) * (2 / (c * kernel[0] * kernel[1])) ** 0.5).to(dtype)
+        scale = (2 / (c * kernel[0] * kernel[1])) ** 0.5
+        self.weight = (self.values(k, c, *kernel).float() * scale).to(stored).to(dtype)
         if case in FEW.values():
             self.weight = self.weight.to(memory_format=torch.channels_last)
         self.x = self.map(n, c, h, w)
 
     def values(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.dtype)
+        return torch.randn(shape, generator=self.generator).to(self.accum)
+
+    def numbers(self, *shape: int) -> Tensor:
+        return self.values(*shape).to(self.stored).to(self.dtype)
 
     def hole(self, *shape: int) -> Tensor:
         n, c, *rest = shape
@@ -82,13 +94,13 @@ class Draw:
         ]
 
     def map(self, *shape: int) -> Tensor:
-        return self.hole(*shape).copy_(self.values(*shape))
+        return self.hole(*shape).copy_(self.numbers(*shape))
 
     def vectors(self, rows: int, channels: int) -> Tensor:
         return self.values(rows, channels).abs() + 0.5
 
     def poisoned(self, rows: int, channels: int) -> Tensor:
-        return torch.full((rows, channels), torch.nan, dtype=self.dtype)
+        return torch.full((rows, channels), torch.nan, dtype=self.accum)
 
 
 def assert_neighbours_untouched(*maps: Tensor) -> None:
@@ -100,7 +112,7 @@ def forward_training(backend, d: Draw) -> dict[str, Tensor]:
     c, k = d.x.shape[1], d.out[1]
     affine = torch.cat([d.vectors(1, c), d.values(1, c) * 0.3])
     out, stats = d.hole(*d.out), d.poisoned(2, k)
-    backend.conv_forward(d.x, affine, "relu", d.weight, d.values(k), d.geometry, out=out, stats=stats)
+    backend.conv_forward(d.x, affine, "relu", d.weight, d.numbers(k), d.geometry, out=out, stats=stats)
     assert_neighbours_untouched(out)
     return {"raw": out, "mean": stats[0], "M2": stats[1]}
 
@@ -154,6 +166,36 @@ def test_a_native_convolution_is_as_right_as_eager(case, step):
         assert_parity(*([found[key] for found in run] for run in runs), key)
 
 
+@needs_bfloat16
+@pytest.mark.parametrize("case", PAIRED.values(), ids=PAIRED)
+@steps
+def test_a_native_bfloat16_convolution_is_as_right_as_eager(case, step):
+    bfloat16 = torch.bfloat16
+    d = Draw(case, 0, bfloat16)
+    assert native._plan(d.x.shape, d.weight.shape, bfloat16, d.geometry) is not None
+    runs = [
+        [step(backend, Draw(case, seed, dtype, bfloat16)) for seed in range(5)]
+        for backend, dtype in ((cpp, bfloat16), (eager, bfloat16), (eager, torch.float64))
+    ]
+    for key in runs[0][0]:
+        assert_parity(*([found[key] for found in run] for run in runs), key)
+
+
+@needs_bfloat16
+def test_odd_channels_in_bfloat16_go_to_the_vendor():
+    case = DIRECT["3x3, odd channels"]
+    d = Draw(case, 0, torch.bfloat16)
+    assert native._plan(d.x.shape, d.weight.shape, torch.bfloat16, d.geometry) is None
+    assert forward_training(cpp, d)["raw"].isfinite().all()
+    even = Draw(DIRECT["3x3 strided"], 0, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"even numbers of channels, found 13 and 5"):
+        numbers = native._plan(even.x.shape, even.weight.shape, torch.bfloat16, even.geometry)[1]
+        numbers[:4] = [1, 1, 1, 1]
+        torch.ops.fusedres_cpp.conv_forward(
+            d.x, None, 0, 0.0, d.weight, None, numbers, d.hole(*d.out), None, None, None, None, 0, 0.0
+        )
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", [DIRECT["3x3 strided"], WINOGRAD["growth rate"]], ids=["direct", "winograd"])
 def test_a_weight_may_have_any_layout(case, layout):
@@ -165,16 +207,15 @@ def test_a_weight_may_have_any_layout(case, layout):
     assert backward_pending(cpp, again)["dw"].stride() == again.weight.stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)], ids=str)
 @pytest.mark.parametrize(
     "case", [DIRECT["1x1, many channels"], *list(WINOGRAD.values())[:3], FEW["few pixels, 3x3"]], ids=str
 )
-def test_the_number_of_threads_changes_no_bit(case):
+def test_the_number_of_threads_changes_no_bit(case, dtype):
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         return [
-            value
-            for step in (forward_training, backward_pending)
-            for value in step(cpp, Draw(case, 0, torch.float32)).values()
+            value for step in (forward_training, backward_pending) for value in step(cpp, Draw(case, 0, dtype)).values()
         ]
 
     before = torch.get_num_threads()
@@ -185,7 +226,7 @@ def test_the_number_of_threads_changes_no_bit(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_convolution_on_every_capability(name):
     """This file again, in a process that uses another instruction set."""
     if name not in cpp._C.cpu_capabilities():

@@ -562,11 +562,11 @@ def test_the_capability_is_chosen_by_the_environment():
     for name in cpp._C.cpu_capabilities():
         assert ask(name).stdout.strip() == name
     wrong = ask("sse9")
-    assert wrong.returncode != 0 and "expected default, avx2 or avx512" in wrong.stderr
+    assert wrong.returncode != 0 and "expected default, avx2, avx512 or avx512_bf16" in wrong.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_pass_on_every_capability(name):
     """This file again, in a process that uses another instruction set."""
     if name not in cpp._C.cpu_capabilities():

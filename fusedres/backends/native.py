@@ -1,8 +1,9 @@
-"""The extension's own convolutions (CPU; float32, and bfloat16 where the processor multiplies it): everything pending is applied while an operand is loaded, everything that follows while
-the result is in cache, so that a convolution reads its maps once, writes one, and nothing lies between.
+"""The extension's own convolutions (CPU; float32, and bfloat16 where the processor multiplies pairs of it): everything pending is applied
+while an operand is loaded, everything that follows while the result is in cache, so that a convolution reads its maps once, writes one,
+and nothing lies between.
 
-What they do not take (other dtypes, groups, very large kernels) goes to the vendor's library between passes. The contracts are those of
-:mod:`fusedres.backends.eager`; ``passes`` is the backend module.
+What they do not take (other dtypes, groups, odd channels in bfloat16, very large kernels) goes to the vendor's library between passes.
+The contracts are those of :mod:`fusedres.backends.eager`; ``passes`` is the backend module.
 """
 
 from __future__ import annotations
