@@ -243,6 +243,8 @@ struct Problem {
   bool winograd = false;
 
   int64_t rows() const { return batch * h.grid; }
+  // Every output pixel reads one source pixel.
+  bool one_to_one() const { return h.inside() && w.inside(); }
   int64_t taps() const { return winograd ? kPositions : int64_t(h.taps) * w.taps; }
   int64_t depth() const { return taps() * src_c; }
   int64_t chunks() const { return depth() ? div_up(src_c, chunk) : 0; }
@@ -399,16 +401,74 @@ inline void load_pixel(const Source& s, int64_t pixel, int64_t first, int64_t wi
   }
 }
 
+#ifdef FUSEDRES_PAIRS
+// The operands that models have most, a vector of channels at a time: read(c) is those of a pixel from channel `first` + c on.
+struct Plain {
+  const Value* x = nullptr;
+  Plain() = default;
+  Plain(const Source& s, int64_t pixel, int64_t first) : x(s.map.data + pixel * s.map.stride + first) {}
+  vec read(int64_t c) const { return load(x + c); }
+};
+struct Affine : Plain {
+  const float *scale = nullptr, *shift = nullptr;
+  Affine() = default;
+  Affine(const Source& s, int64_t pixel, int64_t first) : Plain(s, pixel, first), scale(s.scale + first), shift(s.shift + first) {}
+  vec read(int64_t c) const { return load(scale + c) * load(x + c) + load(shift + c); }
+};
+struct AffineRelu : Affine {
+  using Affine::Affine;
+  vec read(int64_t c) const {
+    const vec z = Affine::read(c);
+    return z <= 0.f ? vec{} : z;  // NaN passes
+  }
+};
+struct Gradient : Affine {
+  const Value* raw = nullptr;
+  const float* q = nullptr;
+  Gradient() = default;
+  Gradient(const Source& s, int64_t pixel, int64_t first) : Affine(s, pixel, first), raw(s.second.data + pixel * s.second.stride + first), q(s.q + first) {}
+  vec read(int64_t c) const { return load(scale + c) * load(x + c) + (load(q + c) * load(raw + c) + load(shift + c)); }
+};
+
+// body(which of them it is), not at all for another.
+template <class F>
+inline void with_pending(const Source& s, F&& body) {
+  if (s.act.is_other() || (s.scale == nullptr && s.act.is_relu())) return;
+  if (s.scale == nullptr) return body(Plain{});
+  if (s.q != nullptr && s.second.data != nullptr) return body(Gradient{});
+  if (s.act.is_relu()) return body(AffineRelu{});
+  body(Affine{});
+}
+
+// Units of two pixels' channels [first, first + n); `second` may be -1 for zeros. `values` has room for both.
+void interleave_pixels(const Source& s, int64_t one, int64_t second, int64_t first, int64_t n, float* values, float* units) {
+  int64_t c = 0;
+  if (second >= 0) {
+    with_pending(s, [&](auto pending) {
+      using P = decltype(pending);
+      const P low(s, one, first), high(s, second, first);
+      for (; c + kLanes <= n; c += kLanes) store(units + c, make_units(widen(round_to_bfloat16(low.read(c))), widen(round_to_bfloat16(high.read(c)))));
+    });
+  }
+  if (c == n) return;
+  load_pixel(s, one, first + c, n - c, values);
+  if (second >= 0) load_pixel(s, second, first + c, n - c, values + n);
+  interleave(values, second >= 0 ? values + n : nullptr, n - c, units + c);
+}
+#endif
+
 // The same as `width` units from unit `first` on.
 inline void load_units_of_pixel(const Problem& p, const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
 #ifdef FUSEDRES_PAIRS
-  if (s.scale == nullptr && s.act.kind == Act::none) {
-    std::memcpy(dst, s.map.data + pixel * s.map.stride + 2 * first, width * sizeof(float));
-    return;
-  }
+  int64_t c = 0;
+  with_pending(s, [&](auto pending) {
+    using P = decltype(pending);
+    const P from(s, pixel, 2 * first);
+    for (; c + kLanes <= width; c += kLanes) store(dst + c, round_to_units(from.read(2 * c), from.read(2 * c + kLanes)));
+  });
   constexpr int64_t kPiece = 256;
   float values[2 * kPiece];
-  for (int64_t c = 0; c < width; c += kPiece) {
+  for (; c < width; c += kPiece) {
     const int64_t units = least(kPiece, width - c);
     load_pixel(s, pixel, 2 * (first + c), 2 * units, values);
     round_row(values, units, dst + c);
@@ -869,7 +929,7 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const float*
   }
   // where nothing is pending and nothing padded, the map itself is the operand
   const bool plain = s.scale == nullptr && s.act.kind == Act::none && s.map.stride % p.per_unit == 0;
-  const Source* in_place = plain && p.h.inside() && p.w.inside() ? &s : nullptr;
+  const Source* in_place = plain && p.one_to_one() ? &s : nullptr;
   float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk);
   for (int64_t k = 0; k < p.chunks(); ++k) {
     const Chunk chunk = p.chunk_at(k);
@@ -916,8 +976,8 @@ int64_t panels_per_task(const Problem& p) {
 // --- few pixels ---------------------------------------------------------------------------------------------------------------------
 
 // The operand of a problem that plan_few took: loaded, or the source map itself where nothing is pending and nothing padded.
-const float* load_whole(const Problem& p, const Source& s, Tile* where) {
-  const Source* in_place = s.scale == nullptr && s.act.kind == Act::none && p.h.inside() && p.w.inside() ? &s : nullptr;
+inline const float* load_whole(const Problem& p, const Source& s, Tile* where) {
+  const Source* in_place = s.scale == nullptr && s.act.kind == Act::none && p.one_to_one() ? &s : nullptr;
   *where = locate(p, 0, p.src_c, in_place);
   if (in_place) return reinterpret_cast<const float*>(s.map.data);
   float* loaded = scratch_a.get(p.scratch_pixels * p.src_c);
@@ -926,7 +986,7 @@ const float* load_whole(const Problem& p, const Source& s, Tile* where) {
 }
 
 // The taps, as a weight lies. For the operand's channels side by side in it, a row of consecutive taps is one run where they are so, too.
-int make_runs(const Problem& p, const Weight& w, bool side_by_side, Run* runs) {
+inline int make_runs(const Problem& p, const Weight& w, bool side_by_side, Run* runs) {
   int count = 0;
   const bool merged = side_by_side && p.w.consecutive() && w.sw == p.src_c && p.w.kernel[0] == 0;
   const int columns = merged ? 1 : p.w.taps;
@@ -1024,17 +1084,8 @@ void finish_rows(const ForwardArgs& a, const Tile& where, int64_t first, int64_t
   }
 }
 
-// A row of the output; with `back` what is stored goes to `c`, too, for the statistics.
-inline void write_row(float* c, int64_t n, float* out, bool) { std::memcpy(out, c, n * sizeof(float)); }
-#ifdef FUSEDRES_PAIRS
-inline void write_row(float* c, int64_t n, Bfloat16* out, bool back) {
-  for_each_vector(n, [&](int64_t i) { store(out + i, load(c + i)); }, [&](int64_t i) { put(out + i, c[i]); });
-  if (back) for_each_vector(n, [&](int64_t i) { store(c + i, load(out + i)); }, [&](int64_t i) { c[i] = to_float(out[i]); });
-}
-#endif
-
-// The epilogue of a tile, in place; then its way to the output where the product is not there already.
-void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool in_place) {
+// The epilogue of a tile, in place.
+void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc) {
   if (a.bias != nullptr)
     for (int64_t m = 0; m < where.pixels; ++m)
       for (int64_t n = 0; n < columns; ++n) c[m * ldc + n] += to_float(a.bias[first + n]);
@@ -1044,9 +1095,63 @@ void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int6
   } else if (residual || a.out_act.kind != Act::none) {
     (!residual ? finish_rows<false, false, false> : a.residual_scale ? finish_rows<false, true, true> : finish_rows<false, true, false>)(a, where, first, columns, c, ldc);
   }
-  if (in_place) return;
-  for (int64_t m = 0; m < where.pixels; ++m) write_row(c + m * ldc, columns, a.out.data + where.pixel[m] * a.out.stride + first, a.mean != nullptr);
 }
+
+// A finished tile's way to the output, whose pixels lie side by side, and the statistics of what is stored there.
+#ifdef FUSEDRES_PAIRS
+// The product is read once; the second visit of the statistics is to the output, which is half as large.
+template <int V>
+void write_block(const float* c, int64_t ldc, int64_t rows, Value* out, int64_t stride, float* mean, float* m2) {
+  const float inverse = 1.f / static_cast<float>(rows);
+  vec average[V], squares[V];
+  for (int j = 0; j < V; ++j) average[j] = squares[j] = vec{};
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int j = 0; j < V; ++j) {
+      const __m256i rounded = round_to_bfloat16(load(c + m * ldc + j * kLanes));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + m * stride + j * kLanes), rounded);
+      average[j] += reinterpret<vec>(widen(rounded) << 16);
+    }
+  }
+  for (int j = 0; j < V; ++j) average[j] *= inverse;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int j = 0; j < V; ++j) {
+      const vec d = load(out + m * stride + j * kLanes) - average[j];
+      squares[j] += d * d;
+    }
+  }
+  for (int j = 0; j < V; ++j) {
+    store(mean + j * kLanes, average[j]);
+    store(m2 + j * kLanes, squares[j]);
+  }
+}
+
+void write_tile(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool, float* mean, float* m2) {
+  const int64_t rows = where.pixels, stride = a.out.stride;
+  Value* out = a.out.data + where.pixel[0] * stride + first;
+  int64_t n = 0;
+  if (mean != nullptr) {
+    for (; n + 4 * kLanes <= columns; n += 4 * kLanes) write_block<4>(c + n, ldc, rows, out + n, stride, mean + n, m2 + n);
+    for (; n + kLanes <= columns; n += kLanes) write_block<1>(c + n, ldc, rows, out + n, stride, mean + n, m2 + n);
+  }
+  for (int64_t m = 0; m < rows; ++m) {
+    float* from = c + m * ldc;
+    Value* to = out + m * stride;
+    int64_t i = n;
+    for (; i + kLanes <= columns; i += kLanes) store(to + i, load(from + i));
+    for (; i < columns; ++i) {
+      put(to + i, from[i]);
+      from[i] = to_float(to[i]);
+    }
+  }
+  if (mean != nullptr) column_stats(c + n, ldc, rows, columns - n, mean + n, m2 + n);
+}
+#else
+void write_tile(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool in_place, float* mean, float* m2) {
+  if (!in_place)
+    for (int64_t m = 0; m < where.pixels; ++m) std::memcpy(a.out.data + where.pixel[m] * a.out.stride + first, c + m * ldc, columns * sizeof(float));
+  if (mean != nullptr) column_stats(c, ldc, where.pixels, columns, mean, m2);
+}
+#endif
 
 template <class Args>
 void forward_few(const Args& a, const Problem& p, Parallel parallel) {
@@ -1065,7 +1170,7 @@ void forward_few(const Args& a, const Problem& p, Parallel parallel) {
         kernels().dots[outputs][least(block, where.pixels - m)](operand, where.base + m, a.weight.data + (first + n) * a.weight.so, a.weight.so, runs, count, c + m * ldc + n, ldc);
       n += outputs;
     }
-    finish_forward(a, where, first, columns, c, ldc, true);
+    finish_forward(a, where, first, columns, c, ldc);
     if (a.mean != nullptr) column_stats(c, ldc, where.pixels, columns, a.mean + first, a.m2 + first);
   });
 }
@@ -1094,8 +1199,9 @@ void forward(const Args& a, Parallel parallel) {
     multiply_tile(p, a.x, tile, weights, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
       prefetch->add(a.residual, t.pixel[0], t.pixel[t.pixels - 1] + 1, first, columns);
     });
-    finish_forward(a, where, first, columns, c, ldc, in_place);
-    if (stats != nullptr) column_stats(c, ldc, where.pixels, columns, stats + tile * 2 * p.dst_c + first, stats + (tile * 2 + 1) * p.dst_c + first);
+    finish_forward(a, where, first, columns, c, ldc);
+    float* own = stats == nullptr ? nullptr : stats + tile * 2 * p.dst_c + first;
+    write_tile(a, where, first, columns, c, ldc, in_place, own, own == nullptr ? nullptr : own + p.dst_c);
   });
   if (stats != nullptr) merge_stats(p, stats, a.mean, a.m2, parallel);
 }
@@ -1413,25 +1519,30 @@ void wgrad_few(const Args& a, const Problem& p, Parallel parallel) {
 // The operand of a tile for the weight gradient: units of a pixel and the one that the next output pixel reads through the same tap.
 void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
   const int64_t width = chunk.width, begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
-  const bool single = p.h.taps == 1 && p.w.taps == 1;
-  float* const values = scratch_v.get(most(2, p.scratch_w) * width);  // of a row; with a single tap, of two pixels
+  float* const values = scratch_v.get(most(2, p.scratch_w) * width);
   const auto load = [&](int64_t line, int64_t j, float* to) {
     const int64_t x = p.w.source(0, j);
     if (line < 0 || x < 0 || x >= p.w.src_size) std::memset(to, 0, width * sizeof(float));
     else load_pixel(s, line + x, chunk.first, width, to);
   };
   int64_t pixel = 0;
+  if (p.one_to_one()) {
+    int64_t before = -1;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t line = (row / p.h.grid * p.h.src_size + row % p.h.grid * p.h.step) * p.w.src_size;
+      for (int64_t j = 0; j < p.w.grid; ++j, ++pixel) {
+        const int64_t now = line + j * p.w.step;
+        if (pixel % 2 == 1) interleave_pixels(s, before, now, chunk.first, width, values, scratch + pixel / 2 * width);
+        before = now;
+      }
+    }
+    if (pixel % 2 == 1) interleave_pixels(s, before, -1, chunk.first, width, values, scratch + pixel / 2 * width);
+    return;
+  }
   for (int64_t row = begin; row < end;) {
     const int64_t n = row / p.h.grid, first = row % p.h.grid, count = least(end - row, p.h.grid - first), in_rows = p.h.scratch_size(count);
     for (int64_t i = 0; i < in_rows; ++i) {
       const int64_t y = p.h.source(first, i), line = y < 0 || y >= p.h.src_size ? -1 : (n * p.h.src_size + y) * p.w.src_size;
-      if (single) {
-        for (int64_t j = 0; j < p.scratch_w; ++j, ++pixel) {
-          load(line, j, values + pixel % 2 * width);
-          if (pixel % 2 == 1) interleave(values, values + width, width, scratch + pixel / 2 * width);
-        }
-        continue;
-      }
       float* to = scratch + pixel * width;
       pixel += p.scratch_w;
       if (line < 0) {
@@ -1445,20 +1556,18 @@ void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, 
     }
     row += count;
   }
-  if (single && pixel % 2 == 1) interleave(values, nullptr, width, scratch + pixel / 2 * width);
 }
 
-// The pixels that pair up: of a tile where a single tap reads them side by side, else of a row.
-int64_t line_pixels(const Problem& p, int64_t pixels) { return p.h.taps == 1 && p.w.taps == 1 ? pixels : p.w.grid; }
+// The pixels that pair up: of a whole tile or of a row.
+int64_t line_pixels(const Problem& p, int64_t pixels) { return p.one_to_one() ? pixels : p.w.grid; }
 
 // How many units a tile has; their bases replace those of its pixels.
 int64_t locate_units(const Problem& p, int64_t width, const Tile& where) {
-  const bool single = p.h.taps == 1 && p.w.taps == 1;
   const int64_t line = line_pixels(p, where.pixels);
   int64_t* base = scratch_base.data;
   int64_t units = 0;
   for (int64_t start = 0; start < where.pixels; start += line)
-    for (int64_t j = 0; j < line; j += 2, ++units) base[units] = single ? units * width : base[start + j];
+    for (int64_t j = 0; j < line; j += 2, ++units) base[units] = p.one_to_one() ? units * width : base[start + j];
   return units;
 }
 
@@ -1468,9 +1577,7 @@ void load_gradient(const Problem& p, const Source& s, const Tile& where, int64_t
   for (int64_t start = 0; start < where.pixels; start += line) {
     for (int64_t j = 0; j < line; j += 2, gradient += ldg) {
       const bool two = j + 1 < line;
-      load_pixel(s, where.pixel[start + j], first, columns, values);
-      if (two) load_pixel(s, where.pixel[start + j + 1], first, columns, values + columns);
-      interleave(values, two ? values + columns : nullptr, columns, gradient);
+      interleave_pixels(s, where.pixel[start + j], two ? where.pixel[start + j + 1] : -1, first, columns, values, gradient);
       for (int64_t n = columns; n < ldg; ++n) gradient[n] = 0.f;
     }
   }

@@ -22,14 +22,6 @@ using WgradArgs = WgradArgsOf<Value>;
 
 constexpr int64_t kChannelsPerUnit = kPairs ? 2 : 1;
 
-// vector(i) for whole vectors of n numbers, single(i) for the rest.
-template <class Vector, class Single>
-inline void for_each_vector(int64_t n, Vector&& vector, Single&& single) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) vector(i);
-  for (; i < n; ++i) single(i);
-}
-
 inline float to_float(float value) { return value; }
 inline void put(float* p, float value) { *p = value; }
 
@@ -68,6 +60,7 @@ inline void put(Bfloat16* p, float value) { p->bits = static_cast<uint16_t>(_mm2
 // Units of numbers that lie side by side.
 inline vec load_units(const Bfloat16* p) { return reinterpret<vec>(_mm512_loadu_ps(reinterpret_cast<const float*>(p))); }
 
+inline vec round_to_units(vec first, vec second) { return reinterpret<vec>(_mm512_cvtne2ps_pbh(reinterpret<__m512>(second), reinterpret<__m512>(first))); }
 inline vec make_units(bits low, bits high) { return reinterpret<vec>(low | (high << 16)); }
 inline float make_unit(Bfloat16 low, Bfloat16 high) { return reinterpret<float>(static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16); }
 
@@ -88,8 +81,7 @@ inline void interleave(const float* low, const float* high, int64_t n, float* un
 inline void round_row(const float* values, int64_t n, float* units) {
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret<__m512>(load(values + 2 * c + kLanes)), reinterpret<__m512>(load(values + 2 * c)));
-    store(units + c, reinterpret<vec>(both));
+    store(units + c, round_to_units(load(values + 2 * c), load(values + 2 * c + kLanes)));
   }
   for (; c < n; ++c) {
     Bfloat16 a, b;
