@@ -27,7 +27,8 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.models --json results/models.json \
 		--contenders eager compile compile-freezing fused fused-recompute memory_efficient
-	$(BIN)/python -m bench.report results/models.json --out results
+	$(BIN)/python -m bench.models --json results/models-bfloat16.json --dtype bfloat16 --contenders eager fused
+	$(BIN)/python -m bench.report results/models.json results/models-bfloat16.json --out results
 
 # everything that needs a GPU, in nine minutes; GPU_FLAGS=--dry-run rehearses it at toy size on the CPU
 gpu: $(VENV)/installed
