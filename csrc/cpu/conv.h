@@ -26,7 +26,7 @@ struct MapOf {
 template <class Value>
 struct SourceOf {
   MapOf<Value> map;
-  MapOf<Value> second;                // raw of a pending gradient; data may be null (q taken as zero)
+  MapOf<Value> second;        // raw of a pending gradient; data may be null (q taken as zero)
   const float* scale;         // null: plain
   const float* shift;
   const float* q;             // non-null with second: a pending gradient, scale is p and shift is r
@@ -68,7 +68,7 @@ struct DgradArgsOf {
   SourceOf<Value> grad;
   WeightOf<Value> weight;
   MapOf<Value> dx;
-  MapOf<Value> x;                       // data null: no activation below, no sums
+  MapOf<Value> x;              // data null: no activation below, no sums
   const float* scale;          // affine of x; null: no mask, no scaling
   const float* shift;
   Activation act;
@@ -76,7 +76,7 @@ struct DgradArgsOf {
   const float* invstd;
   float* sum_dz;               // null: no sums
   float* sum_dz_xhat;
-  MapOf<Value> base;                    // data null: nothing to add (or dx itself with accumulate)
+  MapOf<Value> base;           // data null: nothing to add (or dx itself with accumulate)
   bool accumulate;
   bool scaled;
 };
