@@ -11,7 +11,7 @@ VENV := build/system
 BIN := $(patsubst %/,%,$(dir $(shell command -v $(PYTHON))))
 endif
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo
@@ -23,6 +23,18 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name "*.h" -o -name "*.cpp")
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own; not the one that limits a process's
+# memory, which the sanitizer's own map does not fit into
+SANITIZED := build/sanitized
+RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
+sanitize: $(VENV)/installed
+	FUSEDRES_BUILD=cpu FUSEDRES_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/pytest -n 2 -k "not memory" --backend cpp tests/backends/test_cpp.py tests/backends/test_cpp_extension.py \
+		tests/backends/test_contract.py tests/backends/test_contract_edges.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.models --json results/models.json \
@@ -34,7 +46,7 @@ bench: $(VENV)/installed
 gpu: $(VENV)/installed
 	$(BIN)/python -m bench.gpu --out results/gpu $(GPU_FLAGS)
 
-$(VENV)/installed: Makefile pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
+$(VENV)/installed: Makefile pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 ifdef SYSTEM
 	mkdir -p $(VENV)
 	$(BIN)/python -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
@@ -47,4 +59,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info fusedres/*.so
+	rm -rf $(VENV) build demo *.egg-info fusedres/*.so .benchmarks .hypothesis .pytest_cache .ruff_cache

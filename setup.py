@@ -7,6 +7,9 @@ FUSEDRES_BUILD says what is compiled:
     none    nothing: pure Python
 
 A compiler that is present and fails is an error in every mode: an incomplete install must not look like a complete one.
+
+FUSEDRES_SANITIZE (for development: ``address,undefined`` or ``thread``) builds the extension with those checks of the compiler's; Python is
+then started with their runtime library in LD_PRELOAD.
 """
 
 import os
@@ -18,8 +21,13 @@ from glob import glob
 from setuptools import find_packages, setup
 
 BUILD = os.environ.get("FUSEDRES_BUILD", "auto")
+SANITIZE = os.environ.get("FUSEDRES_SANITIZE", "")
 # the oldest torch whose stable ABI is used: what is built here runs on 2.11 and on everything newer
-FLAGS = ["-O3", "-g0", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS = ["-O3", "-g0", "-Werror=switch", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+LINK_FLAGS: list[str] = []
+if SANITIZE:
+    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+    LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
 
 
 def missing() -> str | None:
@@ -51,11 +59,12 @@ def extension() -> dict:
 
     module = CppExtension(
         "fusedres._C",
-        sorted(["csrc/binding.cpp", *glob("csrc/cpu/*.cpp")]),
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
+        sorted(glob("csrc/**/*.cpp", recursive=True)),
+        depends=["setup.py", *sorted(glob("csrc/**/*.h", recursive=True))],
         include_dirs=[os.path.abspath("csrc")],
         py_limited_api=True,
         extra_compile_args={"cxx": FLAGS},
+        extra_link_args=LINK_FLAGS,
     )
     return {
         "ext_modules": [module],

@@ -4,7 +4,7 @@
 
 The photographs are those that scikit-image ships; batches are random crops of them. Parity is that of the output, the
 running statistics and every gradient of a training step, and of the output of an inference, by the rule of
-:mod:`bench.parity`. Then the harness runs in its quick form on the same photographs. Returns 1 where anything is not
+:mod:`fusedres.testing`. Then the harness runs in its quick form on the same photographs. Returns 1 where anything is not
 equal to eager.
 """
 
@@ -21,8 +21,9 @@ from rich.console import Console
 from torch import Tensor
 
 import fusedres
+from fusedres import testing
 
-from . import environment, models, parity, report
+from . import environment, models, report
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
 MODELS = ("densenet121", "resnet50")
@@ -58,8 +59,8 @@ def prove(name: str, settings: models.Settings, console: Console, batch: int = 2
     batches = [settings.place(crops(batch, settings.resolution, seed)) for seed in range(draws)]
     labels = [torch.randint(1000, (batch,), generator=generator).to(settings.device) for _ in batches]
     base = models.build_model(name, batches[0], settings)
-    training = parity.measure(base.train(), fusedres.convert, list(zip(batches, labels, strict=True)))
-    inference = parity.measure(base.eval(), fusedres.convert, [(images, None) for images in batches])
+    training = testing.measure(base.train(), fusedres.convert, list(zip(batches, labels, strict=True)))
+    inference = testing.measure(base.eval(), fusedres.convert, [(images, None) for images in batches])
     for group in (*training, *inference):
         if not group.passed:
             console.print(f"{name}: parity FAILED for {group}")

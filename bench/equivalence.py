@@ -37,7 +37,7 @@ from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.resnet import BasicBlock
 
 import fusedres
-from fusedres.blocks import FusedBlock
+from fusedres.swap import FusedBlock
 
 from . import environment, models, report
 

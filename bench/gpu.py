@@ -80,16 +80,16 @@ def own(name: str) -> Callable[[Run], list[str]]:
     return lambda run: ["-m", "bench.gpu", "--stage", name, "--out", str(run.out), *(["--dry-run"] if run.dry else [])]
 
 
-def tests(file: str, rehearsed: str) -> Callable[[Run], list[str]]:
-    """The tests of a file, spread over the cores: most of their time is compilation. A rehearsal runs those whose names
+def tests(file: str, rehearsed: str, *options: str) -> Callable[[Run], list[str]]:
+    """The tests of a file or folder, spread over the cores: most of their time is compilation. A rehearsal runs those whose names
     contain ``rehearsed``."""
 
     def command(run: Run) -> list[str]:
         if run.dry:
-            return ["-m", "pytest", "-q", "-rs", f"tests/{file}", "-k", rehearsed]
+            return ["-m", "pytest", "-q", "-rs", f"tests/{file}", *options, "-k", rehearsed]
         workers = min(16, os.cpu_count() or 1)
         spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") is not None else []
-        return ["-m", "pytest", "-q", "-rs", *spread, f"tests/{file}"]
+        return ["-m", "pytest", "-q", "-rs", *spread, f"tests/{file}", *options]
 
     return command
 
@@ -138,7 +138,7 @@ STAGES = (
     whole_models("eager fused", 256, graphs=True, name="models-256-graphs"),
     *(primitives(model, mode) for model in MODELS for mode in ("train", "infer")),
     # the sanitizer's kernels are among these, compiled when its turn comes
-    Stage("kernel-tests", tests("test_triton_kernels.py", "test_conv_forward_training[1x1-float32]"), most=120.0),
+    Stage("kernel-tests", tests("backends", "test_apply_grad_coeff and float32", "--backend", "triton"), most=120.0),
     Stage("memcheck", own("memcheck"), most=60.0),
     Stage("racecheck", own("racecheck"), most=60.0),
     whole_models("eager compile fused", 256, graphs=False, name="models-256-compile", least=90.0),
@@ -181,22 +181,31 @@ def measure_ceilings(run: Run) -> int:
     return 0
 
 
+#: the contract's tests that the sanitizer sees, with their cases
+SANITIZED = {
+    "test_conv_forward_in_training": ("1x1 odd", "3x3 stride 2"),
+    "test_conv_backward_of_a_dense_layer": ("1x1 odd", "3x3 stride 2"),
+    "test_add_act": ("odd: projection",),
+    "test_pool": ("stem five of thirteen",),
+}
+
+
 def sanitize(run: Run, kind: str) -> int:
     """The tests of a few kernels under compute-sanitizer; passed with a remark where it is not installed."""
     folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
-    some = "1x1-odd or 3x3-stride2 or (test_join and odd-projection) or (test_pool and max-stem)"
-    cases = f"float16 and not bfloat16 and ({some})"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_triton_kernels.py"]
+    file = "tests/backends/test_contract.py"
+    cases = [f"{file}::{test}[triton-float16-{case}]" for test, of_test in SANITIZED.items() for case in of_test]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--backend", "triton"]
     if run.dry or tool is None:
         # a rehearsal runs what would be checked
         print("remark: compute-sanitizer was not found" if tool is None else "remark: rehearsed without it")
-        return subprocess.call([*command, "-k", "float16 and 1x1-odd and training"]) if run.dry else 0
+        return subprocess.call([*command, cases[0]]) if run.dry else 0
     options = ["--tool", kind, "--error-exitcode", "9"]
     options += ["--leak-check", "no"] if kind == "memcheck" else []
     # each tensor its own allocation, or an access beside one hits another unseen
     apart = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.call([tool, *options, *command, "-k", cases], env=apart)
+    return subprocess.call([tool, *options, *command, *cases], env=apart)
 
 
 def example(run: Run, name: str, mode: str, batch: int) -> tuple[torch.nn.Module, torch.Tensor]:

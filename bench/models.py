@@ -21,7 +21,6 @@ import math
 import statistics
 import sys
 import time
-import timeit
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,8 +36,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fusedres
+from fusedres import testing
 
-from . import environment, memory, parity
+from . import environment, memory
+from .timing import captured, seconds_per_call
 
 MIB = 2**20
 
@@ -164,32 +165,6 @@ def make_step(model: nn.Module, images: Tensor, labels: Tensor, mode: str, setti
     return train if mode == "train" else infer
 
 
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """``step`` as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def seconds_per_call(step: Callable[[], None], calls: int, device: torch.device) -> float:
-    """The mean time of ``calls`` calls back to back, by the device's own clock where it is a GPU."""
-    if device.type != "cuda":
-        return timeit.timeit(step, number=calls) / calls
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(calls):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
 @dataclass
 class Entry:
     """A contender on its way through a run."""
@@ -249,7 +224,7 @@ def measure_parity(entry: Entry, base: nn.Module, mode: str, settings: Settings)
         images = torch.randn(size, 3, settings.resolution, settings.resolution, generator=generator)
         labels = torch.randint(1000, (size,), generator=generator).to(settings.device)
         draws.append((settings.place(images), labels if mode == "train" else None))
-    groups = parity.measure(base, entry.contender.build, draws, settings.autocast, settings.dtype)
+    groups = testing.measure(base, entry.contender.build, draws, settings.autocast, settings.dtype)
     entry.record["parity"] = {
         "passed": all(g.passed for g in groups),
         "groups": [asdict(g) | {"passed": g.passed} for g in groups],

@@ -4,12 +4,13 @@
     python -m bench.roofline --model resnet50 --batch 8 --device cpu              (measured on this machine)
     python -m bench.roofline --model resnet50 --batch 256 --resolution 224 --dtype bfloat16 --device cuda    (on a GPU)
 
-Bytes and FLOPs are those of the calls that the schedules really make, recorded at the backend's boundary; a convolution's two gradients
-count as two kernels. Measured runs compare each primitive with a floor: its bytes over the bandwidth of a large copy or its FLOPs over the
-rate of a well-shaped vendor convolution, whichever is larger, both taken in the same run. Counted runs compare the feature-map traffic with
-eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once, its backward reads four times and writes once,
-ReLU works in place. They also count what the triton backend launches in the step, with every convolution fused and by the plans that hold
-where nothing was measured, which leave some convolutions to the vendor and pay for it with passes: its kernels, and PyTorch's operators.
+Bytes and FLOPs are those of the calls that the blocks really make, recorded at the backend's boundary; a convolution's two gradients count
+as two kernels. Measured runs compare each primitive with a floor: its bytes over the bandwidth of a large copy or its FLOPs over the rate
+of a well-shaped convolution of the library, whichever is larger, both taken in the same run. Counted runs compare the feature-map traffic
+with eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once, its backward reads four times and writes
+once, ReLU works in place. They also count what the triton backend launches in the step, with every convolution fused and by the plans that
+hold where nothing was measured, which leave some convolutions to the library and pay for it with passes: its kernels, and PyTorch's
+operators.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -34,9 +36,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from fusedres import dispatch
-from fusedres.backends import eager
-from fusedres.schedules.common import Conv, accum_dtype
+from fusedres.backends import select
+from fusedres.backends.contract import Backend, Wrapped
+from fusedres.backends.eager import BACKEND as EAGER
+from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
+from fusedres.specs import Geometry
 
 from . import environment, report
 from .models import known_model
@@ -64,50 +68,69 @@ def _met(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> int:
     return int(_bytes(x) * math.prod(met))
 
 
-def account(name: str, a: dict, result) -> tuple[str, int, int, int, int]:
-    """``(label, bytes read, bytes written, FLOPs, kernels)`` of a call of primitive ``name`` with arguments ``a``."""
-    if name in ("conv_forward", "conv_backward"):
-        weight = a["weight"]
-        shape = "x".join(str(k) for k in weight.shape[2:]) + ("" if a["geometry"].stride[0] == 1 else " strided")
-        met = _met(a["x"], weight.shape[2:], a["geometry"].stride)
-    if name == "conv_forward":
-        flops = 2 * result.numel() * weight[0].numel()
-        return f"convolution {shape}", met + _bytes(a["residual"]), _bytes(result), flops, 1
-    if name == "conv_backward":
-        g, raw, x = a["grad"], a["raw"] if a["coeff"] is not None else None, a["x"]
-        flops = 2 * g.numel() * weight[0].numel()
-        read = written = kernels = 0
-        if a["need_dx"]:
-            below = x if a["affine"] is not None or a["sums"] is not None else None
-            old = x if a["accumulate"] or a["base"] is not None else None
-            read, written, kernels = _bytes(g, raw, below, old), _bytes(x), 1
-        if a["need_dw"]:
-            read, kernels = read + _bytes(g, raw) + met, kernels + 1
-        return f"convolution {shape} backward", read, written, flops * kernels, kernels
-    if name == "join_forward":
-        label = "join" if a["residual"] is not None else "copy with statistics" if a["affine"] is None else "normalise"
-        return label, _bytes(a["raw"], a["residual"]), _bytes(result), 0, 1
-    if name == "join_backward":
-        written = 0 if a["act"] == "none" else _bytes(result)
-        return "join backward", _bytes(a["grad"], a["raw"], a["residual"]), written, 0, 1
-    if name == "highway_forward":
-        return "highway join", _bytes(a["raw"], a["gate"], a["carry"]), _bytes(result), 0, 1
-    if name == "highway_backward":
-        return "highway join backward", _bytes(a["grad"], a["raw"], a["gate"], a["carry"]), _bytes(*result), 0, 1
-    if name == "statistics":
-        return "statistics", _bytes(a["x"]), 0, 0, 1
-    if name == "grad_affine":
-        return "gradient correction", _bytes(a["grad"], a["raw"]), _bytes(result), 0, 1
-    if name == "pool_forward":
-        return f"{a['pool'].kind} pool", _bytes(a["x"]), _bytes(*result), 0, 1
-    if name == "pool_backward":
-        return f"{a['pool'].kind} pool backward", _bytes(a["grad"], a["index"], a["x"]), _bytes(result), 0, 1
-    return "C-sized", 0, 0, 0, 1
+def account(primitive: str, a: Mapping[str, Any], result: Any) -> tuple[str, int, int, int, int]:
+    """``(label, bytes read, bytes written, FLOPs, kernels)`` of a call of ``primitive`` with the arguments ``a``, by their names in the
+    contract."""
+    maps = [value for name in ("x", "residual", "gate") if (value := a.get(name)) is not None]
+    read = _bytes(*(m.raw if isinstance(m, LazyMap) else m for m in maps))
+    written = _bytes(*(result if isinstance(result, tuple) else (result,)))
+    match primitive:
+        case "conv_forward":
+            return _account_forward(a["x"], a["weight"], a["geometry"], a["epilogue"], result)
+        case "conv_backward":
+            return _account_backward(**a)
+        case "add_act_forward":
+            copied = "copy with statistics" if a["x"].scale_shift is None else "normalise"
+            return copied if a["residual"] is None else "addition", read, written, 0, 1
+        case "add_act_backward":
+            return "addition backward", _bytes(a["grad"]) + read, 0 if a["act"] == "none" else written, 0, 1
+        case "highway_forward":
+            return "highway", read + _bytes(a["carry"]), written, 0, 1
+        case "highway_backward":
+            return "highway backward", _bytes(a["grad"], a["carry"]) + read, written, 0, 1
+        case "statistics":
+            return "statistics", read, 0, 0, 1
+        case "apply_grad_coeff":
+            return "gradient correction", _bytes(a["grad"].grad, a["grad"].raw), written, 0, 1
+        case "pool_forward":
+            return f"{a['pool'].kind} pool", read, written, 0, 1
+        case "pool_backward":
+            return f"{a['pool'].kind} pool backward", _bytes(a["grad"], a["index"]) + read, written, 0, 1
+        case "bn_coefficients" | "bn_frozen" | "bn_backward":
+            return "C-sized", 0, 0, 0, 1
+    raise ValueError(f"nobody has said what {primitive} reads and writes")
+
+
+def _label(weight: Tensor, geometry: Geometry) -> str:
+    return "convolution " + "x".join(map(str, weight.shape[2:])) + ("" if geometry.stride[0] == 1 else " strided")
+
+
+def _account_forward(
+    x: LazyMap, weight: Tensor, geometry: Geometry, epilogue: Epilogue, y: Tensor
+) -> tuple[str, int, int, int, int]:
+    read = _met(x.raw, weight.shape[2:], geometry.stride)
+    read += 0 if epilogue.residual is None else _bytes(epilogue.residual.raw)
+    return _label(weight, geometry), read, _bytes(y), 2 * y.numel() * weight[0].numel(), 1
+
+
+def _account_backward(
+    grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, target: GradTarget | None, need_dw: bool
+) -> tuple[str, int, int, int, int]:
+    g = _bytes(grad.grad, None if grad.coeff is None else grad.raw)
+    read = written = kernels = 0
+    if target is not None:
+        below = x.scale_shift is not None or target.sums is not None
+        old = target.accumulate or target.base is not None
+        read, written, kernels = g + (below + old) * _bytes(x.raw), _bytes(x.raw), 1
+    if need_dw:
+        read, kernels = read + g + _met(x.raw, weight.shape[2:], geometry.stride), kernels + 1
+    flops = 2 * grad.grad.numel() * weight[0].numel()
+    return f"{_label(weight, geometry)} backward", read, written, flops * kernels, kernels
 
 
 @functools.cache
-def _signature(name: str) -> inspect.Signature:
-    return inspect.signature(getattr(eager, name))
+def _signature(primitive: str) -> inspect.Signature:
+    return inspect.signature(getattr(Backend, primitive))
 
 
 class Clock:
@@ -139,30 +162,27 @@ class Clock:
             torch.cuda._sleep(400_000_000)
 
 
-class Recorder:
-    """A backend that forwards every primitive to ``inner`` and records the call; ``seconds`` holds two moments until
-    :func:`settle`."""
+class Recorder(Wrapped):
+    """A backend around ``inner`` that records every primitive's call; ``seconds`` holds two moments until :func:`settle`."""
 
-    def __init__(self, inner, calls: list[Call], clock: Clock) -> None:
-        self._inner, self._calls, self._clock, self.name = inner, calls, clock, inner.name
+    def __init__(self, inner: Backend, calls: list[Call], clock: Clock) -> None:
+        super().__init__(inner)
+        self._calls, self._clock = calls, clock
 
-    def __getattr__(self, name: str):
-        function = getattr(self._inner, name)
-        if not hasattr(eager, name):
-            return function  # no primitive: what a backend offers beside them
-        signature = _signature(name)
+    def call(self, primitive: str, *args: Any, **kwargs: Any) -> Any:
+        """Run the primitive, timed, and account for it."""
+        bound = _signature(primitive).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        start = self._clock.now()
+        result = super().call(primitive, *args, **kwargs)
+        moments = (start, self._clock.now())
+        label, read, written, flops, kernels = account(primitive, _arguments(bound), result)
+        self._calls.append(Call(label, read, written, flops, moments, kernels))
+        return result
 
-        def recorded(*args, **kwargs):
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            start = self._clock.now()
-            result = function(*args, **kwargs)
-            moments = (start, self._clock.now())
-            label, read, written, flops, kernels = account(name, bound.arguments, result)
-            self._calls.append(Call(label, read, written, flops, moments, kernels))
-            return result
 
-        return recorded
+def _arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
+    return {name: value for name, value in bound.arguments.items() if name != "self"}
 
 
 def settle(calls: list[Call], clock: Clock) -> None:
@@ -170,53 +190,6 @@ def settle(calls: list[Call], clock: Clock) -> None:
     clock.finish()
     for call in calls:
         call.seconds = clock.seconds(*call.seconds)
-
-
-class Shapes:
-    """A backend that computes shapes only, for counting on meta tensors."""
-
-    name = "shapes"
-
-    def conv_forward(self, x, affine, act, weight, bias, geometry, *, out=None, **rest):
-        shape = Conv(weight, bias, geometry).out_shape(tuple(x.shape))
-        return out if out is not None else x.new_empty(shape)
-
-    def conv_backward(
-        self, grad, raw, coeff, x, affine, saved, act, weight, geometry, *, need_dx=True, need_dw=True, dx=None, **rest
-    ):
-        dx = (dx if dx is not None else x.new_empty(x.shape)) if need_dx else None
-        return dx, torch.empty_like(weight) if need_dw else None
-
-    def join_forward(self, raw, *rest, out=None, **more):
-        return out if out is not None else raw.new_empty(raw.shape)
-
-    def join_backward(self, grad, raw, affine, saved, act, **rest):
-        return grad if act == "none" else raw.new_empty(raw.shape)
-
-    def statistics(self, x, stats):
-        return None
-
-    def grad_affine(self, grad, raw, coeff, *, out=None):
-        return out if out is not None else grad.new_empty(grad.shape)
-
-    def pool_forward(self, x, affine, act, pool, *, out=None, stats=None):
-        sizes = zip(x.shape[2:], pool.kernel, pool.stride, pool.padding, strict=True)
-        shape = (*x.shape[:2], *((size + 2 * pad - k) // step + 1 for size, k, step, pad in sizes))
-        index = None if pool.kind == "mean" else x.new_empty(shape, dtype=torch.uint8)
-        return out if out is not None else x.new_empty(shape), index
-
-    def pool_backward(self, grad, index, x, affine, saved, act, pool, *, sums=None, coeff=None, dx=None):
-        return None if coeff is None else x.new_empty(x.shape)
-
-    def bn_coefficients(self, stats, *rest):
-        return torch.empty_like(stats), torch.empty_like(stats)
-
-    def bn_frozen(self, weight, bias, running_mean, running_var, eps, dtype):
-        pair = running_mean.new_empty((2, running_mean.numel()), dtype=accum_dtype(dtype))
-        return pair, torch.empty_like(pair)
-
-    def bn_backward(self, *rest, **more):
-        return None
 
 
 class EagerTraffic(TorchDispatchMode):
@@ -290,7 +263,7 @@ def best_of(function, device: torch.device, repeats: int = 7) -> float:
 
 
 def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """``(bytes per second of a large copy, FLOPs per second of a vendor convolution)`` on this device, now; on a GPU the
+    """``(bytes per second of a large copy, FLOPs per second of a library's convolution)`` on this device, now; on a GPU the
     rate is that of a large matrix product."""
     source = torch.randn(1 << (28 if device.type == "cuda" else 25), device=device)
     target = torch.empty_like(source)
@@ -340,7 +313,7 @@ def measured(args, name: str, mode: str) -> Page:
         calls: list[Call] = []
         clock.head_start()
         start = clock.now()
-        with dispatch.observe(lambda inner, calls=calls: Recorder(inner or eager, calls, clock)):
+        with select.observe(lambda inner, calls=calls: Recorder(inner or EAGER, calls, clock)):
             step(model, x, mode)
         end = clock.now()
         settle(calls, clock)
@@ -383,12 +356,12 @@ def measured(args, name: str, mode: str) -> Page:
 def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[str, int] | None:
     """What a step of the converted ``model`` launches on the triton backend by ``plan``, on meta tensors: the backend's own kernels,
     PyTorch's operators beside them, and the bytes of the feature maps that both read and write, whole. None where Triton is missing."""
-    backend = dispatch.load("triton")
-    if isinstance(backend, str):
+    if isinstance(select.load("triton"), str):
         return None
-    from fusedres.kernels import helpers
+    from fusedres.backends.triton import BACKEND, use_plan
+    from fusedres.kernels import launch
 
-    with helpers.record() as launches, backend.use_plan(plan), dispatch.observe(lambda inner: backend):
+    with launch.record() as launches, use_plan(plan), select.observe(lambda inner: BACKEND):
         with EagerTraffic() as operators, torch.set_grad_enabled(mode == "train"):
             y = model(x)
             if mode == "train":
@@ -415,10 +388,11 @@ def counted(args, name: str, mode: str) -> Page:
     with EagerTraffic() as theirs:
         step(model, x, mode)
     calls: list[Call] = []
+    clock = Clock(torch.device("cpu"))
     fusedres.convert(model)
-    with dispatch.observe(lambda inner: Recorder(Shapes(), calls, Clock(torch.device("cpu")))):
+    with select.observe(lambda inner: Recorder(EAGER, calls, clock)):
         step(model, x, mode)
-    settle(calls, Clock(torch.device("cpu")))
+    settle(calls, clock)
     bandwidth, rate = args.bandwidth * 1e12, args.rate * 1e12
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0, 0.0])
     for call in calls:
@@ -455,7 +429,7 @@ def counted(args, name: str, mode: str) -> Page:
         "bytes": ours, "eager_bytes": theirs.total, "eager_operators": theirs.operators, "launches": plans,
         "calls": [asdict(c) for c in calls],
     }  # fmt: skip
-    title = f"{name} {mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the schedule"
+    title = f"{name} {mode}, batch {args.batch}, {args.resolution} px, {args.dtype}: counted from the calls"
     return Page(title, shown, said, figures)
 
 

@@ -15,11 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedres.backends import cpp, eager
-from fusedres.backends.eager import Geometry, Pool
+from fusedres.backends.contract import Backend
+from fusedres.backends.cpp import BACKEND as CPP
+from fusedres.backends.eager import BACKEND as EAGER
+from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
+from fusedres.specs import Geometry, Pool
 
 BATCH, SIZE = (int(os.environ.get(f"FUSEDRES_BENCH_{name}", default)) for name, default in (("BATCH", 4), ("SIZE", 28)))
 WIDE, NARROW = 256, 64
+Call = Callable[[Backend], object]
 POINT, WINDOW = Geometry((1, 1), (0, 0), (1, 1), 1), Geometry((1, 1), (1, 1), (1, 1), 1)
 
 
@@ -33,45 +37,49 @@ def vectors(rows: int, channels: int) -> Tensor:
     return torch.rand(rows, channels) + 0.5
 
 
-def convolution(inputs: int, outputs: int, kernel: int) -> dict[str, Callable]:
+def convolution(inputs: int, outputs: int, kernel: int) -> dict[str, Call]:
     """A convolution's forward in training and in inference, and its backward, all with everything pending."""
     geometry = POINT if kernel == 1 else WINDOW
     x, y, weight = new_map(inputs), new_map(outputs), torch.randn(outputs, inputs, kernel, kernel)
     weight = weight.to(memory_format=torch.channels_last)
     below, own, coeff = vectors(2, inputs), vectors(2, outputs), vectors(3, outputs)
     stats, sums = torch.empty_like(own), torch.empty_like(below)
+    pending, grad = LazyMap(x, below, "relu", below), LazyGrad(y, y, coeff)
+    training, target = Epilogue(stats=stats), GradTarget(sums=sums)
+    inference = Epilogue(scale_shift=own, residual=LazyMap(y), act="relu")
     return {
-        "forward": lambda b: b.conv_forward(x, below, "relu", weight, None, geometry, stats=stats),
-        "inference": lambda b: b.conv_forward(
-            x, None, "none", weight, None, geometry, out_affine=own, residual=y, out_act="relu"
-        ),
-        "backward": lambda b: b.conv_backward(y, y, coeff, x, below, below, "relu", weight, geometry, sums=sums),
+        "forward": lambda b: b.conv_forward(pending, weight, None, geometry, training),
+        "inference": lambda b: b.conv_forward(LazyMap(x), weight, None, geometry, inference),
+        "backward": lambda b: b.conv_backward(grad, pending, weight, geometry, target),
     }
 
 
-def passes() -> dict[str, Callable]:
+def passes() -> dict[str, Call]:
     """Everything else that reads or writes a map, by name."""
-    x, grad, residual = new_map(WIDE), new_map(WIDE), new_map(WIDE)
-    affine, coeff, sums = vectors(2, WIDE), vectors(3, WIDE), torch.empty(2, WIDE)
+    raw, grad, residual = new_map(WIDE), new_map(WIDE), LazyMap(new_map(WIDE))
+    own, coeff, sums = vectors(2, WIDE), vectors(3, WIDE), torch.empty(2, WIDE)
+    x = LazyMap(raw, own, "none", own)
+    activated, pending = x._replace(act="relu"), LazyGrad(grad, raw, coeff)
     image, mean = new_map(NARROW, 2 * SIZE), Pool("mean", (2, 2), (2, 2), (0, 0))
-    own, window = vectors(2, NARROW), Pool("max", (3, 3), (2, 2), (1, 1))
-    pooled, index = eager.pool_forward(image, own, "relu", window)
-    stem = (pooled, index, image, own, own, "relu", window)
+    narrow, window = vectors(2, NARROW), Pool("max", (3, 3), (2, 2), (1, 1))
+    stem = LazyMap(image, narrow, "relu", narrow)
+    pooled, index = EAGER.pool_forward(stem, window)
+    behind = (pooled, index, stem, window)
     half, small_sums, small_coeff = new_map(WIDE, SIZE // 2), torch.empty(2, NARROW), vectors(3, NARROW)
     return {
-        "statistics": lambda b: b.statistics(x, sums),
-        "join forward": lambda b: b.join_forward(x, affine, residual, None, "relu"),
-        "join backward": lambda b: b.join_backward(grad, x, affine, affine, "relu", sums=sums, residual=residual),
-        "gradient correction": lambda b: b.grad_affine(grad, x, coeff),
-        "max pool forward": lambda b: b.pool_forward(image, own, "relu", window),
-        "max pool backward, sums": lambda b: b.pool_backward(*stem, sums=small_sums),
-        "max pool backward, gradient": lambda b: b.pool_backward(*stem, coeff=small_coeff),
-        "mean pool forward": lambda b: b.pool_forward(x, affine, "relu", mean),
-        "mean pool backward, sums": lambda b: b.pool_backward(half, None, x, affine, affine, "relu", mean, sums=sums),
+        "statistics": lambda b: b.statistics(raw, sums),
+        "addition": lambda b: b.add_act_forward(x, residual, "relu"),
+        "addition backward": lambda b: b.add_act_backward(grad, x, residual, "relu", sums=sums),
+        "gradient correction": lambda b: b.apply_grad_coeff(pending),
+        "max pool forward": lambda b: b.pool_forward(stem, window),
+        "max pool backward, sums": lambda b: b.pool_backward(*behind, sums=small_sums),
+        "max pool backward, gradient": lambda b: b.pool_backward(*behind, coeff=small_coeff),
+        "mean pool forward": lambda b: b.pool_forward(activated, mean),
+        "mean pool backward, sums": lambda b: b.pool_backward(half, None, activated, mean, sums=sums),
     }
 
 
-def cases() -> dict[str, Callable]:
+def cases() -> dict[str, Call]:
     """Every call by name; takes the backend."""
     torch.manual_seed(0)
     shapes = {
@@ -88,7 +96,7 @@ CASES = cases()
 
 
 @pytest.mark.benchmark(max_time=0.2, min_rounds=5)
-@pytest.mark.parametrize("backend", [eager, cpp], ids=["eager", "cpp"])
+@pytest.mark.parametrize("backend", [EAGER, CPP], ids=["eager", "cpp"])
 @pytest.mark.parametrize("case", CASES)
 def test_primitive(benchmark, case, backend):
     """One call of a primitive."""

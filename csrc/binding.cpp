@@ -1,8 +1,10 @@
-// The module fusedres._C. Importing it registers the operators of the namespace fusedres_cpp, which each part declares beside its kernels.
+// The module fusedres._C. Importing it registers the operators of the namespace fusedres_cpp, which each part declares
+// beside its kernels.
 #include <Python.h>
 
 #include <exception>
 
+#include "cpu/activation.h"
 #include "cpu/capability.h"
 
 namespace {
@@ -16,26 +18,42 @@ PyObject* cpu_capability(PyObject*, PyObject*) {
   }
 }
 
+// Appends a string to `list`; false, with the error set, where that fails.
+bool append(PyObject* list, const char* text) {
+  PyObject* string = PyUnicode_FromString(text);
+  const bool appended = string != nullptr && PyList_Append(list, string) == 0;
+  Py_XDECREF(string);
+  return appended;
+}
+
 PyObject* cpu_capabilities(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   if (names == nullptr) return nullptr;
   for (auto capability : fusedres::kCapabilities) {
-    if (!fusedres::capability_supported(capability)) continue;
-    PyObject* name = PyUnicode_FromString(fusedres::capability_name(capability));
-    if (name == nullptr || PyList_Append(names, name) < 0) {
-      Py_XDECREF(name);
-      Py_DECREF(names);
-      return nullptr;
-    }
-    Py_DECREF(name);
+    if (!fusedres::capability_supported(capability) || append(names, fusedres::capability_name(capability))) continue;
+    Py_DECREF(names);
+    return nullptr;
+  }
+  return names;
+}
+
+PyObject* activations(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (names == nullptr) return nullptr;
+  for (const char* name : fusedres::kActivationNames) {
+    if (append(names, name)) continue;
+    Py_DECREF(names);
+    return nullptr;
   }
   return names;
 }
 
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS,
-     "The instruction set of the CPU kernels in this process: 'default', 'avx2', 'avx512' or 'avx512_bf16'; FUSEDRES_CPU_CAPABILITY overrides it."},
+     "The instruction set of the CPU kernels in this process: 'default', 'avx2', 'avx512' or 'avx512_bf16'; "
+     "FUSEDRES_CPU_CAPABILITY overrides it."},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets that this CPU supports, the best last."},
+    {"activations", activations, METH_NOARGS, "The names of the activations, each at the place that is its number."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -21,8 +21,9 @@ from torchvision.models.densenet import _DenseBlock
 from torchvision.models.resnet import Bottleneck
 
 import fusedres
-from bench.roofline import Call, Clock, EagerTraffic, Recorder, Shapes
-from fusedres import dispatch
+from bench.roofline import Call, Clock, EagerTraffic, Recorder
+from fusedres.backends import select
+from fusedres.backends.eager import BACKEND as EAGER
 
 READ, WRITTEN, INK, FAINT = "#0072b2", "#e69f00", "#222222", "#8a8a8a"
 SIZE = 56
@@ -92,9 +93,9 @@ BOTTLENECK = Drawing(
         None,
         Pass("conv3", "r2", "r3"),
         None,
-        Pass("join", "r3 x", "y"),
+        Pass("add, act", "r3 x", "y"),
         None,
-        Pass("join", "dy r3 x", "ds"),
+        Pass("add, act", "dy r3 x", "ds"),
         None,
         Pass("conv3\ndata", "ds r3 r2", "dn2"),
         Pass("conv3\nweight", "ds r3 r2"),
@@ -176,7 +177,7 @@ def counted(block: nn.Module, channels: int) -> tuple[int, int]:
         step()
     calls: list[Call] = []
     fusedres.convert(model)
-    with dispatch.observe(lambda inner: Recorder(Shapes(), calls, Clock(torch.device("cpu")))):
+    with select.observe(lambda inner: Recorder(EAGER, calls, Clock(torch.device("cpu")))):
         step()
     unit = SIZE * SIZE * torch.float32.itemsize
     return eager.total // unit, sum(call.read + call.written for call in calls) // unit

@@ -5,11 +5,14 @@
 """
 
 from . import functional, nn, ops
-from .conversion import Report, convert, report, revert
-from .dispatch import BackendError, backends, use_backend
+from .backends.select import backends, use_backend
+from .convert import convert, revert
+from .errors import BackendError
+from .report import Report, report
 from .tuning import precompile, tune
+from .verify import verify
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "Report",
@@ -24,4 +27,5 @@ __all__ = [
     "revert",
     "tune",
     "use_backend",
+    "verify",
 ]

@@ -1,9 +1,10 @@
-"""The activations that schedules and backends compute, each known by a name: what descriptions hold and primitives take as ``act``.
+"""The activations that fused blocks compute, each known by a name: what descriptions hold and primitives take as ``act``.
 
     none, relu, relu6, leaky_relu:SLOPE, hardswish, silu, gelu (by erf), gelu_tanh
 
-Each backend has one place that computes value and derivative from these names; here are those of plain PyTorch, and which modules and
-functions the names stand for.
+One row of the table below says what an activation computes in plain PyTorch and which modules and functions it stands for. The kernels have
+one row each of their own: ``kernels/activations.py`` and ``csrc/cpu/activation.h`` with ``activation-inl.h``. A kind that one of them
+does not know is an error there.
 """
 
 from __future__ import annotations
@@ -17,31 +18,106 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: the kinds, in the order in which csrc/cpu/activation.h counts them
-KINDS = ("none", "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh")
+Target = Callable[..., Any] | str
 
 
 class Activation(NamedTuple):
-    """What a name says: the ``kind``, the slope on the negative side of a leaky ReLU (else 0), and both with the kind as a number, as the
-    C++ operators take them."""
+    """What a name says: the ``kind``, and the slope on the negative side of a leaky ReLU (else 0)."""
 
     kind: str
     slope: float
-    code: tuple[int, float]
+
+
+class _Form(NamedTuple):
+    """How an activation is written: by a module's class, by a function, or (a string) by a method of the map. ``parameters``: the
+    attributes of the module, or the arguments behind the map in their order; ``defaults``: those of the arguments."""
+
+    targets: tuple[Target, ...]
+    parameters: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = {}
+
+
+class _Row(NamedTuple):
+    """``value(z, slope)``, differentiable; ``gradient(dy, z, slope)``, the gradient of z, with torch's choices at kinks; the forms that
+    stand for it where ``fits(parameters)``; ``slope(parameters)`` for a kind that has one."""
+
+    value: Callable[[Tensor, float], Tensor]
+    gradient: Callable[[Tensor, Tensor, float], Tensor]
+    forms: tuple[_Form, ...] = ()
+    fits: Callable[[Mapping[str, Any]], bool] = lambda given: True
+    slope: Callable[[Mapping[str, Any]], float] | None = None
+
+
+_aten = torch.ops.aten
+_CLIP, _SIX = ("min_val", "max_val"), {"min_val": 0.0, "max_val": 6.0}
+_TABLE: dict[str, _Row] = {
+    "none": _Row(lambda z, slope: z, lambda dy, z, slope: dy),
+    "relu": _Row(
+        lambda z, slope: torch.relu(z),
+        lambda dy, z, slope: torch.where(z <= 0, torch.zeros_like(dy), dy),
+        (
+            _Form((nn.ReLU,)),
+            _Form((F.relu,), ("inplace",)),
+            _Form((F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
+        ),
+    ),
+    "leaky_relu": _Row(
+        lambda z, slope: F.leaky_relu(z, slope),
+        lambda dy, z, slope: _aten.leaky_relu_backward(dy, z, slope, False),
+        (
+            _Form((nn.LeakyReLU,), ("negative_slope",)),
+            _Form((F.leaky_relu,), ("negative_slope", "inplace"), {"negative_slope": 0.01}),
+            _Form((F.leaky_relu_,), ("negative_slope",), {"negative_slope": 0.01}),
+        ),
+        slope=lambda given: given["negative_slope"],
+    ),
+    "relu6": _Row(
+        lambda z, slope: F.relu6(z),
+        lambda dy, z, slope: _aten.hardtanh_backward(dy, z, 0.0, 6.0),
+        (
+            _Form((nn.ReLU6, nn.Hardtanh), _CLIP),
+            _Form((F.relu6,), ("inplace",), _SIX),
+            _Form((F.hardtanh,), (*_CLIP, "inplace"), {"min_val": -1.0, "max_val": 1.0}),
+            _Form((F.hardtanh_,), _CLIP, {"min_val": -1.0, "max_val": 1.0}),
+        ),
+        fits=lambda given: (given["min_val"], given["max_val"]) == (0, 6),
+    ),
+    "hardswish": _Row(
+        lambda z, slope: F.hardswish(z),
+        lambda dy, z, slope: _aten.hardswish_backward(dy, z),
+        (_Form((nn.Hardswish,)), _Form((F.hardswish,), ("inplace",))),
+    ),
+    "silu": _Row(
+        lambda z, slope: F.silu(z),
+        lambda dy, z, slope: _aten.silu_backward(dy, z),
+        (_Form((nn.SiLU,)), _Form((F.silu,), ("inplace",))),
+    ),
+    "gelu": _Row(
+        lambda z, slope: F.gelu(z),
+        lambda dy, z, slope: _aten.gelu_backward(dy, z, approximate="none"),
+        (_Form((nn.GELU,), ("approximate",)), _Form((F.gelu,), ("approximate",), {"approximate": "none"})),
+        fits=lambda given: given["approximate"] == "none",
+    ),
+    "gelu_tanh": _Row(
+        lambda z, slope: F.gelu(z, approximate="tanh"),
+        lambda dy, z, slope: _aten.gelu_backward(dy, z, approximate="tanh"),
+        (_Form((nn.GELU,), ("approximate",)), _Form((F.gelu,), ("approximate",), {"approximate": "none"})),
+        fits=lambda given: given["approximate"] == "tanh",
+    ),
+}
+KINDS = tuple(_TABLE)
 
 
 @functools.lru_cache(maxsize=256)
 def parse(act: str) -> Activation:
     """The activation of a name; ValueError for one that is unknown."""
     kind, colon, parameter = act.partition(":")
-    if kind in KINDS and bool(colon) == (kind == "leaky_relu"):
+    if kind in _TABLE and bool(colon) == (_TABLE[kind].slope is not None):
         try:
-            slope = float(parameter or 0.0)
+            return Activation(kind, float(parameter or 0.0))
         except ValueError:
             pass
-        else:
-            return Activation(kind, slope, (KINDS.index(kind), slope))
-    names = ", ".join(repr(f"{k}:SLOPE" if k == "leaky_relu" else k) for k in KINDS)
+    names = ", ".join(repr(kind if row.slope is None else f"{kind}:SLOPE") for kind, row in _TABLE.items())
     raise ValueError(f"unknown activation {act!r}: expected one of {names}")
 
 
@@ -51,97 +127,58 @@ def leaky(slope: float) -> str:
 
 
 def value(z: Tensor, act: str) -> Tensor:
-    """``act(z)``, differentiable."""
-    kind, slope, _ = parse(act)
-    if kind == "none":
-        return z
-    if kind == "relu":
-        return torch.relu(z)
-    if kind == "leaky_relu":
-        return F.leaky_relu(z, slope)
-    if kind == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    return getattr(F, kind)(z)
+    """``act(z)``, differentiable. Raises ValueError for an unknown ``act``."""
+    kind, slope = parse(act)
+    return _TABLE[kind].value(z, slope)
 
 
 def gradient(dy: Tensor, z: Tensor, act: str) -> Tensor:
-    """The gradient of z by ``act(z)``, with torch's choices where that has a kink."""
-    kind, slope, _ = parse(act)
-    aten = torch.ops.aten
-    if kind == "none":
-        return dy
-    if kind == "relu":
-        return torch.where(z <= 0, torch.zeros_like(dy), dy)
-    if kind == "leaky_relu":
-        return aten.leaky_relu_backward(dy, z, slope, False)
-    if kind == "relu6":
-        return aten.hardtanh_backward(dy, z, 0.0, 6.0)
-    if kind == "hardswish":
-        return aten.hardswish_backward(dy, z)
-    if kind == "silu":
-        return aten.silu_backward(dy, z)
-    return aten.gelu_backward(dy, z, approximate="tanh" if kind == "gelu_tanh" else "none")
+    """The gradient of z by ``act(z)``, with torch's choices where that has a kink. Raises ValueError for an unknown ``act``."""
+    kind, slope = parse(act)
+    return _TABLE[kind].gradient(dy, z, slope)
 
 
 # ---- what the names stand for ----------------------------------------------------------------------------------------
 
+_READERS: dict[Target, tuple[_Form, tuple[str, ...]]] = {}
+for _kind, _row in _TABLE.items():
+    for _form in _row.forms:
+        for _target in _form.targets:
+            _known = _READERS.get(_target, (_form, ()))[1]
+            _READERS[_target] = _form, (*_known, _kind)
 
-def _clipped(low: float, high: float) -> str | None:
-    return "relu6" if (low, high) == (0, 6) else None
-
-
-#: by type, the name of a module's activation, None where its parameters are others
-_MODULES: dict[type[nn.Module], Callable[[Any], str | None]] = {
-    nn.ReLU: lambda m: "relu",
-    nn.ReLU6: lambda m: _clipped(m.min_val, m.max_val),
-    nn.Hardtanh: lambda m: _clipped(m.min_val, m.max_val),
-    nn.LeakyReLU: lambda m: leaky(m.negative_slope),
-    nn.SiLU: lambda m: "silu",
-    nn.Hardswish: lambda m: "hardswish",
-    nn.GELU: lambda m: {"none": "gelu", "tanh": "gelu_tanh"}.get(m.approximate),
-}
+#: the functions, and by their names the methods of a map, that compute one of the activations
+FUNCTIONS = tuple(target for target in _READERS if not isinstance(target, type))
 #: timm's modules around the same functions
 _TIMM = {"GELU": "gelu", "GELUTanh": "gelu_tanh"}
 
 
+def _name(kinds: tuple[str, ...], given: Mapping[str, Any]) -> str | None:
+    for kind in kinds:
+        row = _TABLE[kind]
+        if row.fits(given):
+            return kind if row.slope is None else leaky(row.slope(given))
+    return None
+
+
 def of_module(module: nn.Module) -> str | None:
     """The name of a module's activation, None where it is none of these (a subclass may compute something else)."""
-    name = _MODULES.get(type(module))
-    if name is not None:
-        return name(module)
+    if type(module) in _READERS:
+        form, kinds = _READERS[type(module)]
+        return _name(kinds, {name: getattr(module, name) for name in form.parameters})
     known = _TIMM.get(type(module).__name__)
     timm = sys.modules.get("timm.layers.activations")
     return known if known is not None and type(module) is getattr(timm, type(module).__name__, None) else None
 
 
-#: functions, and methods of a map by their names, with their parameters behind the map
-_FUNCTIONS: dict[Callable | str, tuple[str, ...]] = {
-    **dict.fromkeys((F.relu, F.relu6, F.silu, F.hardswish), ("inplace",)),
-    F.leaky_relu: ("negative_slope", "inplace"),
-    F.hardtanh: ("min_val", "max_val", "inplace"),
-    **dict.fromkeys((F.leaky_relu_,), ("negative_slope",)),
-    **dict.fromkeys((F.hardtanh_,), ("min_val", "max_val")),
-    **dict.fromkeys((F.relu_, F.gelu, torch.relu, torch.relu_, "relu", "relu_"), ()),
-}
-FUNCTIONS = tuple(_FUNCTIONS)
-_CLIPPING, _LEAKY = (F.hardtanh, F.hardtanh_), (F.leaky_relu, F.leaky_relu_)
-_NAMED: dict[Callable | str, str] = {F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish"}
-
-
-def arguments(target: Callable | str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of one of ``FUNCTIONS`` behind the map, by name."""
-    return {**dict(zip(_FUNCTIONS[target], args[1:], strict=False)), **kwargs}
+    form, _ = _READERS[target]
+    return {**form.defaults, **dict(zip(form.parameters, args[1:], strict=False)), **kwargs}
 
 
-def of_call(target: Callable | str, args: tuple, kwargs: Mapping[str, Any]) -> str | None:
+def of_call(target: Target, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """The name of the activation that a call computes, None where it is none of these."""
-    if target not in _FUNCTIONS:
+    if target not in FUNCTIONS:
         return None
-    given = arguments(target, args, kwargs)
-    if target in _CLIPPING:
-        return _clipped(given.get("min_val", -1.0), given.get("max_val", 1.0))
-    if target in _LEAKY:
-        return leaky(given.get("negative_slope", 0.01))
-    if target is F.gelu:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(given.get("approximate", "none"))
-    return _NAMED.get(target, "relu")
+    return _name(_READERS[target][1], arguments(target, args, kwargs))

@@ -8,7 +8,9 @@ import platform
 
 import torch
 
-from . import __version__, dispatch
+from .backends.select import backends, resolve
+from .errors import BackendError
+from .version import __version__
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,8 +44,8 @@ def _devices() -> dict[str, str]:
 def _choice(device: str, dtype: torch.dtype) -> str:
     """The backend that a block on ``device`` in ``dtype`` would run on now, or what happens instead."""
     try:
-        chosen = dispatch.resolve(torch.device(device), dtype)
-    except dispatch.BackendError as error:
+        chosen = resolve(torch.device(device), dtype)
+    except BackendError as error:
         return f"error: {error}"
     return "original modules" if chosen is None else chosen.name
 
@@ -72,7 +74,7 @@ def diagnose() -> dict:
             device: {
                 str(dtype).removeprefix("torch."): {
                     "runs": _choice(device, dtype),
-                    "backends": dispatch.backends(device, dtype),
+                    "backends": backends(device, dtype),
                 }
                 for dtype in _DTYPES
             }

@@ -2,8 +2,8 @@
 
 Every function takes N x C x H x W maps (channels_last is native, anything else is copied once) in float16, bfloat16, float32 or float64,
 chooses a backend as the modules do, and runs the eager primitives where no faster backend serves the tensors. Descriptions are those of
-``fusedres.schedules``: :class:`Unit` (a convolution, its BatchNorm and activation), :class:`Layer` (a dense layer). Activations go by their
-names in :mod:`fusedres.activations`.
+:mod:`fusedres.specs` and :mod:`fusedres.autograd`: :class:`Unit` (a convolution, its BatchNorm and activation), :class:`Layer` (a dense
+layer). Activations go by their names in :mod:`fusedres.activations`.
 """
 
 from __future__ import annotations
@@ -12,34 +12,33 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import blocks, concatenation, dispatch
-from .backends import eager
-from .backends.eager import Geometry, Pool
-from .memory import Unsupported
-from .schedules import chain, dense, norm_pool
-from .schedules.chain import Chain, Shortcut, Subsample
-from .schedules.common import Conv, Norm, Unit
-from .schedules.dense import Layer
-from .schedules.norm_pool import NormPool
+from . import concat as _concat
+from .autograd.dense import Dense, Layer
+from .autograd.residual import Residual, Shortcut, Subsample
+from .autograd.transition import Transition
+from .backends import select
+from .backends.contract import Backend
+from .backends.eager import BACKEND as EAGER
+from .errors import Unsupported
+from .specs import BlockSpec, Conv, Geometry, Norm, Pool, Unit
 
 __all__ = [
     "Conv", "Geometry", "Layer", "Norm", "Pool", "Shortcut", "Subsample", "Unit", "concat", "conv_bn_act", "dense_block",
-    "highway_block", "norm_pool_conv", "plain_block", "preact_block", "residual_block",
+    "highway_block", "plain_block", "preact_block", "residual_block", "transition",
 ]  # fmt: skip
 
 
-def _serve(check, x: Tensor):
-    """The backend for ``x``, after ``check(x)``; what a module would leave to its original forward is an error here."""
+def _serve(spec: BlockSpec, x: Tensor) -> Backend:
+    """The backend for ``x``, which is checked; what a module would leave to its original forward is an error here."""
     try:
-        check(x)
+        spec.check(x)
     except Unsupported as reason:
         raise ValueError(f"fusedres.functional: {reason}") from None
-    return dispatch.resolve(x.device, x.dtype) or eager
+    return select.resolve(x.device, x.dtype) or EAGER
 
 
-def _run_chain(description: Chain, x: Tensor, out: Tensor | None = None) -> Tensor:
-    backend = _serve(lambda x: blocks.check_chain(description, x), x)
-    return chain.run(backend, description, x, out=out)[0]
+def _run(spec: BlockSpec, x: Tensor, out: Tensor | None = None) -> Tensor:
+    return spec.run(_serve(spec, x), x, out=out)[0]
 
 
 def residual_block(
@@ -55,29 +54,29 @@ def residual_block(
 
     Raises ValueError where shapes, dtypes or devices do not fit, or a BatchNorm in training would see one value per channel.
     """
-    return _run_chain(Chain(tuple(units), shortcut=shortcut or Shortcut(unit=projection), act=act), x)
+    return _run(Residual(tuple(units), shortcut=shortcut or Shortcut(unit=projection), act=act), x)
 
 
 def preact_block(x: Tensor, norm: Norm, units: tuple[Unit, ...], shortcut: Shortcut | None = None) -> Tensor:
     """``units(norm(x)) + shortcut(x)``, a pre-activation block: ``norm`` with its activation comes first, the last unit has no BatchNorm
     (None), and an ``activated`` shortcut reads ``norm(x)``; without one x itself is added. Raises as :func:`residual_block`."""
-    return _run_chain(Chain(tuple(units), first=norm, shortcut=shortcut or Shortcut()), x)
+    return _run(Residual(tuple(units), first=norm, shortcut=shortcut or Shortcut()), x)
 
 
 def plain_block(x: Tensor, units: tuple[Unit, ...]) -> Tensor:
     """``units(x)``: convolutions in a row without a shortcut. Raises as :func:`residual_block`."""
-    return _run_chain(Chain(tuple(units)), x)
+    return _run(Residual(tuple(units)), x)
 
 
 def highway_block(x: Tensor, units: tuple[Unit, ...], gate: Unit) -> Tensor:
     """``t * units(x) + (1 - t) * x`` with ``t = sigmoid(gate(x))``: ``gate`` is a Unit with act "none" or without BatchNorm, the last of
     ``units`` ends in ReLU or nothing, and both keep the shape of x. Raises as :func:`residual_block`."""
-    return _run_chain(Chain(tuple(units), shortcut=Shortcut(unit=gate, gated=True)), x)
+    return _run(Residual(tuple(units), shortcut=Shortcut(unit=gate, gated=True)), x)
 
 
 def conv_bn_act(x: Tensor, unit: Unit, pool: Pool | None = None) -> Tensor:
     """Convolution, BatchNorm and activation, and a max pool behind them where given. Raises as :func:`residual_block`."""
-    return _run_chain(Chain((unit,), pool=pool), x)
+    return _run(Residual((unit,), pool=pool), x)
 
 
 def concat(
@@ -89,28 +88,26 @@ def concat(
     if len(inputs) not in (1, len(branches)):
         raise ValueError(f"concat of {len(branches)} branches takes one input, or one for each; found {len(inputs)}")
 
-    def branch(units: tuple[Unit, ...]) -> concatenation.Branch:
+    def branch(units: tuple[Unit, ...]) -> _concat.Branch:
         if not units:
-            return concatenation.Branch(lambda shape: shape, lambda x, place: x)
-        description = Chain(tuple(units))
+            return _concat.Branch(lambda shape: shape, lambda x, place: x)
+        description = Residual(tuple(units))
 
         def run(x: Tensor, place: Tensor | None) -> Tensor:
-            return _run_chain(description, x, place if place is not None and place.dtype == x.dtype else None)
+            return _run(description, x, place if place is not None and place.dtype == x.dtype else None)
 
-        return concatenation.Branch(description.out_shape, run)
+        return _concat.Branch(description.out_shape, run)
 
-    return concatenation.run(inputs, [branch(units) for units in branches], reads or [None] * len(branches))
+    return _concat.run(inputs, [branch(units) for units in branches], reads or [None] * len(branches))
 
 
 def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     """x and the outputs of all ``layers``, each reading everything before it, side by side in one buffer. Raises as
     :func:`residual_block`."""
-    layers = tuple(layers)
-    return dense.run(_serve(lambda x: blocks.check_dense(layers, x), x), layers, x)[0]
+    return _run(Dense(tuple(layers)), x)
 
 
-def norm_pool_conv(x: Tensor, norm: Norm, pool: Pool, conv: Conv | None = None) -> Tensor:
+def transition(x: Tensor, norm: Norm, pool: Pool, conv: Conv | None = None) -> Tensor:
     """``conv(pool(act(norm(x))))`` with a mean pool and a 1x1 convolution or none: a DenseNet's transition or head. Raises as
     :func:`residual_block`."""
-    block = NormPool(norm, pool, conv)
-    return norm_pool.run(_serve(lambda x: blocks.check_norm_pool(block, x), x), block, x)
+    return _run(Transition(norm, pool, conv), x)

@@ -6,29 +6,27 @@ below runs, and ``fusedres.report`` says why.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import concatenation
-from .blocks import (
-    FusedBasic,
-    FusedBottleneck,
-    FusedDenseBlock,
-    FusedHighway,
-    FusedPlain,
-    FusedPreActBasic,
-    FusedPreActBottleneck,
-    FusedSequential,
-    FusedTransition,
-)
+from . import concat
+from .blocks import BlockState, kind_of
+from .swap import FusedBlock
 
 __all__ = [
     "BasicBlock", "Bottleneck", "Concat", "ConvBNAct", "DenseBlock", "DenseLayer", "HighwayBlock", "PlainBlock",
     "PreActBasicBlock", "PreActBottleneck", "Transition",
 ]  # fmt: skip
+
+
+def _state(kind: str) -> Callable[[], BlockState]:
+    """How the state of a module of this file is made."""
+    return functools.partial(BlockState, kind_of(kind))
 
 
 class _PlainBasic(nn.Module):
@@ -94,7 +92,7 @@ class _PlainBottleneck(nn.Module):
         return self.relu(h + (x if self.downsample is None else self.downsample(x)))
 
 
-class BasicBlock(FusedBasic, _PlainBasic):
+class BasicBlock(FusedBlock, _PlainBasic, state=_state("basic")):
     """ResNet's basic block (He et al. 2015): two 3x3 convolutions and a shortcut; arguments as torchvision's ``BasicBlock``.
 
     Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'. ``downsample`` (convolution and BatchNorm) projects the shortcut; option A,
@@ -105,7 +103,7 @@ class BasicBlock(FusedBasic, _PlainBasic):
     expansion = 1
 
 
-class Bottleneck(FusedBottleneck, _PlainBottleneck):
+class Bottleneck(FusedBlock, _PlainBottleneck, state=_state("bottleneck")):
     """ResNet's bottleneck, stride on the 3x3: 1x1, 3x3 (``groups``, ``dilation``), 1x1; arguments as torchvision's ``Bottleneck``.
 
     Maps N x ``inplanes`` x H x W to N x ``4 * planes`` x H' x W'. ``downsample`` (convolution and BatchNorm) projects the shortcut.
@@ -171,7 +169,7 @@ class _PlainPreActBottleneck(nn.Module):
         return self.conv3(self.relu(self.bn3(h))) + shortcut
 
 
-class PreActBasicBlock(FusedPreActBasic, _PlainPreActBasic):
+class PreActBasicBlock(FusedBlock, _PlainPreActBasic, state=_state("preact_basic")):
     """The pre-activation basic block (He et al. 2016): BatchNorm and ReLU before each 3x3 convolution, nothing on the identity path.
 
     Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'. ``downsample`` (a convolution) projects the activated input.
@@ -180,7 +178,7 @@ class PreActBasicBlock(FusedPreActBasic, _PlainPreActBasic):
     expansion = 1
 
 
-class PreActBottleneck(FusedPreActBottleneck, _PlainPreActBottleneck):
+class PreActBottleneck(FusedBlock, _PlainPreActBottleneck, state=_state("preact_bottleneck")):
     """The pre-activation bottleneck: 1x1, 3x3 (``stride``, ``groups``, ``dilation``), 1x1, each behind BatchNorm and ReLU.
 
     Maps N x ``inplanes`` x H x W to N x ``4 * planes`` x H' x W'. ``downsample`` (a convolution) projects the activated input.
@@ -217,7 +215,7 @@ class _PlainPlain(nn.Module):
         return self.relu(self.bn2(self.conv2(h)))
 
 
-class PlainBlock(FusedPlain, _PlainPlain):
+class PlainBlock(FusedBlock, _PlainPlain, state=_state("plain")):
     """The basic block without its shortcut, what residual learning is compared with (He et al. 2015, figure 3, middle).
 
     Maps N x ``inplanes`` x H x W to N x ``planes`` x H' x W'; arguments as torchvision's ``BasicBlock``, so that
@@ -256,7 +254,8 @@ class _PlainHighway(nn.Module):
         self.gate = conv(not gate_norm)
         self.gate_bn = norm_layer(planes) if gate_norm else None
         self.sigmoid = nn.Sigmoid()
-        nn.init.constant_((self.gate_bn if gate_norm else self.gate).bias, gate_bias)
+        last: Any = self.gate_bn if gate_norm else self.gate
+        nn.init.constant_(last.bias, gate_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.relu(self.bn1(self.conv1(x)))
@@ -265,7 +264,7 @@ class _PlainHighway(nn.Module):
         return t * h + (1 - t) * x
 
 
-class HighwayBlock(FusedHighway, _PlainHighway):
+class HighwayBlock(FusedBlock, _PlainHighway, state=_state("highway")):
     """A highway block (Srivastava et al. 2015), convolutional and with BatchNorm: ``t * h + (1 - t) * x`` with the candidate
     ``h = relu(bn1(conv1(x)))`` and the transform gate ``t = sigmoid(gate(x))``, or ``sigmoid(gate_bn(gate(x)))`` with ``gate_norm``.
 
@@ -322,7 +321,7 @@ class _PlainDense(nn.ModuleDict):
         return torch.cat(features, 1)
 
 
-class DenseBlock(FusedDenseBlock, _PlainDense):
+class DenseBlock(FusedBlock, _PlainDense, state=_state("dense")):
     """``num_layers`` dense layers in one preallocated buffer; arguments as torchvision's ``_DenseBlock``.
 
     Maps N x ``num_input_features`` x H x W to N x ``num_input_features + num_layers * growth_rate`` x H x W.
@@ -338,11 +337,11 @@ class _PlainTransition(nn.Sequential):
         self.pool = nn.AvgPool2d(2, 2)
 
 
-class Transition(FusedTransition, _PlainTransition):
+class Transition(FusedBlock, _PlainTransition, state=_state("transition")):
     """DenseNet's transition: norm, relu, 1x1 convolution, 2x2 mean, the mean taken first; arguments as torchvision's ``_Transition``."""
 
 
-class ConvBNAct(FusedSequential, nn.Sequential):
+class ConvBNAct(FusedBlock, nn.Sequential, state=_state("sequential")):
     """Convolution, BatchNorm and activation (ReLU, or any of :mod:`fusedres.activations`); arguments and keys as torchvision's
     ``Conv2dNormActivation`` (``padding=None``: half the dilated kernel, ``bias=None``: no bias)."""
 
@@ -396,9 +395,11 @@ class Concat(nn.ModuleList):
     def forward(self, *inputs: Tensor) -> Tensor:
         if len(inputs) not in (1, len(self)):
             raise ValueError(f"Concat of {len(self)} branches takes one input, or one for each; found {len(inputs)}")
-        if concatenation.is_traced(inputs):
-            return concatenation.plain(inputs, list(self), self.reads)
-        return concatenation.run(inputs, [concatenation.branch_of(branch) for branch in self], self.reads)
+        if concat.is_traced(inputs):
+            return concat.plain(inputs, list(self), self.reads)
+        return concat.run(
+            inputs, [concat.branch_of(branch, i in self.reads) for i, branch in enumerate(self)], self.reads
+        )
 
     def extra_repr(self) -> str:
         return "" if all(read is None for read in self.reads) else f"reads={list(self.reads)}"

@@ -1,8 +1,9 @@
 """The primitives as PyTorch operators, ``torch.ops.fusedres.*``: schemas and fake implementations for compilers and exporters.
 
-Each operator runs the primitive of its name on the backend that :mod:`fusedres.dispatch` chooses for the tensors, and on ``eager`` where
-that leaves only the original modules. What is written is an argument (``out``, ``stats``, ``sums``, ...), never a result that shares
-memory with one. Shapes, dtypes and equations: :mod:`fusedres.backends.eager`. No autograd formulas: gradients are the schedules' affair.
+Each operator runs the primitive of its name on the backend that :mod:`fusedres.backends.select` chooses for the tensors, and on ``eager``
+where that leaves only the original modules. What is written is an argument (``out``, ``stats``, ``sums``, ...), never a result that shares
+memory with one. A schema knows tensors and numbers only, so that the operands (:mod:`fusedres.operands`) stand here field by field. Shapes,
+dtypes and equations: :mod:`fusedres.backends.contract`. No autograd formulas: gradients are the affair of :mod:`fusedres.autograd`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .backends import eager
-from .backends.eager import Geometry, Pool
+from .backends import select
+from .backends.contract import Backend
+from .backends.eager import BACKEND as EAGER
+from .operands import Epilogue, GradTarget, LazyGrad, LazyMap
+from .specs import Geometry, Norm, Pool
 
 
-def _backend(x: Tensor):
-    return dispatch.resolve(x.device, x.dtype) or eager
+def _backend(x: Tensor) -> Backend:
+    return select.resolve(x.device, x.dtype) or EAGER
 
 
 def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
@@ -38,7 +41,7 @@ def statistics(x: Tensor, stats: Tensor) -> None:
 @torch.library.custom_op("fusedres::conv_forward", mutates_args=("out", "stats"))
 def conv_forward(
     x: Tensor,
-    affine: Tensor | None,
+    scale_shift: Tensor | None,
     act: str,
     weight: Tensor,
     bias: Tensor | None,
@@ -48,17 +51,16 @@ def conv_forward(
     groups: int,
     out: Tensor,
     stats: Tensor | None,
-    out_affine: Tensor | None,
+    out_scale_shift: Tensor | None,
     residual: Tensor | None,
-    residual_affine: Tensor | None,
+    residual_scale_shift: Tensor | None,
     out_act: str,
 ) -> None:
     """A convolution with its prologue and epilogue, into ``out``."""
     geometry = _geometry(stride, padding, dilation, groups)
-    _backend(x).conv_forward(
-        x, affine, act, weight, bias, geometry, out=out, stats=stats, out_affine=out_affine, residual=residual,
-        residual_affine=residual_affine, out_act=out_act,
-    )  # fmt: skip
+    added = None if residual is None else LazyMap(residual, residual_scale_shift)
+    epilogue = Epilogue(out, stats, out_scale_shift, added, out_act)
+    _backend(x).conv_forward(LazyMap(x, scale_shift, act), weight, bias, geometry, epilogue)
 
 
 @torch.library.custom_op("fusedres::conv_dgrad", mutates_args=("dx", "sums"))
@@ -67,8 +69,8 @@ def conv_dgrad(
     raw: Tensor | None,
     coeff: Tensor | None,
     x: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
+    scale_shift: Tensor | None,
+    mean_invstd: Tensor | None,
     act: str,
     weight: Tensor,
     stride: Sequence[int],
@@ -83,10 +85,8 @@ def conv_dgrad(
 ) -> None:
     """The input gradient of a convolution, under the prologue's activation, into ``dx``."""
     geometry = _geometry(stride, padding, dilation, groups)
-    _backend(x).conv_backward(
-        grad, raw, coeff, x, affine, saved, act, weight, geometry, need_dw=False, dx=dx, base=base, accumulate=accumulate,
-        scaled=scaled, sums=sums,
-    )  # fmt: skip
+    lazy, target = LazyMap(x, scale_shift, act, mean_invstd), GradTarget(dx, base, accumulate, scaled, sums)
+    _backend(x).conv_backward(LazyGrad(grad, raw, coeff), lazy, weight, geometry, target, need_dw=False)
 
 
 @torch.library.custom_op("fusedres::conv_wgrad", mutates_args=())
@@ -95,7 +95,7 @@ def conv_wgrad(
     raw: Tensor | None,
     coeff: Tensor | None,
     x: Tensor,
-    affine: Tensor | None,
+    scale_shift: Tensor | None,
     act: str,
     weight: Tensor,
     stride: Sequence[int],
@@ -105,100 +105,108 @@ def conv_wgrad(
 ) -> Tensor:
     """The weight gradient of a convolution, contiguous."""
     geometry = _geometry(stride, padding, dilation, groups)
-    _, dweight = _backend(x).conv_backward(
-        grad, raw, coeff, x, affine, None, act, weight, geometry, need_dx=False
-    )  # fmt: skip
+    lazy = LazyMap(x, scale_shift, act)
+    _, dweight = _backend(x).conv_backward(LazyGrad(grad, raw, coeff), lazy, weight, geometry, target=None)
+    assert dweight is not None
     return dweight.contiguous()
 
 
 @conv_wgrad.register_fake
-def _(grad, raw, coeff, x, affine, act, weight, stride, padding, dilation, groups):
+def _(grad, raw, coeff, x, scale_shift, act, weight, stride, padding, dilation, groups):
     return weight.new_empty(weight.shape)
 
 
-@torch.library.custom_op("fusedres::join_forward", mutates_args=("out", "stats"))
-def join_forward(
+@torch.library.custom_op("fusedres::add_act_forward", mutates_args=("out", "stats"))
+def add_act_forward(
     raw: Tensor,
-    affine: Tensor | None,
+    scale_shift: Tensor | None,
     residual: Tensor | None,
-    residual_affine: Tensor | None,
+    residual_scale_shift: Tensor | None,
     act: str,
     out: Tensor,
     stats: Tensor | None,
 ) -> None:
     """BatchNorm, shortcut and activation in one pass, into ``out``."""
-    _backend(raw).join_forward(raw, affine, residual, residual_affine, act, out=out, stats=stats)
+    added = None if residual is None else LazyMap(residual, residual_scale_shift)
+    _backend(raw).add_act_forward(LazyMap(raw, scale_shift), added, act, out=out, stats=stats)
 
 
-@torch.library.custom_op("fusedres::join_backward", mutates_args=("sums", "residual_sums"))
-def join_backward(
+@torch.library.custom_op("fusedres::add_act_backward", mutates_args=("sums", "residual_sums"))
+def add_act_backward(
     grad: Tensor,
     raw: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
+    scale_shift: Tensor | None,
+    mean_invstd: Tensor | None,
     act: str,
     sums: Tensor | None,
     residual: Tensor | None,
-    residual_affine: Tensor | None,
-    residual_saved: Tensor | None,
+    residual_scale_shift: Tensor | None,
+    residual_mean_invstd: Tensor | None,
     residual_sums: Tensor | None,
 ) -> Tensor:
     """dz and the sums; with act "none", where dz is grad itself, the result has no elements."""
-    dz = _backend(raw).join_backward(
-        grad, raw, affine, saved, act, sums=sums, residual=residual, residual_affine=residual_affine,
-        residual_saved=residual_saved, residual_sums=residual_sums,
-    )  # fmt: skip
+    added = None if residual is None else LazyMap(residual, residual_scale_shift, "none", residual_mean_invstd)
+    lazy = LazyMap(raw, scale_shift, "none", mean_invstd)
+    dz = _backend(raw).add_act_backward(grad, lazy, added, act, sums=sums, residual_sums=residual_sums)
     return grad.new_empty(0) if act == "none" else dz
 
 
-@join_backward.register_fake
-def _(grad, raw, affine, saved, act, sums, residual, residual_affine, residual_saved, residual_sums):
+@add_act_backward.register_fake
+def _(
+    grad, raw, scale_shift, mean_invstd, act, sums, residual, residual_scale_shift, residual_mean_invstd, residual_sums
+):
     return grad.new_empty(0) if act == "none" else torch.empty_like(raw, memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("fusedres::highway_forward", mutates_args=("out",))
 def highway_forward(
-    raw: Tensor, affine: Tensor | None, act: str, gate: Tensor, gate_affine: Tensor | None, carry: Tensor, out: Tensor
+    raw: Tensor,
+    scale_shift: Tensor | None,
+    act: str,
+    gate: Tensor,
+    gate_scale_shift: Tensor | None,
+    carry: Tensor,
+    out: Tensor,
 ) -> None:
     """Candidate and carry, mixed by their gate in one pass, into ``out``."""
-    _backend(raw).highway_forward(raw, affine, act, gate, gate_affine, carry, out=out)
+    _backend(raw).highway_forward(LazyMap(raw, scale_shift, act), LazyMap(gate, gate_scale_shift), carry, out=out)
 
 
 @torch.library.custom_op("fusedres::highway_backward", mutates_args=("sums", "gate_sums"))
 def highway_backward(
     grad: Tensor,
     raw: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
+    scale_shift: Tensor | None,
+    mean_invstd: Tensor | None,
     act: str,
     gate: Tensor,
-    gate_affine: Tensor | None,
-    gate_saved: Tensor | None,
+    gate_scale_shift: Tensor | None,
+    gate_mean_invstd: Tensor | None,
     carry: Tensor,
     sums: Tensor | None,
     gate_sums: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of candidate, gate and carry, and the sums."""
-    return _backend(raw).highway_backward(
-        grad, raw, affine, saved, act, gate, gate_affine, gate_saved, carry, sums=sums, gate_sums=gate_sums
-    )
+    lazy = LazyMap(raw, scale_shift, act, mean_invstd)
+    lazy_gate = LazyMap(gate, gate_scale_shift, "none", gate_mean_invstd)
+    return _backend(raw).highway_backward(grad, lazy, lazy_gate, carry, sums=sums, gate_sums=gate_sums)
 
 
 @highway_backward.register_fake
-def _(grad, raw, affine, saved, act, gate, gate_affine, gate_saved, carry, sums, gate_sums):
+def _(grad, raw, scale_shift, mean_invstd, act, gate, gate_scale_shift, gate_mean_invstd, carry, sums, gate_sums):
     return tuple(torch.empty_like(raw, memory_format=torch.channels_last) for _ in range(3))
 
 
-@torch.library.custom_op("fusedres::grad_affine", mutates_args=("out",))
-def grad_affine(grad: Tensor, raw: Tensor | None, coeff: Tensor, out: Tensor) -> None:
+@torch.library.custom_op("fusedres::apply_grad_coeff", mutates_args=("out",))
+def apply_grad_coeff(grad: Tensor, raw: Tensor | None, coeff: Tensor, out: Tensor) -> None:
     """``p * grad + q * raw + r``, into ``out``."""
-    _backend(grad).grad_affine(grad, raw, coeff, out=out)
+    _backend(grad).apply_grad_coeff(LazyGrad(grad, raw, coeff), out=out)
 
 
 @torch.library.custom_op("fusedres::pool_forward", mutates_args=("out", "stats"))
 def pool_forward(
     x: Tensor,
-    affine: Tensor | None,
+    scale_shift: Tensor | None,
     act: str,
     kind: str,
     kernel: Sequence[int],
@@ -208,12 +216,13 @@ def pool_forward(
     stats: Tensor | None,
 ) -> Tensor:
     """A pooled, normalised map into ``out``; the result is the index of the maxima, without elements for a mean."""
-    _, index = _backend(x).pool_forward(x, affine, act, _pool(kind, kernel, stride, padding), out=out, stats=stats)
+    window = _pool(kind, kernel, stride, padding)
+    _, index = _backend(x).pool_forward(LazyMap(x, scale_shift, act), window, out=out, stats=stats)
     return x.new_empty(0, dtype=torch.uint8) if index is None else index
 
 
 @pool_forward.register_fake
-def _(x, affine, act, kind, kernel, stride, padding, out, stats):
+def _(x, scale_shift, act, kind, kernel, stride, padding, out, stats):
     if kind == "mean":
         return x.new_empty(0, dtype=torch.uint8)
     return torch.empty_like(out, dtype=torch.uint8, memory_format=torch.channels_last)
@@ -224,8 +233,8 @@ def pool_backward(
     grad: Tensor,
     index: Tensor | None,
     x: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
+    scale_shift: Tensor | None,
+    mean_invstd: Tensor | None,
     act: str,
     kind: str,
     kernel: Sequence[int],
@@ -237,7 +246,8 @@ def pool_backward(
 ) -> None:
     """The sums of a pooled map's BatchNorm, or with ``coeff`` the gradient of x into ``dx``."""
     window = _pool(kind, kernel, stride, padding)
-    _backend(x).pool_backward(grad, index, x, affine, saved, act, window, sums=sums, coeff=coeff, dx=dx)
+    lazy = LazyMap(x, scale_shift, act, mean_invstd)
+    _backend(x).pool_backward(grad, index, lazy, window, sums=sums, coeff=coeff, dx=dx)
 
 
 @torch.library.custom_op("fusedres::bn_coefficients", mutates_args=("running_mean", "running_var"))
@@ -251,8 +261,9 @@ def bn_coefficients(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Affine and saved of a BatchNorm in training; updates the running statistics."""
-    return _backend(stats).bn_coefficients(stats, count, weight, bias, running_mean, running_var, momentum, eps)
+    """Affine and mean_invstd of a BatchNorm in training; updates the running statistics."""
+    norm = Norm(weight, bias, running_mean, running_var, True, momentum, eps, "none")
+    return _backend(stats).bn_coefficients(norm, stats, count)
 
 
 @bn_coefficients.register_fake
@@ -269,8 +280,9 @@ def bn_frozen(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Affine and saved, in ``dtype``, of a BatchNorm that normalises by its running statistics."""
-    return _backend(running_mean).bn_frozen(weight, bias, running_mean, running_var, eps, dtype)
+    """Affine and mean_invstd, in ``dtype``, of a BatchNorm that normalises by its running statistics."""
+    norm = Norm(weight, bias, running_mean, running_var, False, 0.0, eps, "none")
+    return _backend(running_mean).bn_frozen(norm, dtype)
 
 
 @bn_frozen.register_fake
@@ -281,7 +293,14 @@ def _(weight, bias, running_mean, running_var, eps, dtype):
 
 @torch.library.custom_op("fusedres::bn_backward", mutates_args=("coeff",))
 def bn_backward(
-    sums: Tensor, count: int, weight: Tensor | None, saved: Tensor, training: bool, coeff: Tensor, accumulate: bool
+    sums: Tensor,
+    count: int,
+    weight: Tensor | None,
+    mean_invstd: Tensor,
+    training: bool,
+    coeff: Tensor,
+    accumulate: bool,
 ) -> None:
     """The pending form of the gradient behind a BatchNorm, into ``coeff``."""
-    _backend(sums).bn_backward(sums, count, weight, saved, training, coeff, accumulate)
+    norm = Norm(weight, None, None, None, training, 0.0, 0.0, "none")
+    _backend(sums).bn_backward(norm, sums, count, mean_invstd, coeff, accumulate)

@@ -1,8 +1,8 @@
 """The C-sized arithmetic of BatchNorm: one launch each, a few C float32 values read and written, nothing of a map's
 size.
 
-``coefficients_kernel`` turns (mean, M2) or running statistics into affine and saved, and updates the running
-statistics; ``gradient_kernel`` turns the two sums of backward into the pending form (p, q, r) of the gradient. Where
+``coefficients_kernel`` turns (mean, M2) or running statistics into scale and shift, mean and invstd, and updates the
+running statistics; ``gradient_kernel`` turns the two sums of backward into the pending form (p, q, r) of the gradient. Where
 the moments or sums are a :class:`~fusedres.kernels.reduce.Reduction`, both merge them from the partials (2 * tiles * C
 float32 read) instead of reading them from a launch of its own.
 """
@@ -14,8 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .helpers import SIZES, launch, vector, vectors
+from .device import vector
+from .launch import SIZES, launch
+from .layout import vectors
+from .operands import Norm
 from .reduce import Reduction, merge_blocks, merge_warps, merged_moments, merged_sum
+from .tiles import cdiv
 
 BLOCK_C = 256
 
@@ -23,7 +27,7 @@ BLOCK_C = 256
 @triton.jit(do_not_specialize=SIZES)
 def coefficients_kernel(
     mean, m2, partials, tiles, stride, tile_rows, rows, weight, bias, running_mean, running_var, scale, shift,
-    saved_mean, saved_invstd, C, count, unbiased_count, momentum, eps, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    out_mean, out_invstd, C, count, unbiased_count, momentum, eps, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """From the (mean, M2) or their partials, updating the running statistics if given; without both from the running
     statistics."""
@@ -46,8 +50,8 @@ def coefficients_kernel(
     gain = invstd * vector(weight, c, inside, 1.0)
     tl.store(scale + c, gain, mask=inside)
     tl.store(shift + c, vector(bias, c, inside, 0.0) - center * gain, mask=inside)
-    tl.store(saved_mean + c, center, mask=inside)
-    tl.store(saved_invstd + c, invstd, mask=inside)
+    tl.store(out_mean + c, center, mask=inside)
+    tl.store(out_invstd + c, invstd, mask=inside)
 
 
 @triton.jit
@@ -96,56 +100,52 @@ def gradient_kernel(
     tl.store(r + c, constant, mask=inside)
 
 
-def bn_coefficients(
-    stats: Tensor | Reduction,
+def bn_coefficients(norm: Norm, stats: Tensor | Reduction, count: int) -> tuple[Tensor, Tensor]:
+    """``(scale_shift, mean_invstd)`` from ``stats``; updates the running statistics in place where there are any."""
+    merging = _Merging(stats, stats.shape[-1])
+    mean, m2 = (None, None) if merging.partials is not None else vectors(stats)
+    return _coefficients(norm, merging, mean, m2, count, stats.shape[-1], stats.device)
+
+
+def bn_frozen(norm: Norm) -> tuple[Tensor, Tensor]:
+    """``(scale_shift, mean_invstd)`` from the running statistics, in float32: no map served here asks for another dtype.
+    ValueError where there are none."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a BatchNorm without running statistics is no frozen one")
+    channels, device = norm.running_mean.shape[0], norm.running_mean.device
+    return _coefficients(norm, _Merging(None, channels), None, None, 1, channels, device)
+
+
+def _coefficients(
+    norm: Norm,
+    merging: _Merging,
+    mean: Tensor | None,
+    m2: Tensor | None,
     count: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
+    channels: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """``(affine, saved)`` from ``stats``; updates the running statistics in place where they are given."""
-    return _coefficients(stats, count, weight, bias, running_mean, running_var, momentum, eps, stats)
-
-
-def bn_frozen(
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """``(affine, saved)`` from the running statistics. ``dtype`` is float32: no map served here asks for another."""
-    return _coefficients(None, 1, weight, bias, running_mean, running_var, 0.0, eps, running_mean)
-
-
-def _coefficients(stats, count, weight, bias, running_mean, running_var, momentum, eps, like) -> tuple[Tensor, Tensor]:
-    channels = like.shape[-1]
-    affine, saved = torch.empty(2, 2, channels, dtype=torch.float32, device=like.device).unbind(0)
-    merging = _Merging(stats, channels)
-    mean, m2 = vectors(None if merging.partials is not None else stats)
-    scale, shift = affine.unbind(0)
-    saved_mean, saved_invstd = saved.unbind(0)
+    scale_shift, mean_invstd = torch.empty(2, 2, channels, dtype=torch.float32, device=device).unbind(0)
+    scale, shift = scale_shift.unbind(0)
+    out_mean, out_invstd = mean_invstd.unbind(0)
     launch(
-        coefficients_kernel, (triton.cdiv(channels, merging.block_c),), like.device,
+        coefficients_kernel, (cdiv(channels, merging.block_c),), device,
         mean=mean, m2=m2, partials=merging.partials, tiles=merging.tiles, stride=merging.stride,
-        tile_rows=merging.tile_rows, rows=merging.rows, weight=weight, bias=bias, running_mean=running_mean,
-        running_var=running_var, scale=scale,
-        shift=shift, saved_mean=saved_mean, saved_invstd=saved_invstd, C=channels, count=float(count),
-        unbiased_count=float(max(count - 1, 1)), momentum=float(momentum), eps=float(eps),
-        BLOCK_T=merging.block_t, BLOCK_C=merging.block_c, num_warps=merging.warps,
+        tile_rows=merging.tile_rows, rows=merging.rows, weight=norm.weight, bias=norm.bias,
+        running_mean=norm.running_mean, running_var=norm.running_var, scale=scale, shift=shift, out_mean=out_mean,
+        out_invstd=out_invstd, C=channels, count=float(count), unbiased_count=float(max(count - 1, 1)),
+        momentum=float(norm.momentum), eps=float(norm.eps), BLOCK_T=merging.block_t, BLOCK_C=merging.block_c,
+        num_warps=merging.warps,
     )  # fmt: skip
-    return affine, saved
+    return scale_shift, mean_invstd
 
 
 class _Merging:
     """How a C-sized kernel merges what it reads, where that is left to it; else only the block of channels."""
 
     def __init__(self, reduced: Tensor | Reduction | None, channels: int) -> None:
-        self.partials, self.tiles, self.stride, self.tile_rows, self.rows = None, 0, 0, 0, 0
+        self.partials: Tensor | None = None
+        self.tiles = self.stride = self.tile_rows = self.rows = 0
         self.block_t, self.block_c, self.warps = 1, BLOCK_C, 4
         if isinstance(reduced, Reduction):
             self.partials, self.tile_rows, self.rows = reduced.partials, reduced.tile_rows, reduced.rows
@@ -155,27 +155,26 @@ class _Merging:
 
 
 def bn_backward(
+    norm: Norm,
     sums: Tensor | Reduction,
     count: int,
-    weight: Tensor | None,
-    saved: Tensor,
-    training: bool,
+    mean_invstd: Tensor,
     coeff: Tensor,
     accumulate: bool = False,
 ) -> None:
     """``coeff`` (p, q, r) from ``sums``; with ``accumulate`` q and r are added to and p is left alone."""
-    channels = coeff.shape[1]
+    channels, weight = coeff.shape[1], norm.weight
     merging, values, rounded = _Merging(sums, channels), sums, None
     if isinstance(sums, Reduction):
         values = sums.values[torch.float32] = torch.empty(2, channels, dtype=torch.float32, device=coeff.device)
         if weight is not None and weight.dtype != torch.float32:
             rounded = sums.values[weight.dtype] = torch.empty_like(values, dtype=weight.dtype)
-    mean, invstd = saved.unbind(0)
+    mean, invstd = mean_invstd.unbind(0)
     p, q, r = coeff.unbind(0)
     launch(
-        gradient_kernel, (triton.cdiv(channels, merging.block_c),), coeff.device,
+        gradient_kernel, (cdiv(channels, merging.block_c),), coeff.device,
         sums=values, sums_stride=values.stride(0), partials=merging.partials, tiles=merging.tiles,
         stride=merging.stride, rounded=rounded, weight=weight, mean=mean, invstd=invstd, p=p, q=q, r=r, C=channels,
-        count=float(count), TRAINING=training, ACCUMULATE=accumulate,
-        BLOCK_T=merging.block_t, BLOCK_C=merging.block_c, num_warps=merging.warps,
+        count=float(count), TRAINING=norm.training, ACCUMULATE=accumulate, BLOCK_T=merging.block_t,
+        BLOCK_C=merging.block_c, num_warps=merging.warps,
     )  # fmt: skip

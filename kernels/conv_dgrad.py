@@ -18,43 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import parse
-from .conv_forward import ConvConfig, candidates
-from .helpers import (
-    SIZES,
-    affine,
-    align,
-    aligned,
-    block,
-    empty_map,
-    gradient,
-    is_wide,
-    launch,
-    offsets,
-    pitch_or_zero,
-    stages,
-    vector,
-    vectors,
-)
+from .activations import gradient
+from .device import normalize, vector
+from .launch import SIZES, arch_of, launch
+from .layout import align, aligned, check_scaled, empty_map, is_wide, offsets, pitch_or_zero, vectors, xhat_vectors
+from .operands import Geometry, GradTarget, LazyGrad, LazyMap
 from .reduce import merge
-
-
-def dgrad_config(
-    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
-) -> ConvConfig:
-    """128 x 64: the epilogue's x, base and sums live beside the accumulator, which at 128 x 128 leaves no registers."""
-    block_m, block_n = block(rows, 16, 128), block(channels, 16, 64)
-    block_k = block(outputs, 16, 128 // itemsize)
-    warps = 8 if block_m * block_n >= 128 * 64 else 4
-    step = (block_m * (2 if pending else 1) + block_n) * block_k * itemsize
-    return ConvConfig(block_m, block_n, block_k, warps, stages(step, device))
-
-
-def dgrad_candidates(
-    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
-) -> list[ConvConfig]:
-    """What is worth a measurement beside :func:`dgrad_config`."""
-    return candidates(rows, channels, outputs, (2 if pending else 1, 1), 2, itemsize, device)
+from .tiles import ConvConfig, ConvSize, cdiv, check, dgrad_config
 
 
 @triton.jit
@@ -122,7 +92,7 @@ def conv_dgrad_kernel(
         from_pixel = pixel + (dh * WO + dw)
         g = tl.load(grad + offsets(from_pixel, grad_pitch, first_k + k, ALIGN_K, WIDE), mask=mask, other=0.0)
         if p is not None:
-            z = affine(g, vector(p, first_k + k, in_k, 1.0), vector(r, first_k + k, in_k, 0.0))
+            z = normalize(g, vector(p, first_k + k, in_k, 1.0), vector(r, first_k + k, in_k, 0.0))
             if raw is not None:
                 y = tl.load(raw + offsets(from_pixel, raw_pitch, first_k + k, ALIGN_K, WIDE), mask=mask, other=0.0)
                 z += y.to(tl.float32) * vector(q, first_k + k, in_k, 0.0)[None, :]
@@ -136,7 +106,7 @@ def conv_dgrad_kernel(
     if x is not None:
         values = tl.load(x + offsets(row, x_pitch, c, ALIGN_C, WIDE), mask=mask, other=0.0).to(tl.float32)
         scales = vector(scale, c, in_c, 1.0)
-        acc = gradient(acc, affine(values, scales, vector(shift, c, in_c, 0.0)), ACT)
+        acc = gradient(acc, normalize(values, scales, vector(shift, c, in_c, 0.0)), ACT)
         if partials is not None:
             acc = tl.where(valid[:, None], acc, 0.0)
             xhat = (values - vector(mean, c, in_c, 0.0)[None, :]) * vector(invstd, c, in_c, 0.0)[None, :]
@@ -154,61 +124,57 @@ def conv_dgrad_kernel(
 
 
 def conv_dgrad(
-    grad: Tensor,
-    raw: Tensor | None,
-    coeff: Tensor | None,
-    x: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
-    act: str,
+    grad: LazyGrad,
+    x: LazyMap,
     weight: Tensor,
-    geometry,
-    *,
-    dx: Tensor | None = None,
-    base: Tensor | None = None,
-    accumulate: bool = False,
-    scaled: bool = False,
-    sums: Tensor | None = None,
+    geometry: Geometry,
+    target: GradTarget,
     config: ConvConfig | None = None,
 ) -> Tensor:
-    """``dx = [base | dx if accumulate | 0] + (scale if scaled else 1) * dz``, and dz's sums, as conv_backward says."""
-    batch, all_channels, height, width = x.shape
+    """``dx = [base | dx if accumulate | 0] + (scale if scaled else 1) * dz`` and dz's sums, in tiles of ``config`` (default:
+    :func:`~.tiles.dgrad_config`), with dz the gradient of x's ``scale * raw + shift``. ValueError for a tile that is not allowed, and
+    where x lacks what sums or a scaled gradient need."""
+    device, itemsize = x.raw.device, x.raw.element_size()
+    batch, all_channels, height, width = x.raw.shape
     all_outputs, channels, *kernel = weight.shape
-    if dx is None:
-        dx = empty_map(x.shape, x)
-    base = dx if accumulate else base
-    raw = None if coeff is None else raw
+    dx = empty_map(x.raw.shape, x.raw) if target.dx is None else target.dx
+    base = dx if target.accumulate else target.base
+    raw = None if grad.coeff is None else grad.raw
     weight = weight.contiguous(memory_format=torch.channels_last)
     outputs, residues = all_outputs // geometry.groups, geometry.stride[0] * geometry.stride[1]
     # residue (0, 0) has the most pixels
-    rows = batch * triton.cdiv(height, geometry.stride[0]) * triton.cdiv(width, geometry.stride[1])
-    config = config or dgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
-    tiles = triton.cdiv(rows, config.BLOCK_M)
+    rows = batch * cdiv(height, geometry.stride[0]) * cdiv(width, geometry.stride[1])
+    taps, arch = kernel[0] * kernel[1] * residues, arch_of(device)
+    if config is None:
+        config = dgrad_config(ConvSize(rows, channels, outputs, taps, itemsize, raw is not None), arch)
+    check("dgrad", taps, arch, config)
+    tiles = cdiv(rows, config.BLOCK_M)
     partials = None
-    if sums is not None:
-        partials = torch.empty(2, residues * tiles, all_channels, dtype=torch.float32, device=x.device)
-    p, q, r = (None, None, None) if coeff is None else coeff.unbind(0)
-    scale, shift = vectors(affine)
-    mean, invstd = vectors(None if sums is None else saved)
+    if target.sums is not None:
+        partials = torch.empty(2, residues * tiles, all_channels, dtype=torch.float32, device=device)
+    p, q, r = (None, None, None) if grad.coeff is None else grad.coeff.unbind(0)
+    scale, shift = vectors(x.scale_shift)
+    mean, invstd = xhat_vectors(x, target.sums)
+    check_scaled(x, target.scaled)
     # without a mask and sums the epilogue needs nothing of x
-    operand = x if act != "none" or sums is not None else None
-    grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch = (pitch_or_zero(t) for t in (grad, raw, operand, base, dx))
+    operand = x.raw if x.act.kind != "none" or target.sums is not None else None
+    grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch = map(pitch_or_zero, (grad.grad, raw, operand, base, dx))
     launch(
-        conv_dgrad_kernel, (tiles * triton.cdiv(channels, config.BLOCK_N), geometry.groups, residues), x.device,
-        grad=grad, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, weight=weight, x=operand,
+        conv_dgrad_kernel, (tiles * cdiv(channels, config.BLOCK_N), geometry.groups, residues), device,
+        grad=grad.grad, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, weight=weight, x=operand,
         x_pitch=x_pitch, scale=scale, shift=shift, mean=mean, invstd=invstd, base=base, base_pitch=base_pitch, dx=dx,
-        dx_pitch=dx_pitch, partials=partials, N=batch, H=height, W=width, HO=grad.shape[2], WO=grad.shape[3],
-        C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], STEP_R=_tap_step(geometry, 0),
-        STEP_S=_tap_step(geometry, 1), ACT=parse(act), SCALED=scaled, ALIGN_C=align(channels, x_pitch, base_pitch,
-        dx_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch), WIDE=is_wide(grad, raw, x, base, dx),
-        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        dx_pitch=dx_pitch, partials=partials, N=batch, H=height, W=width, HO=grad.grad.shape[2],
+        WO=grad.grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1],
+        STEP_R=_tap_step(geometry, 0), STEP_S=_tap_step(geometry, 1), ACT=x.act, SCALED=target.scaled,
+        ALIGN_C=align(channels, x_pitch, base_pitch, dx_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch),
+        WIDE=is_wide(grad.grad, raw, x.raw, base, dx), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if sums is not None:
-        merge(partials, sums)
+    if target.sums is not None:
+        merge(partials, target.sums)
     return dx
 
 
-def _tap_step(geometry, dimension: int) -> int:
+def _tap_step(geometry: Geometry, dimension: int) -> int:
     """The distance of the taps that an input pixel meets."""
     return geometry.stride[dimension] // math.gcd(geometry.stride[dimension], geometry.dilation[dimension])

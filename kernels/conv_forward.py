@@ -1,9 +1,9 @@
 """Convolution forward as an implicit GEMM over a channels_last map: rows are output pixels, K runs over (channel, tap).
 
 Reads x (N*H*W*C values; a tile's taps after the first come from cache), the weight (K*C*R*S), writes out (N*HO*WO*K)
-into a map or channel slice. The pending affine and activation of x are applied between load and product, the padding's
+into a map or channel slice. The pending scale, shift and activation of x are applied between load and product, the padding's
 zeros after them. With statistics also [2, tiles, K] float32 partials, reduced from the accumulator as it is stored; for
-inference the epilogue applies an affine, adds a residual (read once, N*HO*WO*K) and activates. Why three of these are
+inference the epilogue applies a scale and shift, adds a residual (read once, N*HO*WO*K) and activates. Why three of these are
 not one kernel for a whole block: docs/whole-block-fusion.md.
 
 Programs that run side by side share their rows of x, the larger operand, and walk the columns of the weight, which is
@@ -12,93 +12,18 @@ Programs that run side by side share their rows of x, the larger operand, and wa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import parse
-from .helpers import (
-    SIZES,
-    activate,
-    affine,
-    align,
-    aligned,
-    block,
-    empty_map,
-    is_wide,
-    launch,
-    limits,
-    moments_of_rows,
-    offsets,
-    pitch,
-    pitch_or_zero,
-    rows_of,
-    stages,
-    vector,
-    vectors,
-)
+from .activations import activate
+from .device import moments_of_rows, normalize, vector
+from .launch import SIZES, arch_of, launch
+from .layout import align, aligned, empty_map, is_wide, offsets, pitch, pitch_or_zero, rows_of, vectors
+from .operands import Epilogue, Geometry, LazyMap
 from .reduce import merge
-
-
-@dataclass(frozen=True)
-class ConvConfig:
-    """The tile of a convolution: BLOCK_M rows, BLOCK_N columns, BLOCK_K of the reduced dimension a step."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-
-
-def forward_config(rows: int, channels: int, outputs: int, itemsize: int, device: torch.device) -> ConvConfig:
-    """128 x 128 with 8 warps where there are columns enough, narrower otherwise; 128 bytes of channels a step."""
-    block_m, block_n = block(rows, 16, 128), block(outputs, 16, 128)
-    block_k = block(channels, 16, 128 // itemsize)
-    if rows < 128 * 128 and block_n > 64:
-        block_n = 64  # small maps: twice as many programs
-    warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return ConvConfig(block_m, block_n, block_k, warps, stages((block_m + block_n) * block_k * itemsize, device))
-
-
-TILES = (
-    (64, 32, 4), (64, 64, 4), (64, 128, 4), (64, 256, 8), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8),
-    (128, 256, 8), (256, 64, 8), (256, 128, 8),
-)  # fmt: skip  # BLOCK_M, BLOCK_N, warps
-REGISTERS = 224  # of a thread's 255, so that addresses and masks find room
-
-
-def candidates(
-    m: int, n: int, k: int, sources: tuple[int, int], epilogue: int, itemsize: int, device: torch.device
-) -> list[ConvConfig]:
-    """The tiles that are worth a measurement for a product of m x k by k x n.
-
-    ``sources`` are the maps that are loaded for a tile of each operand, ``epilogue`` the float32 tiles that live beside
-    the accumulator. Left out is what needs more registers or shared memory than there are, and what computes a quarter
-    more outside the result than the best.
-    """
-
-    def waste(config: ConvConfig) -> float:
-        padded = triton.cdiv(m, config.BLOCK_M) * config.BLOCK_M * triton.cdiv(n, config.BLOCK_N) * config.BLOCK_N
-        return padded / (m * n)
-
-    found = []
-    for block_m, block_n, warps in TILES:
-        block_k = block(k, 16, 128 // itemsize)
-        step = (sources[0] * block_m + sources[1] * block_n) * block_k * itemsize
-        registers = (block_m * block_n * (1 + epilogue) + step // 4) // (32 * warps)
-        if registers <= REGISTERS and step <= limits(device).shared:
-            found.append(ConvConfig(block_m, block_n, block_k, warps, stages(step, device)))
-    least = min(map(waste, found), default=0.0)
-    return [config for config in found if waste(config) <= 1.25 * least]
-
-
-def forward_candidates(rows: int, channels: int, outputs: int, itemsize: int, device: torch.device) -> list[ConvConfig]:
-    """What is worth a measurement beside :func:`forward_config`."""
-    return candidates(rows, outputs, channels, (1, 1), 1, itemsize, device)
+from .tiles import ConvConfig, ConvSize, cdiv, check, forward_config
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -150,7 +75,7 @@ def conv_forward_kernel(
         else:
             a = tl.load(x + at, mask=mask, other=0.0)
         if ACT.kind != "none" or scale is not None:
-            z = affine(a, vector(scale, first_c + c, in_c, 1.0), vector(shift, first_c + c, in_c, 0.0))
+            z = normalize(a, vector(scale, first_c + c, in_c, 1.0), vector(shift, first_c + c, in_c, 0.0))
             z = activate(z, ACT)
             if PAD_H + PAD_W > 0:
                 z = tl.where(mask, z, 0.0)
@@ -164,10 +89,10 @@ def conv_forward_kernel(
     valid = m < rows
     mask = valid[:, None] & in_n[None, :]
     if out_scale is not None:
-        acc = affine(acc, vector(out_scale, n, in_n, 1.0), vector(out_shift, n, in_n, 0.0))
+        acc = normalize(acc, vector(out_scale, n, in_n, 1.0), vector(out_shift, n, in_n, 0.0))
     if residual is not None:
         other = tl.load(residual + offsets(m, residual_pitch, n, ALIGN_K, WIDE), mask=mask, other=0.0)
-        acc += affine(other, vector(residual_scale, n, in_n, 1.0), vector(residual_shift, n, in_n, 0.0))
+        acc += normalize(other, vector(residual_scale, n, in_n, 1.0), vector(residual_shift, n, in_n, 0.0))
     acc = activate(acc, OUT_ACT)
     stored = acc.to(out.dtype.element_ty)
     tl.store(out + offsets(m, out_pitch, n, ALIGN_K, WIDE), stored, mask=mask)
@@ -183,52 +108,48 @@ def conv_forward_kernel(
 
 
 def conv_forward(
-    x: Tensor,
-    affine: Tensor | None,
-    act: str,
+    x: LazyMap,
     weight: Tensor,
     bias: Tensor | None,
-    geometry,
-    *,
-    out: Tensor | None = None,
-    stats: Tensor | None = None,
-    out_affine: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_affine: Tensor | None = None,
-    out_act: str = "none",
+    geometry: Geometry,
+    epilogue: Epilogue,
     config: ConvConfig | None = None,
 ) -> Tensor:
-    """``out_act(out_affine(conv(act(affine(x)), weight) + bias) + residual_affine(residual))``, and the statistics of
-    the convolution."""
-    batch, _, height, width = x.shape
+    """The convolution of ``x`` with its epilogue, in tiles of ``config`` (default: :func:`~.tiles.forward_config`); returns what was
+    written. ``epilogue.stats`` are those of the convolution: not together with a residual. ValueError for a tile that is not allowed."""
+    raw, out, residual = x.raw, epilogue.out, epilogue.residual
+    batch, _, height, width = raw.shape
     all_outputs, channels, *kernel = weight.shape
     out_height, out_width = (
         (size + 2 * geometry.padding[i] - geometry.dilation[i] * (kernel[i] - 1) - 1) // geometry.stride[i] + 1
         for i, size in enumerate((height, width))
     )
     if out is None:
-        out = empty_map((batch, all_outputs, out_height, out_width), x)
+        out = empty_map((batch, all_outputs, out_height, out_width), raw)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    outputs, rows = all_outputs // geometry.groups, rows_of(out)
-    config = config or forward_config(rows, channels, outputs, x.element_size(), x.device)
-    tiles = triton.cdiv(rows, config.BLOCK_M)
+    outputs, rows, taps, arch = all_outputs // geometry.groups, rows_of(out), kernel[0] * kernel[1], arch_of(raw.device)
+    if config is None:
+        config = forward_config(ConvSize(rows, channels, outputs, taps, raw.element_size()), arch)
+    check("forward", taps, arch, config)
+    tiles = cdiv(rows, config.BLOCK_M)
     partials = None
-    if stats is not None:
-        partials = torch.empty(2, tiles, all_outputs, dtype=torch.float32, device=x.device)
-    scale, shift = vectors(affine)
-    out_scale, out_shift = vectors(out_affine)
-    residual_scale, residual_shift = vectors(residual_affine)
-    x_pitch, out_pitch, residual_pitch = pitch(x), pitch(out), pitch_or_zero(residual)
+    if epilogue.stats is not None:
+        partials = torch.empty(2, tiles, all_outputs, dtype=torch.float32, device=raw.device)
+    scale, shift = vectors(x.scale_shift)
+    out_scale, out_shift = vectors(epilogue.scale_shift)
+    added = None if residual is None else residual.raw
+    residual_scale, residual_shift = vectors(None if residual is None else residual.scale_shift)
+    x_pitch, out_pitch, residual_pitch = pitch(raw), pitch(out), pitch_or_zero(added)
     launch(
-        conv_forward_kernel, (tiles * triton.cdiv(outputs, config.BLOCK_N), geometry.groups), x.device,
-        x=x, x_pitch=x_pitch, scale=scale, shift=shift, weight=weight, bias=bias, out=out, out_pitch=out_pitch,
-        partials=partials, out_scale=out_scale, out_shift=out_shift, residual=residual, residual_pitch=residual_pitch,
+        conv_forward_kernel, (tiles * cdiv(outputs, config.BLOCK_N), geometry.groups), raw.device,
+        x=raw, x_pitch=x_pitch, scale=scale, shift=shift, weight=weight, bias=bias, out=out, out_pitch=out_pitch,
+        partials=partials, out_scale=out_scale, out_shift=out_shift, residual=added, residual_pitch=residual_pitch,
         residual_scale=residual_scale, residual_shift=residual_shift, rows=rows, H=height, W=width, HO=out_height,
-        WO=out_width, C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=parse(act),
-        OUT_ACT=parse(out_act), EVEN_C=channels % config.BLOCK_K == 0, ALIGN_C=align(channels, x_pitch),
-        ALIGN_K=align(outputs, out_pitch, residual_pitch), WIDE=is_wide(x, out, residual), BLOCK_M=config.BLOCK_M,
+        WO=out_width, C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=x.act,
+        OUT_ACT=epilogue.act, EVEN_C=channels % config.BLOCK_K == 0, ALIGN_C=align(channels, x_pitch),
+        ALIGN_K=align(outputs, out_pitch, residual_pitch), WIDE=is_wide(raw, out, added), BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if stats is not None:
-        merge(partials, stats, config.BLOCK_M, rows)
+    if epilogue.stats is not None:
+        merge(partials, epilogue.stats, config.BLOCK_M, rows)
     return out

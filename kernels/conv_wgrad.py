@@ -13,48 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import parse
-from .conv_forward import ConvConfig, candidates
-from .helpers import (
-    SIZES,
-    activate,
-    affine,
-    align,
-    aligned,
-    block,
-    is_wide,
-    launch,
-    offsets,
-    pitch,
-    pitch_or_zero,
-    rows_of,
-    stages,
-    vector,
-    vectors,
-)
+from .activations import activate
+from .device import normalize, vector
+from .launch import SIZES, arch_of, launch
+from .layout import align, aligned, is_wide, offsets, pitch, pitch_or_zero, rows_of, vectors
+from .operands import Geometry, LazyGrad, LazyMap
 from .reduce import merge
+from .tiles import ConvConfig, ConvSize, cdiv, check, wgrad_config
 
 PROGRAMS = 512  # about two waves of the largest GPUs; a constant, so that results do not depend on the device
-
-
-def wgrad_config(
-    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
-) -> ConvConfig:
-    """BLOCK_M of C by BLOCK_N of K, BLOCK_K pixels a step: the instructions of sm_90 and sm_100 want 64 rows at least,
-    and a growth rate is narrower than that. A pending gradient is two maps, for which 128 columns leave no registers.
-    """
-    block_m, block_n = block(channels, 16, 128), block(outputs, 16, 64 if pending else 128)
-    block_k = block(rows, 16, 128 // itemsize)
-    warps = 8 if block_m * block_n >= 64 * 128 else 4
-    step = (block_m + block_n * (2 if pending else 1)) * block_k * itemsize
-    return ConvConfig(block_m, block_n, block_k, warps, stages(step, device))
-
-
-def wgrad_candidates(
-    rows: int, channels: int, outputs: int, itemsize: int, pending: bool, device: torch.device
-) -> list[ConvConfig]:
-    """What is worth a measurement beside :func:`wgrad_config`."""
-    return candidates(channels, outputs, rows, (1, 2 if pending else 1), 0, itemsize, device)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -95,7 +62,7 @@ def conv_wgrad_kernel(
         g_mask = valid[:, None] & in_k[None, :]
         g = tl.load(grad + offsets(m, grad_pitch, first_k + k, ALIGN_K, WIDE), mask=g_mask, other=0.0)
         if p is not None:
-            z = affine(g, ps, rs)
+            z = normalize(g, ps, rs)
             if raw is not None:
                 y = tl.load(raw + offsets(m, raw_pitch, first_k + k, ALIGN_K, WIDE), mask=g_mask, other=0.0)
                 z += y.to(tl.float32) * qs[None, :]
@@ -109,8 +76,8 @@ def conv_wgrad_kernel(
         a_mask = inside[:, None] & in_c[None, :]
         a = tl.load(x + offsets(pixel, x_pitch, first_c + c, ALIGN_C, WIDE), mask=a_mask, other=0.0)
         if ACT.kind != "none" or scale is not None:
-            z = activate(affine(a, scales, shifts), ACT)
-            # the padding's zeros come after the affine
+            z = activate(normalize(a, scales, shifts), ACT)
+            # the padding's zeros come after scale and shift
             a = tl.where(inside[:, None], z, 0.0).to(x.dtype.element_ty)
         acc = tl.dot(tl.trans(a), g, acc, input_precision="ieee")
     size = tl.num_programs(2).to(tl.int64) * K * C * (R * S)
@@ -119,41 +86,37 @@ def conv_wgrad_kernel(
 
 
 def conv_wgrad(
-    grad: Tensor,
-    raw: Tensor | None,
-    coeff: Tensor | None,
-    x: Tensor,
-    affine: Tensor | None,
-    act: str,
-    weight: Tensor,
-    geometry,
-    *,
-    config: ConvConfig | None = None,
+    grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, config: ConvConfig | None = None
 ) -> Tensor:
-    """The gradient of ``weight``, in its shape and dtype, channels_last."""
+    """The gradient of ``weight``, in its shape and dtype, channels_last, in tiles of ``config`` (default:
+    :func:`~.tiles.wgrad_config`). ValueError for a tile that is not allowed."""
+    dy, device = grad.grad, x.raw.device
     all_outputs, channels, *kernel = weight.shape
-    outputs, rows = all_outputs // geometry.groups, rows_of(grad)
-    raw = None if coeff is None else raw
+    outputs, rows, taps, arch = all_outputs // geometry.groups, rows_of(dy), kernel[0] * kernel[1], arch_of(device)
+    raw = None if grad.coeff is None else grad.raw
     dw = torch.empty_like(weight, memory_format=torch.channels_last)
     flat = dw.permute(0, 2, 3, 1).view(1, -1)
-    config = config or wgrad_config(rows, channels, outputs, x.element_size(), raw is not None, x.device)
-    tiles = triton.cdiv(channels, config.BLOCK_M) * triton.cdiv(outputs, config.BLOCK_N) * kernel[0] * kernel[1]
+    if config is None:
+        size = ConvSize(rows, channels, outputs, taps, x.raw.element_size(), raw is not None)
+        config = wgrad_config(size, arch)
+    check("wgrad", taps, arch, config)
+    tiles = cdiv(channels, config.BLOCK_M) * cdiv(outputs, config.BLOCK_N) * taps
     # a split has at least 8 steps, or its share of partials costs more than it brings
-    splits = max(1, min(PROGRAMS // (tiles * geometry.groups), triton.cdiv(rows, 8 * config.BLOCK_K)))
-    chunk = triton.cdiv(triton.cdiv(rows, splits), config.BLOCK_K) * config.BLOCK_K
-    splits = triton.cdiv(rows, chunk)
-    partials = torch.empty(1, splits, flat.shape[1], dtype=torch.float32, device=x.device) if splits > 1 else flat
-    p, q, r = (None, None, None) if coeff is None else coeff.unbind(0)
-    scale, shift = vectors(affine)
-    grad_pitch, raw_pitch, x_pitch = pitch(grad), pitch_or_zero(raw), pitch(x)
+    splits = max(1, min(PROGRAMS // (tiles * geometry.groups), cdiv(rows, 8 * config.BLOCK_K)))
+    chunk = cdiv(cdiv(rows, splits), config.BLOCK_K) * config.BLOCK_K
+    splits = cdiv(rows, chunk)
+    partials = torch.empty(1, splits, flat.shape[1], dtype=torch.float32, device=device) if splits > 1 else flat
+    p, q, r = (None, None, None) if grad.coeff is None else grad.coeff.unbind(0)
+    scale, shift = vectors(x.scale_shift)
+    grad_pitch, raw_pitch, x_pitch = pitch(dy), pitch_or_zero(raw), pitch(x.raw)
     launch(
-        conv_wgrad_kernel, (tiles, splits, geometry.groups), x.device,
-        grad=grad, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, x=x, x_pitch=x_pitch,
-        scale=scale, shift=shift, out=partials, rows=rows, chunk=chunk, H=x.shape[2], W=x.shape[3], HO=grad.shape[2],
-        WO=grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=parse(act),
-        ALIGN_C=align(channels, x_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch), WIDE=is_wide(grad, raw, x),
-        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        conv_wgrad_kernel, (tiles, splits, geometry.groups), device,
+        grad=dy, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, x=x.raw, x_pitch=x_pitch,
+        scale=scale, shift=shift, out=partials, rows=rows, chunk=chunk, H=x.raw.shape[2], W=x.raw.shape[3],
+        HO=dy.shape[2], WO=dy.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1],
+        ACT=x.act, ALIGN_C=align(channels, x_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch),
+        WIDE=is_wide(dy, raw, x.raw), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
         merge(partials, flat)

@@ -1,9 +1,9 @@
-"""The highway join and its backward, row by row.
+"""The highway block's gated sum and its backward, row by row.
 
-forward   reads raw, gate and carry, writes out = t * act(affine(raw)) + (1 - t) * carry with t = sigmoid(affine(gate)): four
-          maps of rows * C values, each once.
-backward  reads grad, raw, gate and carry, writes the gradients of affine(raw), affine(gate) and carry: seven maps. With sums
-          also [2, programs, C] float32 partials for each BatchNorm that asks for them.
+forward   reads raw, gate and carry, writes out = t * act(normalized raw) + (1 - t) * carry with t = sigmoid(normalized gate): four maps of
+          rows * C values, each once.
+backward  reads grad, raw, gate and carry, writes the gradients of the normalized raw, of the normalized gate and of carry: seven maps.
+          With sums also [2, programs, C] float32 partials for each BatchNorm that asks for them.
 """
 
 from __future__ import annotations
@@ -13,26 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import parse
-from .helpers import (
-    SIZES,
-    activate,
-    affine,
-    align,
-    aligned,
-    empty_map,
-    gradient,
-    is_wide,
-    launch,
-    offsets,
-    pitch,
-    rows_of,
-    store_partial,
-    vector,
-    vectors,
-)
-from .join import pass_config
-from .reduce import merge
+from .activations import activate, gradient
+from .device import normalize, store_partial, vector
+from .launch import SIZES, launch
+from .layout import align, aligned, empty_map, is_wide, offsets, pitch, rows_of, vectors, xhat_vectors
+from .operands import LazyMap
+from .reduce import Reduction, merge
+from .tiles import cdiv, pass_config
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -53,9 +40,9 @@ def highway_forward_kernel(
         m = start + tl.arange(0, BLOCK_M)
         mask = (m < last)[:, None] & inside[None, :]
         x = tl.load(raw + offsets(m, raw_pitch, c, ALIGN, WIDE), mask=mask, other=0.0)
-        h = activate(affine(x, scales, shifts), ACT)
+        h = activate(normalize(x, scales, shifts), ACT)
         g = tl.load(gate + offsets(m, gate_pitch, c, ALIGN, WIDE), mask=mask, other=0.0)
-        t = tl.sigmoid(affine(g, gate_scales, gate_shifts))
+        t = tl.sigmoid(normalize(g, gate_scales, gate_shifts))
         kept = tl.load(carry + offsets(m, carry_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
         y = t * h + (1.0 - t) * kept
         tl.store(out + offsets(m, out_pitch, c, ALIGN, WIDE), y.to(out.dtype.element_ty), mask=mask)
@@ -89,9 +76,9 @@ def highway_backward_kernel(
         mask = (m < last)[:, None] & inside[None, :]
         dy = tl.load(grad + offsets(m, grad_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
         x = tl.load(raw + offsets(m, raw_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
-        z = affine(x, scales, shifts)
+        z = normalize(x, scales, shifts)
         g = tl.load(gate + offsets(m, gate_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
-        t = tl.sigmoid(affine(g, gate_scales, gate_shifts))
+        t = tl.sigmoid(normalize(g, gate_scales, gate_shifts))
         kept = tl.load(carry + offsets(m, carry_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
         through = gradient(dy * t, z, ACT)
         opening = dy * (activate(z, ACT) - kept) * (t * (1.0 - t))
@@ -114,68 +101,58 @@ def highway_backward_kernel(
         store_partial(gate_partials, 1, part, parts, c, C, tl.sum(sum_gate_xhat, 0))
 
 
-def highway_forward(
-    raw: Tensor,
-    affine: Tensor | None,
-    act: str,
-    gate: Tensor,
-    gate_affine: Tensor | None,
-    carry: Tensor,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """``t * act(affine(raw)) + (1 - t) * carry`` with ``t = sigmoid(gate_affine(gate))``."""
+def highway_forward(x: LazyMap, gate: LazyMap, carry: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``t * x + (1 - t) * carry`` with ``t = sigmoid(gate)``."""
+    raw = x.raw
     out = empty_map(raw.shape, raw) if out is None else out
     rows, channels = rows_of(raw), raw.shape[1]
     config = pass_config(rows, channels)
-    (scale, shift), (gate_scale, gate_shift) = vectors(affine), vectors(gate_affine)
-    pitches = [pitch(x) for x in (raw, gate, carry, out)]
+    (scale, shift), (gate_scale, gate_shift) = vectors(x.scale_shift), vectors(gate.scale_shift)
+    maps = (raw, gate.raw, carry, out)
+    pitches = [pitch(m) for m in maps]
     launch(
-        highway_forward_kernel, (triton.cdiv(rows, config.chunk), triton.cdiv(channels, config.BLOCK_C)), raw.device,
-        raw=raw, raw_pitch=pitches[0], scale=scale, shift=shift, gate=gate, gate_pitch=pitches[1], gate_scale=gate_scale,
-        gate_shift=gate_shift, carry=carry, carry_pitch=pitches[2], out=out, out_pitch=pitches[3], rows=rows, C=channels,
-        chunk=config.chunk, ACT=parse(act), ALIGN=align(channels, *pitches), WIDE=is_wide(raw, gate, carry, out),
-        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
+        highway_forward_kernel, (cdiv(rows, config.chunk), cdiv(channels, config.BLOCK_C)), raw.device,
+        raw=raw, raw_pitch=pitches[0], scale=scale, shift=shift, gate=gate.raw, gate_pitch=pitches[1],
+        gate_scale=gate_scale, gate_shift=gate_shift, carry=carry, carry_pitch=pitches[2], out=out,
+        out_pitch=pitches[3], rows=rows, C=channels, chunk=config.chunk, ACT=x.act, ALIGN=align(channels, *pitches),
+        WIDE=is_wide(*maps), BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
     )  # fmt: skip
     return out
 
 
 def highway_backward(
     grad: Tensor,
-    raw: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    gate: Tensor,
-    gate_affine: Tensor | None,
-    gate_saved: Tensor | None,
+    x: LazyMap,
+    gate: LazyMap,
     carry: Tensor,
     *,
-    sums: Tensor | None = None,
-    gate_sums: Tensor | None = None,
+    sums: Tensor | Reduction | None = None,
+    gate_sums: Tensor | Reduction | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dz, dgate, dcarry)`` of :func:`highway_forward`, and the sums that its BatchNorms need."""
+    raw = x.raw
     rows, channels = rows_of(raw), raw.shape[1]
     config = pass_config(rows, channels)
-    programs = triton.cdiv(rows, config.chunk)
+    programs = cdiv(rows, config.chunk)
     dz, dgate, dcarry = (empty_map(raw.shape, raw) for _ in range(3))
     partials, gate_partials = (
         None if s is None else torch.empty(2, programs, channels, dtype=torch.float32, device=raw.device)
         for s in (sums, gate_sums)
     )
-    (scale, shift), (gate_scale, gate_shift) = vectors(affine), vectors(gate_affine)
-    mean, invstd = vectors(None if sums is None else saved)
-    gate_mean, gate_invstd = vectors(None if gate_sums is None else gate_saved)
-    maps = (grad, raw, gate, carry, dz, dgate, dcarry)
-    pitches = [pitch(x) for x in maps]
+    (scale, shift), (gate_scale, gate_shift) = vectors(x.scale_shift), vectors(gate.scale_shift)
+    mean, invstd = xhat_vectors(x, sums)
+    gate_mean, gate_invstd = xhat_vectors(gate, gate_sums)
+    maps = (grad, raw, gate.raw, carry, dz, dgate, dcarry)
+    pitches = [pitch(m) for m in maps]
     launch(
-        highway_backward_kernel, (programs, triton.cdiv(channels, config.BLOCK_C)), raw.device,
+        highway_backward_kernel, (programs, cdiv(channels, config.BLOCK_C)), raw.device,
         grad=grad, grad_pitch=pitches[0], raw=raw, raw_pitch=pitches[1], scale=scale, shift=shift, mean=mean,
-        invstd=invstd, gate=gate, gate_pitch=pitches[2], gate_scale=gate_scale, gate_shift=gate_shift, gate_mean=gate_mean,
-        gate_invstd=gate_invstd, carry=carry, carry_pitch=pitches[3], dz=dz, dz_pitch=pitches[4], dgate=dgate,
-        dgate_pitch=pitches[5], dcarry=dcarry, dcarry_pitch=pitches[6], partials=partials, gate_partials=gate_partials,
-        rows=rows, C=channels, chunk=config.chunk, ACT=parse(act), ALIGN=align(channels, *pitches), WIDE=is_wide(*maps),
-        BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
+        invstd=invstd, gate=gate.raw, gate_pitch=pitches[2], gate_scale=gate_scale, gate_shift=gate_shift,
+        gate_mean=gate_mean, gate_invstd=gate_invstd, carry=carry, carry_pitch=pitches[3], dz=dz,
+        dz_pitch=pitches[4], dgate=dgate, dgate_pitch=pitches[5], dcarry=dcarry, dcarry_pitch=pitches[6],
+        partials=partials, gate_partials=gate_partials, rows=rows, C=channels, chunk=config.chunk, ACT=x.act,
+        ALIGN=align(channels, *pitches), WIDE=is_wide(*maps), BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C,
+        num_warps=config.num_warps,
     )  # fmt: skip
     for target, found in ((sums, partials), (gate_sums, gate_partials)):
         if target is not None:

@@ -1,4 +1,4 @@
-"""Pooling of a normalised map that is never stored: max or mean of act(affine(x)), and the backward.
+"""Pooling of a normalised map that is never stored: max or mean of act(scale * x + shift), and the backward.
 
 forward   reads x (N*H*W*C values; overlapping windows meet in the cache), writes out (N*HO*WO*C) and, for max, the
           uint8 position of the maximum in its window (N*HO*WO*C bytes). With statistics of out also [2, programs, C]
@@ -15,29 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import parse
-from .helpers import (
-    SIZES,
-    activate,
-    add_row,
-    affine,
-    align,
-    aligned,
-    empty_map,
-    gradient,
-    is_wide,
-    launch,
-    moments_of_rows,
-    offsets,
-    pitch,
-    pitch_or_zero,
-    rows_of,
-    store_partial,
-    vector,
-    vectors,
-)
-from .join import pass_config
-from .reduce import merge
+from .activations import activate, gradient
+from .device import add_row, moments_of_rows, normalize, store_partial, vector
+from .launch import SIZES, launch
+from .layout import align, aligned, empty_map, is_wide, offsets, pitch, pitch_or_zero, rows_of, vectors, xhat_vectors
+from .operands import LazyMap, Pool
+from .reduce import Reduction, merge
+from .tiles import cdiv, pass_config
 
 TILE = 1024  # values of a program's tile: a window's bookkeeping (best value, its position) doubles what a pass holds
 
@@ -78,7 +62,7 @@ def pool_forward_kernel(
             inside = (m < last) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             window = inside[:, None] & in_c[None, :]
             at = offsets(pixel + (i // KW * W + i % KW), x_pitch, c, ALIGN, WIDE)
-            value = activate(affine(tl.load(x + at, mask=window, other=0.0), scales, shifts), ACT)
+            value = activate(normalize(tl.load(x + at, mask=window, other=0.0), scales, shifts), ACT)
             if index is None:
                 y += tl.where(window, value, 0.0)
             else:
@@ -149,49 +133,51 @@ def pool_backward_kernel(
                 chosen = tl.load(index + offsets(from_pixel, C, c, ALIGN, WIDE), mask=window, other=0).to(tl.int32)
                 dz += tl.where(chosen == (kh * KW + kw)[:, None], dy, 0.0)
         value = tl.load(x + offsets(m, x_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
-        dz = gradient(dz, affine(value, scales, shifts), ACT)
+        dz = gradient(dz, normalize(value, scales, shifts), ACT)
         if partials is not None:
             sum_dz += dz
             sum_xhat += dz * ((value - means[None, :]) * invstds[None, :])
         if dx is not None:
-            g = dz * ps[None, :] + affine(value, qs, rs)
+            g = dz * ps[None, :] + normalize(value, qs, rs)
             tl.store(dx + offsets(m, dx_pitch, c, ALIGN, WIDE), g.to(dx.dtype.element_ty), mask=mask)
     if partials is not None:
         store_partial(partials, 0, tl.program_id(0), tl.num_programs(0), c, C, tl.sum(sum_dz, 0))
         store_partial(partials, 1, tl.program_id(0), tl.num_programs(0), c, C, tl.sum(sum_xhat, 0))
 
 
+def _check_kind(pool: Pool) -> None:
+    """ValueError for a kind that no kernel computes."""
+    if pool.kind not in ("max", "mean"):
+        raise ValueError(f"unknown pool {pool.kind!r}: expected 'max' or 'mean'")
+
+
 def pool_forward(
-    x: Tensor,
-    affine: Tensor | None,
-    act: str,
-    pool,
-    *,
-    out: Tensor | None = None,
-    stats: Tensor | None = None,
+    x: LazyMap, pool: Pool, *, out: Tensor | None = None, stats: Tensor | Reduction | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``(pool(act(affine(x))), index)``; ``stats`` are those of the result."""
-    batch, channels, height, width = x.shape
+    """``(pool(x), index)``; ``stats`` are those of the result."""
+    raw = x.raw
+    batch, channels, height, width = raw.shape
     out_height, out_width = (
         (size + 2 * pool.padding[i] - pool.kernel[i]) // pool.stride[i] + 1 for i, size in enumerate((height, width))
     )
     if out is None:
-        out = empty_map((batch, channels, out_height, out_width), x)
+        out = empty_map((batch, channels, out_height, out_width), raw)
     index = None
+    _check_kind(pool)
     if pool.kind == "max":
-        index = torch.empty(out.shape, dtype=torch.uint8, device=x.device, memory_format=torch.channels_last)
+        index = torch.empty(out.shape, dtype=torch.uint8, device=raw.device, memory_format=torch.channels_last)
     rows = rows_of(out)
     config = pass_config(rows, channels, TILE)
-    programs = triton.cdiv(rows, config.chunk)
+    programs = cdiv(rows, config.chunk)
     partials = None
     if stats is not None:
-        partials = torch.empty(2, programs, channels, dtype=torch.float32, device=x.device)
-    scale, shift = vectors(affine)
+        partials = torch.empty(2, programs, channels, dtype=torch.float32, device=raw.device)
+    scale, shift = vectors(x.scale_shift)
     launch(
-        pool_forward_kernel, (programs, triton.cdiv(channels, config.BLOCK_C)), x.device,
-        x=x, x_pitch=pitch(x), scale=scale, shift=shift, out=out, out_pitch=pitch(out), index=index, partials=partials,
+        pool_forward_kernel, (programs, cdiv(channels, config.BLOCK_C)), raw.device,
+        x=raw, x_pitch=pitch(raw), scale=scale, shift=shift, out=out, out_pitch=pitch(out), index=index, partials=partials,
         rows=rows, H=height, W=width, HO=out_height, WO=out_width, C=channels, chunk=config.chunk, POOL=pool,
-        ACT=parse(act), ALIGN=align(channels, pitch(x), pitch(out)), WIDE=is_wide(x, out), BLOCK_M=config.BLOCK_M,
+        ACT=x.act, ALIGN=align(channels, pitch(raw), pitch(out)), WIDE=is_wide(raw, out), BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
     )  # fmt: skip
     if stats is not None:
@@ -202,38 +188,42 @@ def pool_forward(
 def pool_backward(
     grad: Tensor,
     index: Tensor | None,
-    x: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    pool,
+    x: LazyMap,
+    pool: Pool,
     *,
-    sums: Tensor | None = None,
+    sums: Tensor | Reduction | None = None,
     coeff: Tensor | None = None,
     dx: Tensor | None = None,
 ) -> Tensor | None:
-    """With ``sums`` the reduction of dz, with ``coeff`` the gradient ``dx = p * dz + q * x + r``."""
-    _, channels, height, width = x.shape
+    """With ``sums`` the reduction of dz, with ``coeff`` the gradient ``dx = p * dz + q * raw + r``.
+
+    ValueError for a max pool without its index.
+    """
+    raw = x.raw
+    _check_kind(pool)
+    if (index is None) != (pool.kind == "mean"):
+        raise ValueError(f"a {pool.kind} pool goes back with its index if it is a max, without one if it is a mean")
+    _, channels, height, width = raw.shape
     if coeff is None:
         dx = None
     elif dx is None:
-        dx = empty_map(x.shape, x)
-    rows = rows_of(x)
+        dx = empty_map(raw.shape, raw)
+    rows = rows_of(raw)
     config = pass_config(rows, channels, TILE)
-    programs = triton.cdiv(rows, config.chunk)
+    programs = cdiv(rows, config.chunk)
     partials = None
     if sums is not None:
-        partials = torch.empty(2, programs, channels, dtype=torch.float32, device=x.device)
-    scale, shift = vectors(affine)
-    mean, invstd = vectors(None if sums is None else saved)
+        partials = torch.empty(2, programs, channels, dtype=torch.float32, device=raw.device)
+    scale, shift = vectors(x.scale_shift)
+    mean, invstd = xhat_vectors(x, sums)
     p, q, r = (None, None, None) if coeff is None else coeff.unbind(0)
-    grad_pitch, x_pitch, dx_pitch = pitch(grad), pitch(x), pitch_or_zero(dx)
+    grad_pitch, x_pitch, dx_pitch = pitch(grad), pitch(raw), pitch_or_zero(dx)
     launch(
-        pool_backward_kernel, (programs, triton.cdiv(channels, config.BLOCK_C)), x.device,
-        grad=grad, grad_pitch=grad_pitch, index=index, x=x, x_pitch=x_pitch, scale=scale, shift=shift, mean=mean,
+        pool_backward_kernel, (programs, cdiv(channels, config.BLOCK_C)), raw.device,
+        grad=grad, grad_pitch=grad_pitch, index=index, x=raw, x_pitch=x_pitch, scale=scale, shift=shift, mean=mean,
         invstd=invstd, p=p, q=q, r=r, dx=dx, dx_pitch=dx_pitch, partials=partials, rows=rows, H=height, W=width,
-        HO=grad.shape[2], WO=grad.shape[3], C=channels, chunk=config.chunk, POOL=pool, ACT=parse(act),
-        ALIGN=align(channels, grad_pitch, x_pitch, dx_pitch), WIDE=is_wide(grad, x, dx), BLOCK_M=config.BLOCK_M,
+        HO=grad.shape[2], WO=grad.shape[3], C=channels, chunk=config.chunk, POOL=pool, ACT=x.act,
+        ALIGN=align(channels, grad_pitch, x_pitch, dx_pitch), WIDE=is_wide(grad, raw, dx), BLOCK_M=config.BLOCK_M,
         BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
     )  # fmt: skip
     if sums is not None:

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .helpers import SIZES, block, launch, merge_moments, moments_of_rows
+from .device import merge_moments, moments_of_rows
+from .launch import SIZES, launch
+from .tiles import block, cdiv, next_power_of_2
 
 PROGRAMS = 256  # about as many as leave no GPU idle
 ONE_LEVEL = 1024  # tiles that one program merges in a row; more are split among programs first
@@ -106,8 +108,8 @@ def merge(partials: Tensor, out: Tensor | Reduction, tile_rows: int = 0, rows: i
     ``tile_rows`` and the map's ``rows`` the two moments."""
     parts, tiles, channels = partials.shape
     if tiles > ONE_LEVEL:
-        chunk = triton.next_power_of_2(math.isqrt(tiles))
-        level = torch.empty(parts, triton.cdiv(tiles, chunk), channels, dtype=torch.float32, device=partials.device)
+        chunk = next_power_of_2(math.isqrt(tiles))
+        level = torch.empty(parts, cdiv(tiles, chunk), channels, dtype=torch.float32, device=partials.device)
         _merge(partials, level, level.shape[1], chunk, tile_rows, rows)
         partials, tile_rows = level, tile_rows * chunk
     if isinstance(out, Reduction):
@@ -132,7 +134,7 @@ def _merge(partials: Tensor, out: Tensor, chunks: int, chunk: int, tile_rows: in
     parts, tiles, channels = partials.shape
     block_t, block_c = merge_blocks(chunk, channels)
     launch(
-        merge_kernel, (triton.cdiv(channels, block_c), chunks, 1 if tile_rows else parts), out.device,
+        merge_kernel, (cdiv(channels, block_c), chunks, 1 if tile_rows else parts), out.device,
         partials=partials, out=out, tiles=tiles, C=channels, chunk=chunk, partials_stride=partials.stride(0),
         out_stride=out.stride(0), tile_rows=tile_rows, rows=rows, MOMENTS=tile_rows > 0, BLOCK_T=block_t,
         BLOCK_C=block_c, num_warps=merge_warps(block_t, block_c),

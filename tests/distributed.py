@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from parity import randomize
+from support import ran
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedres
-from fusedres.blocks import FusedBlock, FusedSyncNorm
+from fusedres.blocks import FusedBlock, is_converted, kind_key
+from fusedres.testing import randomize
 
 Results = dict[str, Tensor]
 
@@ -188,8 +189,8 @@ def synchronised(rank: int, world: int, name: str) -> dict:
     chosen = "eager" if change == "backend-in-one" and last else None
     with fusedres.use_backend(chosen), counted() as calls:
         found = training_step(model, x)
-    blocks = [m for m in model.modules() if isinstance(m, FusedBlock) and not isinstance(m, FusedSyncNorm)]
-    outcomes = [m._fusedres_last for m in blocks]
+    blocks = [m for m in model.modules() if isinstance(m, FusedBlock) and kind_key(m) != "sync_norm"]
+    outcomes = [ran(m) for m in blocks]
     found["inference"] = model.eval()(x).detach()
     return {"results": found, "calls": calls, "outcomes": outcomes, "fired": fired}
 
@@ -265,5 +266,5 @@ def wrapped(rank: int, world: int, name: str) -> dict:
     dist.all_reduce(found)
     outcomes = {r.path.removeprefix("module."): r.detail for r in fusedres.report(model)}
     reverted = fusedres.revert(model)
-    kinds = [type(m).__name__ for m in reverted.modules() if getattr(type(m), "_fusedres_converted", False)]
+    kinds = [type(m).__name__ for m in reverted.modules() if is_converted(m)]
     return {"losses": found / world, "outcomes": outcomes, "left": kinds}

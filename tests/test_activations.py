@@ -1,29 +1,39 @@
-"""Activations beyond ReLU, inside every kind of block and on every backend: against plain PyTorch by the rule of :mod:`parity`, at their
-kinks exactly, and recognised however a model spells them."""
+"""Activations beyond ReLU, inside every kind of block and on every backend: against plain PyTorch by the rule of :mod:`fusedres.testing`,
+at their kinks exactly, and recognised however a model spells them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_parity, compare
+from support import each_mode, ran, served
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import activations, dispatch, functional
-from fusedres.blocks import FusedBlock
+from fusedres import activations, functional
+from fusedres.backends import select
+from fusedres.blocks import parts_of
+from fusedres.errors import Unsupported
 from fusedres.functional import Conv, Geometry, Norm, Pool, Unit
-from fusedres.memory import Unsupported
+from fusedres.operands import Epilogue, LazyGrad, LazyMap
+from fusedres.specs import instances
+from fusedres.swap import FusedBlock
+from fusedres.testing import assert_parity, compare
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("uninitialised_memory_is_nan"),
+]
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu6": nn.ReLU6,
@@ -43,19 +53,6 @@ def slow(*values: object):
 
 
 each_act = pytest.mark.parametrize("act", MODULES)
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def served(backend: str, dtype: torch.dtype) -> None:
-    if reason := dispatch.why_not(backend, torch.device("cpu"), dtype):
-        pytest.skip(f"{backend}: {reason}")
 
 
 def converted(module: nn.Module) -> list[str]:
@@ -243,7 +240,7 @@ def points(act: str, dtype: torch.dtype) -> Tensor:
 
 def load(backend: str, dtype: torch.dtype):
     served(backend, dtype)
-    return dispatch.load(backend)
+    return select.get(backend)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +254,9 @@ def test_every_primitive_is_torchs_function_at_its_kinks_and_far_out(act, backen
     primitives, x = load(backend, dtype), points(act, dtype)
     c = x.shape[1]
     grad = torch.linspace(0.5, 1.5, x.numel(), dtype=dtype).view(x.shape).contiguous(memory_format=torch.channels_last)
-    affine = torch.stack([torch.ones(c), torch.zeros(c)]).to(dtype)
+    scale_shift = torch.stack([torch.ones(c), torch.zeros(c)]).to(dtype)
+    plain = LazyMap(x, scale_shift)
+    lazy, zero = plain._replace(act=act), LazyMap(torch.zeros_like(x))
     weight = torch.eye(c, dtype=dtype).view(c, c, 1, 1)
     geometry, window = Geometry((1, 1), (0, 0), (1, 1), 1), Pool("max", (1, 1), (1, 1), (0, 0))
 
@@ -267,22 +266,20 @@ def test_every_primitive_is_torchs_function_at_its_kinks_and_far_out(act, backen
         return y.detach(), torch.autograd.grad(y, leaf, grad.to(dtype))[0]
 
     values = {
-        "a join": primitives.join_forward(x, affine, None, None, act),
-        "a join with a shortcut": primitives.join_forward(x, affine, torch.zeros_like(x), None, act),
-        "a prologue": primitives.conv_forward(x, affine, act, weight, None, geometry),
-        "an epilogue": primitives.conv_forward(x, None, "none", weight, None, geometry, out_act=act),
-        "a pool": primitives.pool_forward(x, affine, act, window)[0],
+        "no addition": primitives.add_act_forward(plain, None, act),
+        "an addition": primitives.add_act_forward(plain, zero, act),
+        "a prologue": primitives.conv_forward(lazy, weight, None, geometry),
+        "an epilogue": primitives.conv_forward(LazyMap(x), weight, None, geometry, Epilogue(act=act)),
+        "a pool": primitives.pool_forward(lazy, window)[0],
     }
-    index = primitives.pool_forward(x, affine, act, window)[1]
+    index = primitives.pool_forward(lazy, window)[1]
     coeff = torch.tensor([[1.0], [0.0], [0.0]], dtype=dtype).expand(3, c).contiguous()
     gradients = {
-        "a join": primitives.join_backward(grad, x, affine, None, act),
-        "a join with a shortcut": primitives.join_backward(grad, x, affine, None, act, residual=torch.zeros_like(x)),
-        "a convolution": primitives.conv_backward(
-            grad, None, None, x, affine, None, act, weight, geometry, need_dw=False
-        )[0],
-        "behind a convolution": primitives.dgrad_epilogue(grad.clone(), x, affine, None, act),
-        "a pool": primitives.pool_backward(grad, index, x, affine, None, act, window, coeff=coeff),
+        "no addition": primitives.add_act_backward(grad, plain, None, act),
+        "an addition": primitives.add_act_backward(grad, plain, zero, act),
+        "a convolution": primitives.conv_backward(LazyGrad(grad), lazy, weight, geometry, need_dw=False)[0],
+        "behind a convolution": primitives.dgrad_epilogue(grad.clone(), lazy),
+        "a pool": primitives.pool_backward(grad, index, lazy, window, coeff=coeff),
     }
     (value, gradient), (true_value, true_gradient) = torchs(dtype), torchs(torch.float64)
     for where, found in values.items():
@@ -305,12 +302,12 @@ def test_values_and_derivatives_are_exact_to_roundings_on_every_instruction_set(
         pytest.skip(f"this CPU has no {capability}")
     code = """if True:
         import sys, torch
-        from fusedres.backends import cpp
+        from fusedres.backends.cpp import BACKEND as cpp
+        from fusedres.operands import LazyMap
         x = torch.linspace(-12, 12, 70007).view(1, 1, 1, -1).contiguous(memory_format=torch.channels_last)
         a, one = torch.tensor([[1.0], [0.0]]), torch.ones_like(x)
-        found = {
-            act: (cpp.join_forward(x, a, None, None, act), cpp.join_backward(one, x, a, None, act)) for act in sys.argv[2:]
-        }
+        z = LazyMap(x, a)
+        found = {act: (cpp.add_act_forward(z, None, act), cpp.add_act_backward(one, z, None, act)) for act in sys.argv[2:]}
         torch.save((x, found), sys.argv[1])
     """
     out = tmp_path / "values.pt"
@@ -332,9 +329,9 @@ def test_nan_passes(act, backend):
     # whole vectors: behind the last of them torch gives hardswish another derivative at NaN
     x = torch.randn(1, 3, 8, 16).contiguous(memory_format=torch.channels_last)
     x[0, 1, 2, 3] = torch.nan
-    affine, one = torch.tensor([[1.0] * 3, [0.0] * 3]), torch.ones_like(x)
-    y = primitives.join_forward(x, affine, None, None, act)
-    dz = primitives.join_backward(one, x, affine, None, act)
+    z, one = LazyMap(x, torch.tensor([[1.0] * 3, [0.0] * 3])), torch.ones_like(x)
+    y = primitives.add_act_forward(z, None, act)
+    dz = primitives.add_act_backward(one, z, None, act)
     assert torch.equal(y.isnan(), x.isnan())
     wanted = activations.gradient(one, x, act)
     assert torch.equal(dz.isnan(), wanted.isnan())
@@ -343,48 +340,60 @@ def test_nan_passes(act, backend):
 # ---- recognition -----------------------------------------------------------------------------------------------------
 
 
-class Calls(nn.Module):
-    """A block whose activation is a function."""
+class TwoConvs(nn.Module):
+    """What is in a block whose activation is a function."""
 
-    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(5, 5, 3, padding=1, bias=False) for _ in range(2))
         self.bn1, self.bn2 = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
-        self.calls = [act]  # in a list, so that it is no attribute that a trace would compare
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.calls[0](self.bn1(self.conv1(x)))
-        return self.calls[0](self.bn2(self.conv2(h)) + x)
 
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu6": F.relu6,
-    "relu6 in place": lambda x: F.relu6(x, True),
-    "hardtanh": lambda x: F.hardtanh(x, 0, 6),
-    "hardtanh_": lambda x: F.hardtanh_(x, min_val=0.0, max_val=6.0),
-    "leaky_relu": F.leaky_relu,
-    "leaky_relu with a slope": lambda x: F.leaky_relu(x, negative_slope=0.2, inplace=True),
-    "leaky_relu_": lambda x: F.leaky_relu_(x, 0.2),
-    "silu": F.silu,
-    "silu in place": lambda x: F.silu(x, inplace=True),
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
+# as they stand in a forward
+CALLS = {
+    "relu6": "F.relu6({})",
+    "relu6 in place": "F.relu6({}, True)",
+    "hardtanh": "F.hardtanh({}, 0, 6)",
+    "hardtanh_": "F.hardtanh_({}, min_val=0.0, max_val=6.0)",
+    "leaky_relu": "F.leaky_relu({})",
+    "leaky_relu with a slope": "F.leaky_relu({}, negative_slope=0.2, inplace=True)",
+    "leaky_relu_": "F.leaky_relu_({}, 0.2)",
+    "silu": "F.silu({})",
+    "silu in place": "F.silu({}, inplace=True)",
+    "hardswish": "F.hardswish({})",
+    "gelu": "F.gelu({})",
+    "gelu by tanh": "F.gelu({}, approximate='tanh')",
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_are_recognised(name):
-    compare(lambda: Calls(FUNCTIONS[name]), SHAPE, torch.float64, "eager", draws=1)
+def block_of(folder: Path, *lines: str) -> Callable[[], nn.Module]:
+    """A block whose forward consists of these lines, as a file holds it."""
+    file = folder / "block.py"
+    body = "".join(f"        {line}\n" for line in lines)
+    file.write_text(f"import torch.nn.functional as F\n\n\nclass Block:\n    def forward(self, x):\n{body}")
+    spec = importlib.util.spec_from_file_location("block", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return type("Block", (TwoConvs,), {"forward": module.Block.forward})
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_functions_are_recognised(name, tmp_path):
+    first, second = CALLS[name].format("self.bn1(self.conv1(x))"), CALLS[name].format("self.bn2(self.conv2(h)) + x")
+    compare(block_of(tmp_path, f"h = {first}", f"return {second}"), SHAPE, torch.float64, "eager", draws=1)
 
 
 @pytest.mark.parametrize("name", ["relu6 in place", "hardtanh_", "leaky_relu_", "silu in place"])
-def test_a_function_in_place_on_the_input_leaves_the_block_alone(name):
-    class OnInput(Calls):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn1(self.conv1(self.calls[0](x))) + x
-
-    assert converted(OnInput(FUNCTIONS[name])) == []
+def test_a_function_in_place_on_the_input_is_seen_by_what_reads_it_later(name, tmp_path):
+    """The shortcut adds what the function has left, and so does the caller find it."""
+    torch.manual_seed(0)
+    plain = block_of(tmp_path, f"return self.bn1(self.conv1({CALLS[name].format('x')})) + x")()
+    results = []
+    for model in (plain, fusedres.convert(copy.deepcopy(plain))):
+        x = 4 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+        results.append((model(x), x))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +429,7 @@ def test_an_activation_with_a_hook_is_not_fused_away():
     block.act.register_forward_hook(lambda m, i, o: seen.append(o))
     with fusedres.use_backend("eager"):
         block(torch.randn(SHAPE))
-    assert len(seen) == 2 and "hook" in block._fusedres_last
+    assert len(seen) == 2 and "hook" in ran(block)
 
 
 def test_a_changed_slope_is_read_anew():
@@ -440,7 +449,7 @@ def test_conv_bn_act_takes_any_of_them(layer):
     model = fusedres.nn.ConvBNAct(5, 7, activation_layer=layer).double().eval()
     x = torch.randn(SHAPE, dtype=torch.float64)
     torch.testing.assert_close(model(x), nn.Sequential.forward(model, x))
-    assert model._fusedres_last == "cpp"
+    assert ran(model) == "cpp"
 
 
 @each_act
@@ -486,9 +495,9 @@ def acts_inside(model: nn.Module) -> set[str]:
     """The activations of the BatchNorms that run fused."""
     found: set[str] = set()
     for block in model.modules():
-        for part in block.parts() if isinstance(block, FusedBlock) else ():
-            with contextlib.suppress(Unsupported):
-                found |= {norm.act for norm in part.describe(None)[0].all_norms}
+        with contextlib.suppress(Unsupported):
+            for part in parts_of(block) if isinstance(block, FusedBlock) else ():
+                found |= {norm.act for norm in instances(part.describe(None)[0], Norm)}
     return found
 
 

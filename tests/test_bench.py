@@ -1,9 +1,7 @@
 """The harness: its command lines, its records, its report, and that its bytes are those counted by hand."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,10 @@ pytest.importorskip("torchvision")
 pytest.importorskip("rich")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
-ROOT = Path(__file__).parents[1]
-# the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
-spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
-sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
+from bench import memory, models, report, roofline, sweep  # noqa: E402
+from fusedres.testing import networks  # noqa: E402
 
-from bench import memory, models, parity, report, roofline, sweep  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 FIELDS = {
     "model", "mode", "contender", "device", "dtype", "amp", "batch", "resolution", "rounds", "images_per_s", "ratio_to_eager",
@@ -37,7 +33,7 @@ def measured(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("records") / "models.json"
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "EAGER_RUNS", 2)
+        patch.setattr(networks, "EAGER_RUNS", 2)
         patch.setitem(models.CONTENDERS, "broken", models.Contender(broken))
         status = models.main(
             [

@@ -1,20 +1,20 @@
-"""Every kind of block, on every backend, dtype and mode, against plain PyTorch by the rule of :mod:`parity`.
+"""Every kind of block, on every backend, dtype and mode, against plain PyTorch by the rule of :mod:`fusedres.testing`.
 
 Sizes and channels are odd wherever the block allows it. Uninitialised memory is NaN throughout, so that reading it fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from parity import compare
+from support import each_mode, served
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import dispatch
+from fusedres.testing import compare
 
 pytest.importorskip("torchvision")
 from torchvision.models import DenseNet  # noqa: E402
@@ -22,15 +22,10 @@ from torchvision.models.densenet import _DenseBlock, _Transition  # noqa: E402
 from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 
 # masked lanes of Triton's interpreter may compute inf - inf, which NumPy reports
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("uninitialised_memory_is_nan"),
+]
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
@@ -281,15 +276,6 @@ def each(cases: dict, configurations: list) -> Callable:
         for backend, dtype in configurations
     ]
     return pytest.mark.parametrize(("build", "shape", "backend", "dtype"), rows)
-
-
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-
-
-def served(backend: str, dtype: torch.dtype) -> None:
-    """Skip where this installation has no such backend."""
-    if reason := dispatch.why_not(backend, torch.device("cpu"), dtype):
-        pytest.skip(f"{backend}: {reason}")
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import pickle
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-from parity import assert_fused, assert_parity, randomize
+from support import each_mode, served
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from fusedres import dispatch, functional
-from fusedres.backends.vendor import as_map, is_slice
+from bench import memory
+from fusedres import functional
+from fusedres.backends.layout import as_map, is_slice
 from fusedres.nn import BasicBlock, Concat, ConvBNAct, DenseBlock, HighwayBlock, PlainBlock, PreActBasicBlock
+from fusedres.testing import assert_fused, assert_parity, randomize
 
-# the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
-spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "__init__.py")
-sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
-
-from bench import memory  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def served(backend: str, dtype: torch.dtype) -> None:
-    if reason := dispatch.why_not(backend, torch.device("cpu"), dtype):
-        pytest.skip(f"{backend}: {reason}")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("uninitialised_memory_is_nan"),
+]
 
 
 class Half(nn.Module):
@@ -336,7 +319,9 @@ def test_a_changed_buffer_is_noticed_where_its_slices_were_kept():
     build()(torch.randn(shape)).mul_(2).sum().backward()  # nobody kept a slice
 
 
-def test_double_backward_on_eager():
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_double_backward(backend):
+    served(backend, torch.float64)
     build, (shape,) = CASES["vovnet"]
     torch.manual_seed(0)
     model = build().double()
@@ -344,7 +329,7 @@ def test_double_backward_on_eager():
     results = []
     for forward in (lambda m, x: m(*x), concatenated):
         twin, leaf = copy.deepcopy(model), x.clone().requires_grad_()
-        with fusedres.use_backend("eager"):
+        with fusedres.use_backend(backend):
             (first,) = torch.autograd.grad(forward(twin, [leaf]).square().sum(), leaf, create_graph=True)
             results.append(torch.autograd.grad(first.square().sum(), [leaf, *twin.parameters()]))
     for a, b in zip(*results, strict=True):

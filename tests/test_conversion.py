@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import assert_parity, compare, randomize, run_training
+from support import ran
 from torch import Tensor, nn
 
 import fusedres
+from fusedres.swap import is_converted, state_of
+from fusedres.testing import assert_parity, compare, randomize, run_training
 
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402
@@ -25,7 +27,7 @@ FUSED = "eager" if fusedres.backends()["cpp"] != "available" else "cpp"
 
 @pytest.fixture(autouse=True)
 def one_fused_backend():
-    """The compiled backend, or eager's schedules where there is no extension: never the original modules."""
+    """The compiled backend, or eager's primitives where there is no extension: never the original modules."""
     torch.manual_seed(0)
     with fusedres.use_backend(None if FUSED == "cpp" else FUSED):
         yield
@@ -133,13 +135,13 @@ def test_converting_twice_changes_nothing():
     classes = [type(m) for m in model.modules()]
     assert [type(m) for m in fusedres.convert(model).modules()] == classes
     fusedres.revert(model)
-    assert not any(fusedres.blocks.is_converted(m) for m in model.modules())
+    assert not any(is_converted(m) for m in model.modules())
 
 
 def test_converting_again_sets_recompute():
     model = fusedres.convert(small())
     fusedres.convert(model.dense, recompute=True)
-    assert [getattr(model, b)._fusedres_recompute for b in BLOCKS] == [b == "dense" for b in BLOCKS]
+    assert [state_of(getattr(model, b)).recompute for b in BLOCKS] == [b == "dense" for b in BLOCKS]
 
 
 COPIES = {
@@ -161,7 +163,7 @@ def test_a_copy_of_a_converted_model_is_converted(way):
     model = fusedres.convert(small(), recompute=True)
     twin = COPIES[way](model)
     assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
-    assert all(getattr(twin, b)._fusedres_recompute for b in BLOCKS)
+    assert all(state_of(getattr(twin, b)).recompute for b in BLOCKS)
     assert same_state(model, twin)
     assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
     x = torch.randn(SHAPE)
@@ -395,7 +397,7 @@ def test_double_backward_on_the_eager_backend_equals_autograd(block, training):
     with fusedres.use_backend("eager"):
         ours = penalised(model, x)
     theirs = penalised(plain, x)
-    assert model._fusedres_last == "eager"
+    assert ran(model) == "eager"
     for mine, other, name in zip(ours, theirs, ["input", *dict(model.named_parameters())], strict=True):
         assert (mine is None) == (other is None), name
         if mine is not None:
@@ -442,8 +444,9 @@ class Untraceable(resnet.BasicBlock):
 def test_a_subclass_with_a_forward_of_its_own_is_what_its_forward_computes_or_left_alone():
     model = nn.Sequential(OwnForward(5, 5), OwnInit(5), Untraceable(5, 5))
     first, second, third = fusedres.convert(model)
-    assert type(third) is Untraceable and fusedres.blocks.is_converted(second)
-    assert [(row.path, row.kind) for row in fusedres.report(model)] == [("0", "basic block"), ("1", "basic block")]
+    assert type(third) is Untraceable and is_converted(second)
+    kinds = [("0", "basic block"), ("1", "basic block"), ("2", "left alone")]
+    assert [(row.path, row.kind) for row in fusedres.report(model)] == kinds
     x = torch.randn(2, 5, 4, 4)
     torch.testing.assert_close(first.eval()(x), 2 * resnet.BasicBlock.forward(first, x), rtol=1e-4, atol=1e-4)
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def cross_compile(out: Path, *arguments: str) -> list[dict]:
-    """The rows of ``python -m bench.kernels --cross-compile``, which fails where something is wrong with a variant.
+    """The rows of ``python -m bench.cross_compile``, which fails where something is wrong with a variant.
 
     In a process of its own, because interpreted kernels, which other tests ask for, do not compile; with a cache of its
     own, so that it compiles.
@@ -27,7 +27,7 @@ def cross_compile(out: Path, *arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(out / "cache")
     }
-    command = [sys.executable, "-m", "bench.kernels", "--cross-compile", "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "bench.cross_compile", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "cross-compile.json").read_text())["rows"]
@@ -40,7 +40,7 @@ def check(rows: list[dict], architectures: dict[str, str]) -> None:
         what = f"{row['architecture']} {row['title']}, {row['first']}"
         assert row["spills"] == 0 and 0 < row["registers"] <= 512, what
         assert not row["faults"], what
-        # the stem's 3 channels: the default plan leaves it to the vendor
+        # the stem's 3 channels: the default plan leaves it to the library
         if row["kernel"].startswith("conv_") and " C=3 " not in row["first"]:
             assert row["matrix"].get(architectures[row["architecture"]], 0) > 0, what
             operands = (
@@ -53,8 +53,51 @@ def test_representative_variants_compile_well(tmp_path):
     rows = cross_compile(tmp_path, "--arch", "sm_90", "--quick")
     check(rows, {"sm_90": "HGMMA"})
     kernels = {row["kernel"].removesuffix("_kernel") for row in rows}
-    assert {"conv_forward", "conv_dgrad", "conv_wgrad", "join_forward", "join_backward", "pool_backward"} <= kernels
+    assert {
+        "conv_forward",
+        "conv_dgrad",
+        "conv_wgrad",
+        "add_act_forward",
+        "add_act_backward",
+        "pool_backward",
+    } <= kernels
     assert "## sm_90" in (tmp_path / "cross-compile.md").read_text()
+
+
+UNKNOWN = """
+import torch
+from triton.compiler.errors import CompilationError
+from bench.cross_compile import ARCHITECTURES, compile_variant, variant
+from fusedres.activations import Activation
+from fusedres.kernels import elementwise
+from fusedres.kernels.launch import record
+from fusedres.operands import LazyMap
+
+x = LazyMap(torch.empty(1, 8, 2, 2, dtype=torch.float16, device="meta").to(memory_format=torch.channels_last))
+for kind, fails in (("silu", False), ("swish", True)):
+    act = Activation(kind, 0.0)
+    with record() as launches:
+        elementwise.add_act_forward(x, None, act)
+        elementwise.add_act_backward(x.raw, x, None, act)
+    for launch, word in zip(launches, ("value", "derivative"), strict=True):
+        try:
+            compile_variant(variant(launch), ARCHITECTURES["sm_90"])
+        except CompilationError as error:
+            while error.__cause__ is not None:
+                error = error.__cause__
+            assert fails and f"no {word} for this kind" in str(error), error
+        else:
+            assert not fails, (kind, word)
+"""
+
+
+def test_an_activation_without_device_code_does_not_compile(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", UNKNOWN], cwd=ROOT, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_fused, compare
+from support import each_mode, ran, served
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from fusedres import dispatch, functional
+from bench import memory
+from fusedres import functional
+from fusedres.backends import select
+from fusedres.backends.contract import Wrapped
+from fusedres.operands import Epilogue
+from fusedres.testing import assert_fused, compare
 
-# the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
-spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "__init__.py")
-sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
-
-from bench import memory  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def served(backend: str, dtype: torch.dtype) -> None:
-    if reason := dispatch.why_not(backend, torch.device("cpu"), dtype):
-        pytest.skip(f"{backend}: {reason}")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("uninitialised_memory_is_nan"),
+]
 
 
 class Layer(nn.Module):
@@ -153,7 +139,7 @@ def test_a_step_concatenates_nothing(backend):
     with fusedres.use_backend(backend), Recorder() as recorder:
         model(x).sum().backward()
     assert not [name for name in recorder.names if name.startswith("aten.cat.")]
-    assert model._fusedres_last == backend
+    assert ran(model) == backend
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
@@ -162,24 +148,14 @@ def test_a_channels_statistics_are_reduced_once(backend):
     served(backend, torch.float32)
     model, reduced = fusedres.convert(block(5, 3)), []
 
-    class Counting:
-        def __init__(self, backend) -> None:
-            self._backend = backend
+    class Counting(Wrapped):
+        def call(self, primitive, *args, **kwargs):
+            epilogues = [a for a in args if isinstance(a, Epilogue)]
+            written = [args[1]] if primitive == "statistics" else [kwargs.get("stats"), *(e.stats for e in epilogues)]
+            reduced.extend(stats.shape[1] for stats in written if stats is not None)
+            return super().call(primitive, *args, **kwargs)
 
-        def __getattr__(self, name):
-            found = getattr(self._backend, name)
-            if name not in ("join_forward", "conv_forward", "statistics"):
-                return found
-
-            def call(*args, **kwargs):
-                stats = args[1] if name == "statistics" else kwargs.get("stats")
-                if stats is not None and not isinstance(stats, str):
-                    reduced.append(stats.shape[1])
-                return found(*args, **kwargs)
-
-            return call
-
-    with fusedres.use_backend(backend), dispatch.observe(Counting):
+    with fusedres.use_backend(backend), select.observe(Counting):
         model(torch.randn(2, 5, 3, 4, 5))
     # x, then a bottleneck of 6 and a slice of 3 for each layer
     assert sorted(reduced) == sorted([5] + 3 * [6, 3])
@@ -237,15 +213,15 @@ def test_dropout_in_layers_leaves_them_to_their_modules():
         results.append(m(x))
     torch.testing.assert_close(*results)
     torch.testing.assert_close(twin.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
-    assert twin._fusedres_last == "cpp"
+    assert ran(twin) == "cpp"
 
 
 def test_the_memory_format_of_the_input_does_not_matter():
+    """The output has the format that the modules' own would have, and the same values."""
     served("cpp", torch.float32)
     model, x = fusedres.convert(block(5, 3)).eval(), torch.randn(2, 5, 3, 4, 5)
-    y = model(x)
-    assert y.is_contiguous(memory_format=torch.channels_last_3d)
-    assert torch.equal(y, model(x.to(memory_format=torch.channels_last_3d)))
+    y, z = model(x), model(x.to(memory_format=torch.channels_last_3d))
+    assert y.is_contiguous() and z.is_contiguous(memory_format=torch.channels_last_3d) and torch.equal(y, z)
 
 
 def test_inputs_that_do_not_fit_are_the_modules_affair():
@@ -257,7 +233,8 @@ def test_inputs_that_do_not_fit_are_the_modules_affair():
         model(torch.randn(1, 5, 1, 1, 1))
     with pytest.raises(ValueError, match="4D"):
         model(torch.randn(2, 5, 4, 5))
-    assert "N x C x D x H x W" in model._fusedres_last
+    model(torch.randn(2, 5, 3, 4, 5))
+    assert ran(model) == "cpp"
 
 
 def test_the_functional_form():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import assert_parity
 
 import fusedres
-from fusedres.schedules import common
+from fusedres.autograd import exchange
+from fusedres.testing import assert_parity
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available() or not dist.is_gloo_available():
@@ -37,11 +37,11 @@ def test_gathered_statistics_keep_their_digits_beside_a_large_mean(rows, monkeyp
     for part in maps.float().split(rows):
         mean = part.mean(0)  # of no rows: NaN
         found.append(torch.cat([mean, (part - mean).square().sum(0), torch.tensor([float(len(part))])]))
-    monkeypatch.setattr(common.dist, "get_world_size", lambda group: len(rows))
+    monkeypatch.setattr(exchange.dist, "get_world_size", lambda group: len(rows))
     monkeypatch.setattr(
-        common.dist, "all_gather", lambda out, own, group: [o.copy_(f) for o, f in zip(out, found, strict=True)]
+        exchange.dist, "all_gather", lambda out, own, group: [o.copy_(f) for o, f in zip(out, found, strict=True)]
     )
-    (mean, m2), total = common.gathered(found[0][:-1].view(2, 4), rows[0], None)
+    (mean, m2), total = exchange.gather_stats(found[0][:-1].view(2, 4), rows[0], None)
     truth = maps.float().double()
     assert total == sum(rows)
     torch.testing.assert_close(mean.double(), truth.mean(0), rtol=2e-7, atol=0)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parity import assert_fused, assert_parity, compare, randomize
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import dispatch
-from fusedres.blocks import FusedBlock
+from fusedres.backends import select
+from fusedres.swap import FusedBlock
+from fusedres.testing import assert_fused, assert_parity, compare, randomize
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -180,7 +180,7 @@ QUICK = (
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_a_model_computes_the_same_converted(name, training):
-    if reason := dispatch.why_not("cpp", torch.device("cpu"), torch.float64):
+    if reason := select.why_not("cpp", torch.device("cpu"), torch.float64):
         pytest.skip(reason)
     build, shape, least = MODELS[name]
     model = fusedres.convert(build())
@@ -192,7 +192,7 @@ def test_a_model_computes_the_same_converted(name, training):
     "name", ["pytorchcv-preresnet20", "monai-densenet", "transformers-resnet", "timm-resnetblur18", "timm-regnety-002"]
 )
 def test_running_statistics_agree_after_three_steps(name):
-    if reason := dispatch.why_not("cpp", torch.device("cpu"), torch.float64):
+    if reason := select.why_not("cpp", torch.device("cpu"), torch.float64):
         pytest.skip(reason)
     build, shape, _ = MODELS[name]
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import nn
 
 import fusedres
 import fusedres.functional as F
-from fusedres import dispatch
+from fusedres.backends import select
 from fusedres.functional import Conv, Geometry, Layer, Norm, Pool, Unit
 
 resnet = pytest.importorskip("torchvision.models.resnet")
@@ -26,7 +26,7 @@ BLOCKS = {
 }  # fmt: skip
 each_block = pytest.mark.parametrize("name", BLOCKS)
 SERVED = fusedres.backends()["cpp"] == "available"
-CHOSEN = dispatch.load("cpp") if SERVED else None
+CHOSEN = select.load("cpp") if SERVED else None
 
 
 def converted(name: str) -> nn.Module:
@@ -147,7 +147,7 @@ def test_an_empty_batch_does_what_the_plain_modules_do(name, training):
 def test_an_unknown_backend_is_an_error_that_names_the_known():
     with pytest.raises(ValueError, match="unknown backend 'cuda'.*triton, cpp, eager, 'auto' or None"):
         fusedres.use_backend("cuda")
-    assert dispatch.resolve(torch.device("cpu"), torch.float32) is CHOSEN  # the choice is as it was
+    assert select.resolve(torch.device("cpu"), torch.float32) is CHOSEN  # the choice is as it was
 
 
 @each_block
@@ -164,10 +164,10 @@ def test_the_choice_of_a_backend_ends_with_its_with():
     device, dtype = torch.device("cpu"), torch.float32
     with pytest.raises(ZeroDivisionError), fusedres.use_backend("eager"):
         with fusedres.use_backend("auto"):
-            assert dispatch.resolve(device, dtype) is CHOSEN
-        assert dispatch.resolve(device, dtype).name == "eager"
+            assert select.resolve(device, dtype) is CHOSEN
+        assert select.resolve(device, dtype).name == "eager"
         raise ZeroDivisionError
-    assert dispatch.resolve(device, dtype) is CHOSEN
+    assert select.resolve(device, dtype) is CHOSEN
 
 
 # ---- conversion ------------------------------------------------------------------------------------------------------
@@ -203,11 +203,18 @@ def norm(channels: int, **changes) -> Norm:
 
 
 def unit(
-    inputs: int, outputs: int, kernel: int = 3, *, channels: int | None = None, dtype=torch.float32, **changes
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    *,
+    channels: int | None = None,
+    dtype=torch.float32,
+    act="relu",
+    **changes,
 ) -> Unit:
     weight = torch.randn(outputs, inputs, kernel, kernel, dtype=dtype)
     shape = geometry(padding=(kernel // 2, kernel // 2), **changes)
-    return Unit(Conv(weight, None, shape), norm(channels or outputs))
+    return Unit(Conv(weight, None, shape), norm(channels or outputs, act=act))
 
 
 def pointwise(inputs: int, outputs: int) -> Conv:
@@ -224,11 +231,16 @@ MISUSES = {
     "dtype": (lambda u: F.conv_bn_act(X, u), unit(6, 5, dtype=torch.float64), "float32, its weights torch.float64"),
     "kernel": (lambda u: F.conv_bn_act(X, u), unit(6, 5, 9, dilation=(9, 9)), "kernel larger than its padded input"),
     "pool": (lambda u: F.conv_bn_act(X, u, MAX), unit(6, 5), "pooling window larger"),
-    "identity": (lambda u: F.residual_block(X, (u,)), unit(6, 5), "its shortcut gives .*6.* main path .*5"),
+    "identity": (lambda u: F.residual_block(X, (u,)), unit(6, 5, act="none"), "its shortcut gives .*6.* main path .*5"),
+    "activation": (lambda u: F.residual_block(X, (u,)), unit(6, 6), "an activation in front of the addition"),
     "second-unit": (lambda u: F.residual_block(X, (unit(6, 6), u)), unit(5, 6), "expects 5 channels and finds 6"),
-    "projection": (lambda u: F.residual_block(X, (unit(6, 5),), u), unit(6, 4, 1), "its shortcut gives .*4.* main path"),
+    "projection": (
+        lambda u: F.residual_block(X, (unit(6, 5, act="none"),), u), unit(6, 4, 1, act="none"),
+        "its shortcut gives .*4.* main path",
+    ),
     "projection-stride": (
-        lambda u: F.residual_block(X, (unit(6, 5),), u), unit(6, 5, 1, stride=(2, 2)), "its shortcut gives",
+        lambda u: F.residual_block(X, (unit(6, 5, act="none"),), u), unit(6, 5, 1, stride=(2, 2), act="none"),
+        "its shortcut gives",
     ),
     "dense-channels": (
         lambda u: F.dense_block(X, (Layer(norm(6), pointwise(6, 4), norm(4), u.conv),)), unit(3, 5), "expects 3 channels",
@@ -240,10 +252,10 @@ MISUSES = {
         lambda u: F.dense_block(X, (Layer(norm(6), pointwise(6, 4), norm(4), u.conv),)),
         unit(4, 5, stride=(2, 2)), "spatial size",
     ),
-    "transition-norm": (lambda u: F.norm_pool_conv(X, u.norm, MEAN), unit(6, 5), "BatchNorm of 5 channels"),
-    "transition-conv": (lambda u: F.norm_pool_conv(X, norm(6), MEAN, u.conv), unit(5, 3, 1), "expects 5 channels"),
+    "transition-norm": (lambda u: F.transition(X, u.norm, MEAN), unit(6, 5), "BatchNorm of 5 channels"),
+    "transition-conv": (lambda u: F.transition(X, norm(6), MEAN, u.conv), unit(5, 3, 1), "expects 5 channels"),
     "transition-pool": (
-        lambda u: F.norm_pool_conv(X, u.norm, MEAN._replace(kernel=(9, 9), stride=(9, 9))), unit(1, 6), "window larger",
+        lambda u: F.transition(X, u.norm, MEAN._replace(kernel=(9, 9), stride=(9, 9))), unit(1, 6), "window larger",
     ),
     "one-value": (lambda u: F.conv_bn_act(X[:1, :, :1, :1], u), unit(6, 5), "more than 1 value per channel"),
 }  # fmt: skip

@@ -1,5 +1,5 @@
 """The rest of the family: pre-activation blocks, every shortcut, blocks split around foreign modules, dense layers of other shapes; what
-reading a block's structure takes and leaves. Against plain PyTorch by the rule of :mod:`parity`, with NaN in uninitialised memory."""
+reading a block's structure takes and leaves. By the rule of :mod:`fusedres.testing`, with NaN in uninitialised memory."""
 
 from __future__ import annotations
 
@@ -11,31 +11,25 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import compare
+from support import each_mode, ran, served
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import blocks, dispatch, functional
-from fusedres.blocks import FusedBlock, is_converted
+from fusedres import functional
+from fusedres.backends import select
+from fusedres.backends.contract import Wrapped
 from fusedres.nn import PreActBasicBlock, PreActBottleneck
+from fusedres.swap import FusedBlock, is_converted, original_class
+from fusedres.testing import compare
 
 pytest.importorskip("torchvision")
 from torchvision.models.densenet import _DenseBlock  # noqa: E402
 from torchvision.models.resnet import BasicBlock  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def served(backend: str, dtype: torch.dtype) -> None:
-    if reason := dispatch.why_not(backend, torch.device("cpu"), dtype):
-        pytest.skip(f"{backend}: {reason}")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("uninitialised_memory_is_nan"),
+]
 
 
 # ---- models as users write them --------------------------------------------------------------------------------------
@@ -219,7 +213,7 @@ Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 
 def plain(block: nn.Module) -> nn.Module:
     """A block of ``fusedres.nn`` without what makes it fused: what ``convert`` finds in it, it has to read off its structure."""
-    block.__class__ = block.original_class()
+    block.__class__ = original_class(block)
     return block
 
 
@@ -297,8 +291,6 @@ DENSE: dict[str, Case] = {
 ROWS: dict[str, Case] = {"plain": (lambda: Plain(6), (2, 6, 5, 7))}
 ALL = PREACT | SHORTCUTS | SPLIT | DENSE | ROWS
 
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-
 
 @each_mode
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
@@ -374,40 +366,48 @@ def test_the_modules_equal_their_plain_forward(build, backend):
             y = model(leaf)
             y.square().sum().backward()
             results.append([y, leaf.grad, *(p.grad for p in model.parameters()), *model.buffers()])
-    assert block._fusedres_last == backend
+    assert ran(block) == backend
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
 
 
-def test_the_next_blocks_statistics_are_carried():
+class Counting(Wrapped):
+    """A backend that counts the passes that do nothing but reduce statistics."""
+
+    calls = 0
+
+    def call(self, primitive, *args, **kwargs):
+        Counting.calls += primitive == "statistics"
+        return super().call(primitive, *args, **kwargs)
+
+
+@pytest.fixture
+def counting() -> Iterator[type[Counting]]:
+    Counting.calls = 0
+    with fusedres.use_backend("eager"), select.observe(Counting):
+        yield Counting
+
+
+def test_the_next_blocks_statistics_are_carried(counting):
     """The first BatchNorm of a pre-activation block takes the statistics that the block before has reduced with its sum."""
-    model = nn.Sequential(PreActBasicBlock(5, 5), PreActBasicBlock(5, 5))
-    calls: list[str] = []
-
-    class Counting:
-        def __init__(self, backend) -> None:
-            self._backend = backend
-
-        def __getattr__(self, name):
-            if name == "statistics":
-                calls.append(name)
-            return getattr(self._backend, name)
-
-    with fusedres.use_backend("eager"), dispatch.observe(Counting):
-        model(torch.randn(2, 5, 4, 4))
-    # the first block reduces its input by a call of the schedule; the second finds what the join has left
-    assert calls == ["statistics"]
+    model = fusedres.convert(nn.Sequential(PreActBasicBlock(5, 5), PreActBasicBlock(5, 5)))
+    model(torch.randn(2, 5, 4, 4))
+    # the first block reduces its input by a pass of its own; the second finds what the addition has left
+    assert counting.calls == 1
 
 
-def test_statistics_are_not_carried_past_a_change():
-    model, x = nn.Sequential(PreActBasicBlock(5, 5)), torch.randn(2, 5, 4, 4)
-    with fusedres.use_backend("eager"):
-        y = model(x)
-        assert blocks.carried_stats(y) is not None
-        y.data.mul_(2)
-        with torch.no_grad():
-            y += 1
-        assert blocks.carried_stats(y) is None
+def test_statistics_are_not_carried_past_a_change(counting):
+    """What code between two blocks does to a map is not known: statistics do not leave with it."""
+    torch.manual_seed(0)
+    first, second = PreActBasicBlock(5, 5), PreActBasicBlock(5, 5)
+    plain = [copy.deepcopy(block) for block in (first, second)]
+    x = torch.randn(2, 5, 4, 4)
+    y = first(x)
+    y.data.mul_(2)
+    found = second(y)
+    assert counting.calls == 2
+    wanted = super(FusedBlock, plain[1]).forward(2 * super(FusedBlock, plain[0]).forward(x))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 # ---- what a structure takes and what it leaves -----------------------------------------------------------------------
@@ -453,9 +453,23 @@ class Scaled(PreAct):
 
 
 @pytest.mark.parametrize("kind", [InPlaceOnInput, Gated, TwoInputs, Branching, AddsNoMap, Scaled])
-def test_what_is_no_such_structure_is_left_alone(kind):
-    block = kind(5, 5)
-    assert converted(block) == [] and type(block) is kind
+def test_what_is_neither_a_row_nor_a_sum_of_two_computes_as_before(kind):
+    torch.manual_seed(0)
+    block = kind(5, 5).double()
+    results = []
+    for model in (block, fusedres.convert(copy.deepcopy(block))):
+        leaf = torch.linspace(-1, 1, 2 * 5 * 4 * 4, dtype=torch.float64).reshape(2, 5, 4, 4).requires_grad_()
+        given = leaf * 1
+        y = model(given)
+        y.square().sum().backward()
+        results.append([y, given.detach(), leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_branch_on_values_leaves_a_block_alone():
+    block = Branching(5, 5)
+    assert converted(block) == [] and type(block) is Branching
 
 
 def test_an_unknown_activation_leaves_the_block_alone():
@@ -477,7 +491,7 @@ def test_foreign_parts_are_steps_and_may_be_converted_themselves():
         def forward(self, x: Tensor) -> Tensor:
             return x * self.gate(x).sigmoid()
 
-    assert converted(Between(6, "last", Attention)) == ["", "extra.gate"]
+    assert converted(Between(6, "last", Attention)) == ["", "extra"]
 
 
 def test_a_changed_block_runs_its_own_forward_until_it_is_converted_again():
@@ -486,10 +500,10 @@ def test_a_changed_block_runs_its_own_forward_until_it_is_converted_again():
     x = torch.randn(2, 5, 4, 4)
     block.shortcut = nn.Conv2d(5, 5, 1)
     wanted = PreAct.forward(copy.deepcopy(block), x)
-    assert torch.equal(block(x), wanted) and "changed" in block._fusedres_last
+    assert torch.equal(block(x), wanted) and "changed" in ran(block)
     fusedres.convert(block)
     torch.testing.assert_close(block(x), wanted, rtol=1e-4, atol=1e-4)
-    assert block._fusedres_last == "cpp"
+    assert ran(block) == "cpp"
 
 
 def test_a_replaced_convolution_is_used():
@@ -498,7 +512,7 @@ def test_a_replaced_convolution_is_used():
     block.conv2 = nn.Conv2d(5, 5, 3, 1, 1)
     x = torch.randn(2, 5, 4, 4)
     torch.testing.assert_close(block(x), PreAct.forward(copy.deepcopy(block), x), rtol=1e-4, atol=1e-4)
-    assert block._fusedres_last == "cpp"
+    assert ran(block) == "cpp"
 
 
 @pytest.mark.parametrize("where", ["bn2", "extra"])
@@ -509,18 +523,16 @@ def test_hooks_inside_fire(where):
     block(torch.randn(2, 6, 4, 4))
     assert len(seen) == 1
     # a hook on what is fused leaves the piece to its modules, one on a foreign module changes nothing
-    assert block._fusedres_last == (
-        "cpp" if where == "extra" else "original modules: a hook is registered on its BatchNorm2d"
-    )
+    assert ran(block) == ("cpp" if where == "extra" else "original modules: a hook is registered on its BatchNorm2d")
 
 
-def test_copies_and_pickles_keep_their_plans():
+def test_copies_and_pickles_run_fused():
     served("cpp", torch.float32)
     block = fusedres.convert(PreAct(5, 9, 2)).eval()
     x = torch.randn(2, 5, 4, 4)
     wanted = block(x)
     for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
-        assert is_converted(twin) and torch.equal(twin(x), wanted) and twin._fusedres_last == "cpp"
+        assert is_converted(twin) and torch.equal(twin(x), wanted) and ran(twin) == "cpp"
 
 
 def test_revert_and_state_dict():
@@ -529,18 +541,18 @@ def test_revert_and_state_dict():
     fusedres.convert(block)
     assert block.state_dict().keys() == before.keys()
     fusedres.revert(block)
-    assert type(block) is PreAct and "_fusedres_plans" not in block.__dict__
+    assert type(block) is PreAct and not any(name.startswith("_fusedres") for name in block.__dict__)
 
 
-def test_modes_have_plans_of_their_own():
+def test_modes_have_structures_of_their_own():
     """Dropout inside a layer splits it in training alone."""
     served("cpp", torch.float32)
     model = fusedres.convert(nn.Sequential(Dense(5, 3, drop=0.5), Dense(8, 3)))
     x = torch.randn(2, 5, 4, 4)
     y = model(x)
-    assert model._fusedres_last == "cpp" and y.shape == (2, 11, 4, 4)
+    assert ran(model) == "cpp" and y.shape == (2, 11, 4, 4)
     assert 0.2 < (y[:, 5:8] == 0).float().mean() < 0.8
-    assert (model.eval()(x)[:, 5:8] != 0).all() and model._fusedres_last == "cpp"
+    assert (model.eval()(x)[:, 5:8] != 0).all() and ran(model) == "cpp"
 
 
 def test_dropout_splits_a_dense_block_and_draws_as_the_original():
@@ -552,7 +564,7 @@ def test_dropout_splits_a_dense_block_and_draws_as_the_original():
     for model in (block.to(memory_format=torch.channels_last), twin):
         torch.manual_seed(1)
         results.append(model(x))
-    assert twin._fusedres_last == "cpp"
+    assert ran(twin) == "cpp"
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
@@ -565,7 +577,7 @@ def test_autocast_of_pre_activation_blocks():
         wanted, found = model(x), twin(x)
     assert found.dtype == wanted.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted, rtol=0.1, atol=0.1)
-    assert [m._fusedres_last for m in twin[1:]] == ["cpp", "cpp"]
+    assert [ran(m) for m in twin[1:]] == ["cpp", "cpp"]
 
 
 def test_the_report_names_the_kinds():

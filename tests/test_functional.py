@@ -9,10 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_parity, randomize, run_training
+from support import each_mode, ran
 from torch import Tensor, nn
 
 import fusedres
+from fusedres import functional
+from fusedres.backends import select
 from fusedres.functional import (
     Conv,
     Geometry,
@@ -22,9 +24,9 @@ from fusedres.functional import (
     Unit,
     conv_bn_act,
     dense_block,
-    norm_pool_conv,
     residual_block,
 )
+from fusedres.testing import assert_parity, randomize, run_training
 
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402
@@ -39,7 +41,6 @@ def seeded():
 
 
 each_backend = pytest.mark.parametrize("backend", ["eager", "cpp"])
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 
 
 def use(backend: str) -> fusedres.use_backend:
@@ -144,20 +145,20 @@ def dense(t: Tensors) -> tuple[Callable, Callable]:
 
 def transition(t: Tensors) -> tuple[Callable, Callable]:
     norm, conv, pool = t.norm(7), t.conv(7, 4, bias=True), Pool("mean", (2, 2), (2, 2), (0, 0))
-    return lambda x: norm_pool_conv(x, norm, pool, conv), lambda x: F.avg_pool2d(
+    return lambda x: functional.transition(x, norm, pool, conv), lambda x: F.avg_pool2d(
         plain_conv(plain_norm(x, norm), conv), 2
     )
 
 
 def head(t: Tensors) -> tuple[Callable, Callable]:
     norm, pool = t.norm(7), Pool("mean", (6, 5), (6, 5), (0, 0))
-    return lambda x: norm_pool_conv(x, norm, pool), lambda x: plain_norm(x, norm).mean((2, 3), keepdim=True)
+    return lambda x: functional.transition(x, norm, pool), lambda x: plain_norm(x, norm).mean((2, 3), keepdim=True)
 
 
 FUNCTIONS = {
     "residual_block": basic, "residual_block-without-act": without_act, "residual_block-projection": projected,
-    "conv_bn_act": convolution, "conv_bn_act-pool": stem, "dense_block": dense, "norm_pool_conv": transition,
-    "norm_pool_conv-without-conv": head,
+    "conv_bn_act": convolution, "conv_bn_act-pool": stem, "dense_block": dense, "transition": transition,
+    "transition-without-conv": head,
 }  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def test_a_function_without_gradients_gives_the_same(name, backend):
 
 
 def test_a_function_runs_eagerly_where_no_backend_serves(monkeypatch):
-    monkeypatch.setattr(fusedres.dispatch, "_choose", lambda device, dtype: None)
+    monkeypatch.setattr(select, "_choose", lambda device, dtype: None)
     fused, plain = projected(Tensors(training=True))
     x = torch.randn(2, 7, 6, 5, dtype=DOUBLE)
     torch.testing.assert_close(fused(x), plain(x))
@@ -298,7 +299,7 @@ def test_a_module_equals_torchvisions(name, training, backend):
         else:
             assert torch.equal(value, theirs[key]), key
     # a layer by itself is plain: the block that holds it fuses it
-    assert name == "DenseLayer" or fused._fusedres_last == backend
+    assert name == "DenseLayer" or ran(fused) == backend
 
 
 @each_mode
@@ -314,7 +315,7 @@ def test_the_plain_forward_of_a_module_equals_torchvisions(name, training):
     for key, value in ours.items():
         if value.is_floating_point():
             assert_parity(value, theirs[key], theirs[key], key)
-    assert name == "DenseLayer" or "hook" in fused._fusedres_last
+    assert name == "DenseLayer" or "hook" in ran(fused)
 
 
 @pytest.mark.parametrize(

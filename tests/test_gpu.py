@@ -12,17 +12,18 @@ from torch import nn
 triton = pytest.importorskip("triton")
 torchvision = pytest.importorskip("torchvision")
 
-from parity import compare, run_training  # noqa: E402
-
 import fusedres  # noqa: E402
-from fusedres.backends import triton as fused  # noqa: E402
-from fusedres.backends.eager import Geometry  # noqa: E402
-from fusedres.kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, join, pool, reduce  # noqa: E402
+from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
+from fusedres.kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, pool, reduce  # noqa: E402
+from fusedres.kernels.launch import INTERPRETED  # noqa: E402
+from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap  # noqa: E402
+from fusedres.specs import Geometry  # noqa: E402
+from fusedres.testing import compare, run_training  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(fused.INTERPRETED, reason="TRITON_INTERPRET=1 is set"),
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set"),
 ]
 each_dtype = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d).removeprefix("torch.")
@@ -72,7 +73,7 @@ def test_parity(kind, plan, training, dtype):
     """Every kind of block, with every convolution fused and with the default plans."""
     build, shape = BLOCKS[kind]
     # eager's own float32 without TF32: the rule compares IEEE float32
-    with fused.use_plan(plan), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with use_plan(plan), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         compare(build, shape, dtype, "triton", training, device="cuda")
 
 
@@ -96,8 +97,8 @@ def images(seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("plan", ["fused", "auto"])
 def test_two_runs_give_the_same_bits(plan):
-    # what a plan leaves to the vendor is as deterministic as the vendor is told to be
-    with fused.use_plan(plan), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+    # what a plan leaves to the library is as deterministic as the library is told to be
+    with use_plan(plan), torch.backends.cudnn.flags(enabled=True, deterministic=True):
         first, second = (run_training(fusedres.convert(network()).train(), images(0)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -117,8 +118,8 @@ def test_cuda_graph(mode, plan):
             return [y]
         return [y, *torch.autograd.grad(y.float().square().mean(), list(of.parameters()))]
 
-    with fused.use_plan(plan), torch.backends.cudnn.flags(enabled=True, deterministic=True):
-        # compile, and choose the vendor's algorithms, outside the capture; running statistics are put back
+    with use_plan(plan), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        # compile, and choose the library's algorithms, outside the capture; running statistics are put back
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -139,7 +140,7 @@ def test_cuda_graph(mode, plan):
 def test_precompile():
     """What is compiled in parallel beforehand is what the step launches: nothing is left for its first call."""
     model, x = fusedres.convert(network()).train(), images(0)
-    with fused.use_plan("fused"):
+    with use_plan("fused"):
         assert fusedres.precompile(model, x.detach().requires_grad_()) > 0
         before = _compiled()
         run_training(model, x)
@@ -148,7 +149,7 @@ def test_precompile():
 
 def _compiled() -> int:
     """How many variants of all kernels this process holds."""
-    modules = (batchnorm, conv_dgrad, conv_forward, conv_wgrad, join, pool, reduce)
+    modules = (batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, pool, reduce)
     kernels = [v for module in modules for v in vars(module).values() if isinstance(v, triton.JITFunction)]
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
@@ -156,7 +157,7 @@ def _compiled() -> int:
 HUGE = 2**31
 
 
-@pytest.mark.parametrize("what", ["join", "convolution 1x1", "convolution 3x3"])
+@pytest.mark.parametrize("what", ["addition", "convolution 1x1", "convolution 3x3"])
 def test_more_than_two_to_the_31_elements(what):
     """The last images of a map whose offsets need 64 bits are those of the same images alone."""
     channels, size = 256, 64
@@ -164,28 +165,29 @@ def test_more_than_two_to_the_31_elements(what):
     need = 5 * n * channels * size * size * 2
     if torch.cuda.mem_get_info()[0] < need:
         pytest.skip(f"needs {need >> 30} GiB of free memory")
-    x = torch.empty(n, channels, size, size, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
-    x.normal_()
-    assert x.numel() > HUGE
-    affine, saved, coeff = (torch.rand(rows, channels, device="cuda") for rows in (2, 2, 3))
+    raw = torch.empty(n, channels, size, size, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    raw.normal_()
+    assert raw.numel() > HUGE
+    scale_shift, mean_invstd, coeff = (torch.rand(rows, channels, device="cuda") for rows in (2, 2, 3))
     sums, stats = torch.empty(2, channels, device="cuda"), torch.empty(2, channels, device="cuda")
-    last = slice(-8, None)
-    if what == "join":
-        y = fused.join_forward(x, affine, x, None, "relu", stats=stats)
-        assert torch.equal(y[last], fused.join_forward(x[last], affine, x[last], None, "relu"))
-        dz = fused.join_backward(y, x, affine, saved, "relu", sums=sums)
-        assert torch.equal(dz[last], fused.join_backward(y[last], x[last], affine, saved, "relu"))
+    x, few = (LazyMap(maps, scale_shift, "none", mean_invstd) for maps in (raw, raw[-8:]))
+    if what == "addition":
+        y = BACKEND.add_act_forward(x, LazyMap(raw), "relu", stats=stats)
+        assert torch.equal(y[-8:], BACKEND.add_act_forward(few, LazyMap(raw[-8:]), "relu"))
+        dz = BACKEND.add_act_backward(y, x, None, "relu", sums=sums)
+        assert torch.equal(dz[-8:], BACKEND.add_act_backward(y[-8:], few, None, "relu"))
         # the mean of all the images: of as many independent values, nearly that of a few
-        torch.testing.assert_close(stats[0], y[last].float().mean((0, 2, 3)), rtol=0.1, atol=0.1)
+        torch.testing.assert_close(stats[0], y[-8:].float().mean((0, 2, 3)), rtol=0.1, atol=0.1)
         return
     kernel = int(what[-1])
     geometry = Geometry((1, 1), (kernel // 2,) * 2, (1, 1), 1)
     weight = torch.randn(channels, channels, kernel, kernel, dtype=torch.bfloat16, device="cuda") / 16
-    with fused.use_plan("fused"):
-        y = fused.conv_forward(x, affine, "relu", weight, None, geometry, stats=stats)
-        torch.testing.assert_close(y[last], fused.conv_forward(x[last], affine, "relu", weight, None, geometry))
-        backward = (coeff, x, affine, saved, "relu", weight, geometry)
-        dx, dw = fused.conv_backward(y, y, *backward, sums=sums)
-        few, _ = fused.conv_backward(y[last], y[last], coeff, x[last], *backward[2:], sums=sums.clone(), need_dw=False)
-    torch.testing.assert_close(dx[last], few)
+    x, few = x._replace(act="relu"), few._replace(act="relu")
+    with use_plan("fused"):
+        y = BACKEND.conv_forward(x, weight, None, geometry, Epilogue(stats=stats))
+        torch.testing.assert_close(y[-8:], BACKEND.conv_forward(few, weight, None, geometry))
+        dx, dw = BACKEND.conv_backward(LazyGrad(y, y, coeff), x, weight, geometry, GradTarget(sums=sums))
+        last = LazyGrad(y[-8:], y[-8:], coeff)
+        small, _ = BACKEND.conv_backward(last, few, weight, geometry, GradTarget(sums=sums.clone()), False)
+    torch.testing.assert_close(dx[-8:], small)
     assert dw.isfinite().all()

@@ -1,37 +1,29 @@
 """Plain and highway blocks, what residual learning is compared with: as modules, in functional form, and the highway's one pass on every
-backend. Against plain PyTorch by the rule of :mod:`parity`, with NaN in uninitialised memory."""
+backend. Against plain PyTorch by the rule of :mod:`fusedres.testing`, with NaN in uninitialised memory."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_fused, assert_parity, compare
+from support import each_mode, served
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import dispatch, functional
-from fusedres.backends import eager
+from fusedres import functional
+from fusedres.backends import select
+from fusedres.backends.contract import Wrapped
 from fusedres.nn import HighwayBlock, PlainBlock, _PlainHighway, _PlainPlain
+from fusedres.operands import LazyMap
+from fusedres.testing import assert_fused, compare
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def served(backend: str, dtype: torch.dtype) -> None:
-    if reason := dispatch.why_not(backend, torch.device("cpu"), dtype):
-        pytest.skip(f"{backend}: {reason}")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("uninitialised_memory_is_nan"),
+]
 
 
 def fused(model: nn.Module) -> nn.Module:
@@ -98,76 +90,7 @@ def test_recomputing_gives_the_same_step(name):
     compare(CASES[name], SHAPE, torch.float64, "cpp", draws=1, fuse=recomputing)
 
 
-# ---- the pass --------------------------------------------------------------------------------------------------------
-
-
-class Operands:
-    """Random operands of the pass as slices of wider buffers full of NaN, the same numbers in every dtype."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, double: bool) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.storage = torch.float64 if double else dtype
-        self.accum = torch.float64 if double else eager.accum_dtype(dtype)
-        self.generator = torch.Generator().manual_seed(0)
-
-    def draw(self, *shape: int, spread: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self.generator, dtype=torch.float64) * spread).to(self.dtype)
-
-    def hole(self) -> Tensor:
-        n, c, h, w = self.shape
-        wide = torch.full((n, c + 6, h, w), torch.nan, dtype=self.storage).to(memory_format=torch.channels_last)
-        return wide[:, 2 : 2 + c]
-
-    def map(self, spread: float = 1.0) -> Tensor:
-        return self.hole().copy_(self.draw(*self.shape, spread=spread))
-
-    def vectors(self) -> Tensor:
-        return self.draw(2, self.shape[1]).abs().add(0.5).to(self.accum)
-
-    def room(self) -> Tensor:
-        return torch.full((2, self.shape[1]), torch.nan, dtype=self.accum)
-
-
-def the_pass(backend, d: Operands, act: str, normalised: bool) -> dict[str, Tensor]:
-    maps = [d.map(), d.map(), d.map(4.0), d.map()]
-    vectors = [d.vectors() if normalised else None for _ in range(4)]
-    sums = {"sums": d.room(), "gate_sums": d.room()} if normalised else {}
-    grad, raw, gate, carry = maps
-    out = d.hole()
-    y = backend.highway_forward(raw, vectors[0], act, gate, vectors[1], carry, out=out)
-    assert y is out and torch.equal(backend.highway_forward(raw, vectors[0], act, gate, vectors[1], carry), y)
-    found = backend.highway_backward(
-        grad, raw, vectors[0], vectors[2], act, gate, vectors[1], vectors[3], carry, **sums
-    )
-    return {"y": y, **dict(zip(("dz", "dgate", "dcarry"), found, strict=True)), **sums}
-
-
-@pytest.mark.parametrize("normalised", [True, False], ids=["normalised", "raw"])
-@pytest.mark.parametrize("act", ["relu", "none"])
-@pytest.mark.parametrize("shape", [(2, 5, 7, 5), (2, 64, 9, 9), (1, 130, 4, 3)], ids=str)
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [
-        *(("cpp", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
-        *(("triton", dtype) for dtype in (torch.float32, torch.float16)),
-    ],
-    ids=lambda p: str(p).removeprefix("torch."),
-)
-def test_the_pass_equals_its_definition(backend, dtype, shape, act, normalised):
-    served(backend, dtype)
-    if backend == "triton":
-        shape = (1, *shape[1:2], 3, 3)
-    ours = the_pass(dispatch.load(backend), Operands(shape, dtype, False), act, normalised)
-    theirs = the_pass(eager, Operands(shape, dtype, False), act, normalised)
-    truth = the_pass(eager, Operands(shape, dtype, True), act, normalised)
-    for key, value in ours.items():
-        if key.endswith("sums"):
-            # sums of few terms are right by luck in eager: their scale is that of their terms
-            terms = shape[0] * shape[2] * shape[3]
-            tolerance = 1e-11 if dtype == torch.float64 else 2e-6 * terms
-            assert (value - truth[key]).abs().max() <= tolerance, key
-        else:
-            assert_parity(value, theirs[key], truth[key], key)
+# ---- the pass, whose parity tests/backends/test_contract.py shows --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -177,7 +100,7 @@ def test_gates_at_their_limits(dtype):
     gate = torch.tensor([float("inf"), 200.0, -200.0, float("-inf"), float("nan"), 0.0, 90.0, -90.0], dtype=dtype)
     shape = (1, 8, 1, 1)
     raw, carry = torch.full(shape, 3.0, dtype=dtype), torch.full(shape, 5.0, dtype=dtype)
-    y = dispatch.load("cpp").highway_forward(raw, None, "none", gate.view(shape), None, carry).flatten()
+    y = select.load("cpp").highway_forward(LazyMap(raw), LazyMap(gate.view(shape)), carry).flatten()
     torch.testing.assert_close(y, torch.lerp(carry, raw, gate.view(shape).sigmoid()).flatten(), equal_nan=True)
     assert y[:4].tolist() == [3.0, 3.0, 5.0, 5.0] and y[4].isnan()
 
@@ -186,18 +109,14 @@ def test_the_join_is_one_pass_each_way():
     """Beside convolutions and steps of C numbers, a highway is one pass forward and one backward."""
     calls: list[str] = []
 
-    class Counting:
-        def __init__(self, backend) -> None:
-            self._backend = backend
-
-        def __getattr__(self, name):
-            found = getattr(self._backend, name)
-            if callable(found) and not name.startswith(("conv_", "bn_", "new_")):
-                calls.append(name)
-            return found
+    class Counting(Wrapped):
+        def call(self, primitive: str, *args: object, **kwargs: object) -> object:
+            if not primitive.startswith(("conv_", "bn_")):
+                calls.append(primitive)
+            return super().call(primitive, *args, **kwargs)
 
     block = HighwayBlock(5, gate_norm=True)
-    with fusedres.use_backend("eager"), dispatch.observe(Counting):
+    with fusedres.use_backend("eager"), select.observe(Counting):
         block(torch.randn(2, 5, 4, 4, requires_grad=True)).sum().backward()
     assert calls == ["highway_forward", "highway_backward"]
 
@@ -256,15 +175,15 @@ def test_hooks_autocast_copies_and_double_backward(build):
     wanted = twin(x)
     for made in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         torch.testing.assert_close(made(x), wanted)
-        assert made._fusedres_last == "cpp"
+        assert made._fusedres.outcome.backend == "cpp"
     with torch.autocast("cpu", torch.bfloat16):
         y = block(x.bfloat16())
-    assert y.dtype == torch.bfloat16 and block._fusedres_last == "cpp"
+    assert y.dtype == torch.bfloat16 and block._fusedres.outcome.backend == "cpp"
     torch.testing.assert_close(y.float(), wanted, rtol=0.1, atol=0.1)
     seen = []
     handle = block.conv1.register_forward_hook(lambda m, i, o: seen.append(o))
     torch.testing.assert_close(block(x), wanted)
-    assert len(seen) == 1 and "hook" in block._fusedres_last
+    assert len(seen) == 1 and "hook" in block._fusedres.outcome.reason
     handle.remove()
 
     def second(model: nn.Module) -> list[Tensor]:
@@ -272,8 +191,11 @@ def test_hooks_autocast_copies_and_double_backward(build):
         (first,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
         return list(torch.autograd.grad(first.square().sum(), [leaf, *model.parameters()]))
 
-    with fusedres.use_backend("eager"):
-        for a, b in zip(second(block.double().train()), second(twin.double().train()), strict=True):
+    for backend in ("eager", "cpp"):
+        with fusedres.use_backend(backend):
+            pairs = zip(second(block.double().train()), second(twin.double().train()), strict=True)
+        assert block._fusedres.outcome.backend == backend
+        for a, b in pairs:
             torch.testing.assert_close(a, b)
 
 

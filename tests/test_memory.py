@@ -9,12 +9,11 @@ import weakref
 
 import pytest
 import torch
-from parity import randomize, run_training
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import memory
-from fusedres.blocks import FusedBlock
+from fusedres.swap import FusedBlock, is_converted, original_class
+from fusedres.testing import randomize, run_training
 
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402
@@ -168,16 +167,16 @@ def warm(kind: str, training: bool, dtype: torch.dtype = torch.float64) -> nn.Mo
     x = torch.randn(SHAPE, dtype=dtype)
     for _ in range(2):
         block(x)
-    assert memory.KEY in block.__dict__ and block._fusedres_last == "cpp"
+    assert block._fusedres.reading is not None and block._fusedres.outcome.backend == "cpp"
     return block
 
 
 def plain_twin(block: nn.Module) -> nn.Module:
     """The same numbers by the original modules."""
     twin = copy.deepcopy(block)
-    if fusedres.blocks.is_converted(twin):
+    if is_converted(twin):
         return fusedres.revert(twin)
-    twin.__class__ = twin.original_class()
+    twin.__class__ = original_class(twin)
     return twin
 
 
@@ -208,16 +207,16 @@ def test_what_is_undone_is_fused_again(kind):
     convolution = first(block, nn.Conv2d)
     handle = convolution.register_forward_hook(lambda module, inputs, output: None)
     block(x)
-    assert "hook" in block._fusedres_last
+    assert "hook" in block._fusedres.outcome.reason
     handle.remove()
     block(x)
-    assert block._fusedres_last == "cpp"
+    assert block._fusedres.outcome.backend == "cpp"
     nn.utils.parametrizations.weight_norm(convolution)
     block(x)
-    assert block._fusedres_last.startswith("original modules")
+    assert not block._fusedres.outcome.fused
     nn.utils.parametrize.remove_parametrizations(convolution, "weight")
     block(x)
-    assert block._fusedres_last == "cpp"
+    assert block._fusedres.outcome.backend == "cpp"
     assert_computes_as_its_modules(block)
 
 
@@ -227,7 +226,7 @@ def test_another_dtype_is_noticed(kind):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         block.to(dtype)
         y = block(torch.randn(SHAPE, dtype=dtype))
-        assert y.dtype == dtype and block._fusedres_last == "cpp"
+        assert y.dtype == dtype and block._fusedres.outcome.backend == "cpp"
     block.half()
     with pytest.raises(RuntimeError):
         block(torch.randn(SHAPE))
@@ -242,7 +241,7 @@ def test_another_dtype_is_noticed(kind):
 def test_another_device_is_noticed(kind):
     block = warm(kind, False).to("meta")
     y = block(torch.randn(SHAPE, dtype=torch.float64, device="meta"))
-    assert y.device.type == "meta" and block._fusedres_last.startswith("original modules")
+    assert y.device.type == "meta" and not block._fusedres.outcome.fused
     with pytest.raises(RuntimeError):
         block(torch.randn(SHAPE, dtype=torch.float64))
 
@@ -251,7 +250,7 @@ def test_another_device_is_noticed(kind):
 def test_other_shapes_are_checked(kind):
     block = warm(kind, True)
     block(torch.randn(2, 6, 4, 8, dtype=torch.float64))
-    assert block._fusedres_last == "cpp"
+    assert block._fusedres.outcome.backend == "cpp"
     with pytest.raises(RuntimeError):
         block(torch.randn(2, 5, 4, 8, dtype=torch.float64))
     first(block, nn.Conv2d).weight.data = torch.randn(8, 9, 3, 3, dtype=torch.float64)
@@ -271,7 +270,7 @@ def test_a_norm_that_stands_twice_counts_twice():
     block = resnet.BasicBlock(6, 6)
     block.bn2 = block.bn1
     assert_computes_as_its_modules(fusedres.convert(block.double()))
-    assert block._fusedres_last == "cpp" and block.bn1.num_batches_tracked == 4
+    assert block._fusedres.outcome.backend == "cpp" and block.bn1.num_batches_tracked == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,8 +280,8 @@ def test_autocast_after_a_call_without(kind):
     with torch.autocast("cpu", torch.bfloat16):
         casts = isinstance(block, nn.Sequential) and isinstance(block[0], nn.Conv2d)
         assert block(x).dtype == plain_twin(block)(x).dtype
-        assert (block._fusedres_last == "cpp") == casts
-    assert block(x).dtype == torch.float32 and block._fusedres_last == "cpp"
+        assert (block._fusedres.outcome.backend == "cpp") == casts
+    assert block(x).dtype == torch.float32 and block._fusedres.outcome.backend == "cpp"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -290,7 +289,7 @@ def test_copies_remember_nothing(kind):
     block = warm(kind, True)
     state = block.state_dict().keys()
     for twin in (copy.copy(block), copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
-        assert not any(memory.KEY in m.__dict__ for m in twin.modules() if isinstance(m, FusedBlock))
+        assert not any(m._fusedres.reading is not None for m in twin.modules() if isinstance(m, FusedBlock))
         assert twin.state_dict().keys() == state
     assert_computes_as_its_modules(copy.deepcopy(block))
 
@@ -310,7 +309,7 @@ def test_weights_that_were_computed_are_used_and_not_kept():
     leaves = {name: p.detach().clone().requires_grad_() for name, p in block.named_parameters()}
     weights = {name: 2 * leaf for name, leaf in leaves.items()}
     y = torch.func.functional_call(block, weights, (x,))
-    assert block._fusedres_last == "cpp"
+    assert block._fusedres.outcome.backend == "cpp"
     twin = fusedres.revert(copy.deepcopy(block))
     torch.testing.assert_close(y, torch.func.functional_call(twin, weights, (x,)), rtol=1e-9, atol=1e-9)
     y.sum().backward()

@@ -7,12 +7,13 @@ import copy
 
 import pytest
 import torch
-from parity import assert_fused, run_training
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import dispatch
+from fusedres.backends import select
 from fusedres.nn import BasicBlock, ConvBNAct, DenseBlock, HighwayBlock, PlainBlock, Transition
+from fusedres.swap import original_class
+from fusedres.testing import assert_fused, run_training
 
 
 def option_a(inplanes: int, planes: int, stride: int) -> nn.Module | None:
@@ -66,14 +67,13 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_of_the_blocks_trains_as_its_plain_modules(name):
-    if dispatch.why_not("cpp", torch.device("cpu"), torch.float64) is not None:
+    if select.why_not("cpp", torch.device("cpu"), torch.float64) is not None:
         pytest.skip("cpp is not there")
     torch.manual_seed(0)
     model = NETWORKS[name]().double()
     twin = copy.deepcopy(model)
     for module in twin.modules():
-        if hasattr(module, "original_class"):
-            module.__class__ = module.original_class()
+        module.__class__ = original_class(module)
     x = torch.randn(2, 3, 12, 8, dtype=torch.float64)
     with fusedres.use_backend("cpp"):
         found = run_training(model, x)

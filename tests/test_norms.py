@@ -7,11 +7,12 @@ import pickle
 
 import pytest
 import torch
-from parity import assert_fused, assert_parity, randomize, run_training
+from support import ran
 from torch import nn
 
 import fusedres
-from fusedres.blocks import FusedBlock
+from fusedres.swap import FusedBlock
+from fusedres.testing import assert_fused, assert_parity, randomize, run_training
 
 pytest.importorskip("torchvision")
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
@@ -22,7 +23,7 @@ FUSED = "cpp" if fusedres.backends()["cpp"] == "available" else "eager"
 
 @pytest.fixture(autouse=True)
 def one_fused_backend():
-    """The compiled backend, or eager's schedules where there is no extension: never the original modules."""
+    """The compiled backend, or eager's primitives where there is no extension: never the original modules."""
     torch.manual_seed(0)
     with fusedres.use_backend(FUSED):
         yield
@@ -62,7 +63,7 @@ def test_a_frozen_batch_norm_that_widens_its_input_is_left_to_its_own_arithmetic
         theirs, ours = plain.layer1(plain.conv1(x)), model.layer1(model.conv1(x))
     assert ours.dtype == theirs.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert all("BatchNorm in torch.float32 meets torch.bfloat16" in m._fusedres_last for m in model.layer1)
+    assert all("BatchNorm in torch.float32 meets torch.bfloat16" in ran(m) for m in model.layer1)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fusedres
-from fusedres.backends import eager
-from fusedres.backends.eager import Geometry, Pool
+from fusedres.backends.eager import BACKEND as EAGER
+from fusedres.operands import Epilogue, LazyMap
+from fusedres.specs import Geometry, Pool
 
 NAN = float("nan")
 GEOMETRY = ([2, 1], [1, 1], [1, 1], 1)
@@ -32,8 +33,8 @@ def cases() -> dict[str, tuple]:
     conv = (x, vectors(2, 6), "relu", weight, torch.randn(5), *GEOMETRY, map_(2, 5, 5, 7, fill=NAN))
     back = (map_(2, 5, 5, 7), raw, vectors(3, 5), x, vectors(2, 6))
     norm = (torch.rand(5), torch.rand(5), torch.rand(5), torch.rand(5))
-    join = (raw, vectors(2, 5), map_(2, 5, 5, 7), vectors(2, 5))
-    index = eager.pool_forward(x, None, "none", Pool("max", (3, 3), (2, 2), (1, 1)))[1]
+    added = (raw, vectors(2, 5), map_(2, 5, 5, 7), vectors(2, 5))
+    index = EAGER.pool_forward(LazyMap(x), Pool("max", (3, 3), (2, 2), (1, 1)))[1]
     pooled = (x, vectors(2, 6), vectors(2, 6), "relu")
     return {
         "statistics": (x, vectors(2, 6, NAN)),
@@ -44,20 +45,20 @@ def cases() -> dict[str, tuple]:
             vectors(2, 6, NAN),
         ),
         "conv_wgrad": (*back, "relu", weight, *GEOMETRY),
-        "join_forward": (*join, "relu", map_(2, 5, 5, 7, fill=NAN), vectors(2, 5, NAN)),
-        "join_backward-relu": (
-            map_(2, 5, 5, 7), raw, vectors(2, 5), vectors(2, 5), "relu", vectors(2, 5, NAN), *join[2:], vectors(2, 5),
+        "add_act_forward": (*added, "relu", map_(2, 5, 5, 7, fill=NAN), vectors(2, 5, NAN)),
+        "add_act_backward-relu": (
+            map_(2, 5, 5, 7), raw, vectors(2, 5), vectors(2, 5), "relu", vectors(2, 5, NAN), *added[2:], vectors(2, 5),
             vectors(2, 5, NAN),
         ),
-        "join_backward-none": (
+        "add_act_backward-none": (
             map_(2, 5, 5, 7), raw, vectors(2, 5), vectors(2, 5), "none", vectors(2, 5, NAN), None, None, None, None,
         ),
-        "highway_forward": (raw, vectors(2, 5), "relu", *join[2:], map_(2, 5, 5, 7), map_(2, 5, 5, 7, fill=NAN)),
+        "highway_forward": (raw, vectors(2, 5), "relu", *added[2:], map_(2, 5, 5, 7), map_(2, 5, 5, 7, fill=NAN)),
         "highway_backward": (
-            map_(2, 5, 5, 7), raw, vectors(2, 5), vectors(2, 5), "relu", *join[2:], vectors(2, 5), map_(2, 5, 5, 7),
+            map_(2, 5, 5, 7), raw, vectors(2, 5), vectors(2, 5), "relu", *added[2:], vectors(2, 5), map_(2, 5, 5, 7),
             vectors(2, 5, NAN), vectors(2, 5, NAN),
         ),
-        "grad_affine": (map_(2, 5, 5, 7), raw, vectors(3, 5), map_(2, 5, 5, 7, fill=NAN)),
+        "apply_grad_coeff": (map_(2, 5, 5, 7), raw, vectors(3, 5), map_(2, 5, 5, 7, fill=NAN)),
         "pool_forward-max": (x, vectors(2, 6), "relu", *MAX, map_(2, 6, 5, 4, fill=NAN), vectors(2, 6, NAN)),
         "pool_forward-mean": (x, vectors(2, 6), "relu", *MEAN, map_(2, 6, 4, 3, fill=NAN), None),
         "pool_backward-sums": (map_(2, 6, 5, 4), index, *pooled, *MAX, vectors(2, 6, NAN), None, None),
@@ -89,21 +90,25 @@ def test_operators_write_all_of_their_outputs(name, backend):
 
 
 def test_a_convolution_by_its_operator_is_the_primitive():
-    x, affine, act, weight, bias, *geometry, out, stats, _, _, _, _ = cases()["conv_forward-training"]
+    x, scale_shift, act, weight, bias, *geometry, out, stats, _, _, _, _ = cases()["conv_forward-training"]
     with fusedres.use_backend("eager"):
-        torch.ops.fusedres.conv_forward(x, affine, act, weight, bias, *geometry, out, stats, None, None, None, "none")
+        torch.ops.fusedres.conv_forward(
+            x, scale_shift, act, weight, bias, *geometry, out, stats, None, None, None, "none"
+        )
     geometry = Geometry((2, 1), (1, 1), (1, 1), 1)
     expected_stats = vectors(2, 5, NAN)
-    expected = eager.conv_forward(x, affine, act, weight, bias, geometry, stats=expected_stats)
+    expected = EAGER.conv_forward(LazyMap(x, scale_shift, act), weight, bias, geometry, Epilogue(stats=expected_stats))
     assert torch.equal(out, expected) and torch.equal(stats, expected_stats)
 
 
 def test_the_operators_trace_into_one_graph():
-    x, affine, act, weight, bias, *geometry, _, _, _, _, _, _ = cases()["conv_forward-training"]
+    x, scale_shift, act, weight, bias, *geometry, _, _, _, _, _, _ = cases()["conv_forward-training"]
 
     def step(x):
         out, stats = torch.empty(2, 5, 5, 7), torch.empty(2, 5)
-        torch.ops.fusedres.conv_forward(x, affine, act, weight, bias, *geometry, out, stats, None, None, None, "none")
+        torch.ops.fusedres.conv_forward(
+            x, scale_shift, act, weight, bias, *geometry, out, stats, None, None, None, "none"
+        )
         return torch.relu(out), stats
 
     with fusedres.use_backend("eager"):

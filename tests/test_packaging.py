@@ -49,7 +49,7 @@ def test_without_the_extension_the_backend_says_what_to_type(tmp_path):
         "import sys; sys.modules['fusedres._C'] = None\n"
         "import torch, fusedres\n"
         "from fusedres.backends import cpp\n"
-        "print(cpp.supports(torch.device('cpu'), torch.float32))"
+        "print(cpp.BACKEND.supports(torch.device('cpu'), torch.float32))"
     )
     said = run([sys.executable, "-c", code], tmp_path).stdout
     assert "FUSEDRES_BUILD=cpu pip install" in said
@@ -91,6 +91,7 @@ def test_a_wheel_without_the_extension(checkout, env):
         "fusedres/__init__.py",
         "fusedres/backends/cpp.py",
         "fusedres/kernels/__init__.py",
+        "fusedres/_C.pyi",
         "fusedres/py.typed",
     } <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fusedres"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import dispatch
+from bench import memory
+from fusedres.backends import select
 
 torchvision = pytest.importorskip("torchvision")
 ROOT = Path(__file__).parents[1]
-# the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
-spec = importlib.util.spec_from_file_location("bench", ROOT / "bench" / "__init__.py")
-sys.modules.setdefault("bench", importlib.util.module_from_spec(spec))
-
-from bench import memory  # noqa: E402
 
 BATCH, SIDE = 2, 48
 MAP = BATCH * SIDE * SIDE * 4  # bytes of a float32 map of one channel: more than any gradient of a weight has here
@@ -45,8 +39,8 @@ def peak(step, smallest: int = MAP) -> int:
 
 @pytest.fixture(autouse=True)
 def on_the_extension():
-    if dispatch.backends()["cpp"] != "available":
-        pytest.skip(f"cpp: {dispatch.backends()['cpp']}")
+    if select.backends()["cpp"] != "available":
+        pytest.skip(f"cpp: {select.backends()['cpp']}")
     with fusedres.use_backend("cpp"):
         yield
 

@@ -63,4 +63,6 @@ def test_its_bfloat16_figures_are_the_measured_ones():
     records = json.loads((ROOT / "results" / "models-bfloat16.json").read_text())
     ratio = {(r["model"], r["mode"]): f"{r['ratio_to_eager']:.2f}x" for r in records if r["contender"] == "fused"}
     dense, residual = ([ratio[model, mode] for mode in ("train", "infer")] for model in ("densenet121", "resnet50"))
-    assert "DenseNet-121 trains at {} and infers at {} eager, ResNet-50 at {} and {}".format(*dense, *residual) in README
+    assert (
+        "DenseNet-121 trains at {} and infers at {} eager, ResNet-50 at {} and {}".format(*dense, *residual) in README
+    )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.blocks import FusedBlock
-from fusedres.conversion import Report, Row
+from fusedres.report import Report, Row
+from fusedres.swap import FusedBlock
 
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402
@@ -110,7 +110,7 @@ def test_autocast_halves_the_bytes():
 
 
 def test_a_whole_model_keeps_what_its_blocks_say():
-    model = fusedres.convert(torchvision.models.resnet18())
+    model = fusedres.convert(torchvision.models.resnet18()).to(memory_format=torch.channels_last)
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     report = fusedres.report(model)
     assert all(row.kept is not None and row.kept < row.eager_kept for row in report if row.kind != "sequential")
@@ -136,7 +136,7 @@ def test_neighbours_that_agree_share_a_line():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("plan", ["fused", "vendor"])
+@pytest.mark.parametrize("plan", ["fused", "library"])
 def test_the_plan_of_each_convolution_is_named(plan, training):
     if fusedres.backends()["triton"] != "available":
         pytest.skip(fusedres.backends()["triton"])
@@ -146,7 +146,7 @@ def test_the_plan_of_each_convolution_is_named(plan, training):
     with fusedres.use_backend("triton"), triton.use_plan(plan), torch.set_grad_enabled(training):
         model(torch.randn(1, 8, 4, 4))
         (row,) = fusedres.report(model)
-    assert row.plans == (("conv1", plan), ("conv2", plan))
+    assert row.routes == (("conv1", plan), ("conv2", plan))
     assert f"conv1 {plan}, conv2 {plan}" in str(Report([row]))
     assert (row.kept is None) is not training
 
@@ -156,13 +156,13 @@ def test_plans_that_differ_by_direction_are_told_apart(monkeypatch):
         pytest.skip(fusedres.backends()["triton"])
     from fusedres.backends import triton
 
-    monkeypatch.setattr(triton, "forward_plan", lambda *_, **__: triton.Plan(True))
-    monkeypatch.setattr(triton, "backward_plans", lambda *_, **__: (triton.Plan(False), triton.Plan(True)))
+    routes = {"conv_forward": {"forward": "fused"}, "conv_backward": {"dgrad": "library", "wgrad": "fused"}}
+    monkeypatch.setattr(triton.BACKEND, "routes", lambda primitive, *_, **__: routes.get(primitive, {}))
     model = fusedres.convert(resnet.BasicBlock(8, 8))
     with fusedres.use_backend("triton"):
         model(torch.randn(1, 8, 4, 4, requires_grad=True))
         (row,) = fusedres.report(model)
-    assert row.plans == (("conv1", "fused/vendor/fused"), ("conv2", "fused/vendor/fused"))
+    assert row.routes == (("conv1", "fused/library/fused"), ("conv2", "fused/library/fused"))
 
 
 def test_what_ran_by_its_modules_has_neither_bytes_nor_plans():
@@ -170,7 +170,7 @@ def test_what_ran_by_its_modules_has_neither_bytes_nor_plans():
     model[0].conv1.register_forward_hook(lambda *_: None)
     model(torch.randn(SHAPE))
     first, second = fusedres.report(model)
-    assert not first.fused and first.kept is None and first.plans == ()
+    assert not first.fused and first.kept is None and first.routes == ()
     assert second.fused and second.kept > 0
 
 
@@ -179,7 +179,7 @@ def test_a_split_block_reports_the_sum_of_its_pieces():
     plain = timm.create_model("seresnet18").layer1[0]
     block = fusedres.convert(copy.deepcopy(plain))
     block(torch.randn(2, 64, 8, 8, requires_grad=True))
-    assert isinstance(block, FusedBlock) and len(block._fusedres_calls) > 1
+    assert isinstance(block, FusedBlock) and len(block._fusedres.records) > 1
     (row,) = fusedres.report(block)
     # the input, read by the first piece and by the join, counts once: two raw maps, and what the squeeze-and-excitation makes
     map_bytes = 4 * 2 * 64 * 8 * 8

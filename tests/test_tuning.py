@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,38 +17,45 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 import fusedres  # noqa: E402
-from fusedres import plans, tuning  # noqa: E402
-from fusedres.backends import triton as fused  # noqa: E402
-from fusedres.backends.eager import Geometry  # noqa: E402
-from fusedres.kernels import helpers  # noqa: E402
-from fusedres.plans import Plan, Problem  # noqa: E402
+from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
+from fusedres.kernels.launch import INTERPRETED, record  # noqa: E402
+from fusedres.kernels.tiles import ConvConfig  # noqa: E402
+from fusedres.operands import GradTarget, LazyGrad, LazyMap  # noqa: E402
+from fusedres.specs import Geometry  # noqa: E402
+from fusedres.tuning import plans  # noqa: E402
+from fusedres.tuning.plans import FUSED, LIBRARY, Plan, Problem  # noqa: E402
+from fusedres.tuning.precompile import followed  # noqa: E402
+from fusedres.tuning.step import run_step  # noqa: E402
+from fusedres.tuning.tune import record as recorded  # noqa: E402
 
-DEVICE = torch.device("cpu") if helpers.INTERPRETED else torch.device("cuda", torch.cuda.current_device())
-PROBLEM = Problem("forward", "float32", (2, 8, 6, 6), 8, 8, (8, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1, ("affine", "relu"))
-CONFIG = (32, 16, 16, 2, 2)
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+PROBLEM = Problem(
+    "forward", "float32", (2, 8, 6, 6), 8, 8, (8, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1, ("scale_shift", "relu")
+)
+CONFIG = ConvConfig(32, 16, 16, 2, 2)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache folder, and nothing remembered from before."""
     monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
-    plans.table.cache_clear()
+    plans.forget()
     yield tmp_path
-    plans.table.cache_clear()
+    plans.forget()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read(cache):
-    table = {PROBLEM: Plan(True, CONFIG), PROBLEM._replace(op="dgrad", features=()): Plan(False)}
+    table = {PROBLEM: Plan(True, CONFIG), PROBLEM._replace(op="dgrad", features=()): LIBRARY}
     path = cache / "folder" / plans.file_name("Some GPU (80 GB)")
     plans.write(path, "Some GPU (80 GB)", table)
     assert path.name == "some-gpu-80-gb.json"
     assert plans.read(path, "Some GPU (80 GB)", plans.versions()) == table
     assert plans.read(path, "another", plans.versions()) == {}
-    plans.write(path, "Some GPU (80 GB)", {PROBLEM: Plan(False)})
-    assert plans.read(path, "Some GPU (80 GB)", plans.versions()) == table | {PROBLEM: Plan(False)}
+    plans.write(path, "Some GPU (80 GB)", {PROBLEM: LIBRARY})
+    assert plans.read(path, "Some GPU (80 GB)", plans.versions()) == table | {PROBLEM: LIBRARY}
     assert {file.suffix for file in path.parent.iterdir()} == {".json", ".lock"}
 
 
@@ -57,6 +65,7 @@ BROKEN = {
     "no object": "[1, 2]",
     "no plans": '{"device": "cpu"}',
     "plans of another form": '{"device": "cpu", "plans": [{"problem": {"op": "forward"}, "fused": true, "config": null}]}',
+    "nothing but null": "null",
     "binary": b"\xff\xfe\x00",
 }
 
@@ -66,31 +75,69 @@ def test_an_unreadable_file_is_ignored_and_rewritten(cache, content):
     path = cache / plans.file_name(plans.device_name(DEVICE))
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert plans.table(DEVICE) == {}
-    assert plans.remember(DEVICE, {PROBLEM: Plan(False)}) == path
-    plans.table.cache_clear()
-    assert plans.table(DEVICE) == {PROBLEM: Plan(False)}
+    assert plans.remember(DEVICE, {PROBLEM: LIBRARY}) == path
+    plans.forget()
+    assert plans.table(DEVICE) == {PROBLEM: LIBRARY}
+
+
+CONFIG_FIELDS = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 2, "num_stages": 2}
+BAD_ENTRIES = {
+    "a tile by position": {"config": list(CONFIG_FIELDS.values())},
+    "an unknown field of a tile": {"config": {**CONFIG_FIELDS, "num_ctas": 2}},
+    "a field of a tile missing": {"config": {"BLOCK_M": 32}},
+    "no tile": {"config": {**CONFIG_FIELDS, "BLOCK_M": 24}},
+    "more warps than a 3x3 may have": {"config": {**CONFIG_FIELDS, "num_warps": 8}},
+    "a tile for the library": {"fused": False},
+    "an unknown field of a plan": {"note": "mine"},
+}
+
+
+@pytest.mark.parametrize("change", BAD_ENTRIES.values(), ids=BAD_ENTRIES)
+def test_a_table_with_a_bad_plan_is_ignored(cache, change):
+    path = plans.remember(DEVICE, {PROBLEM: Plan(True, CONFIG)})
+    content = json.loads(path.read_text())
+    assert content["plans"][0]["config"] == CONFIG_FIELDS, "by the names of the fields"
+    plans.forget()
+    assert plans.table(DEVICE) == {PROBLEM: Plan(True, CONFIG)}
+    content["plans"][0].update(change)
+    path.write_text(json.dumps(content))
+    plans.forget()
+    assert plans.table(DEVICE) == {}
+
+
+def test_the_packages_own_tables_are_found(cache, monkeypatch):
+    """Behind the user's own, and for any version of torch and triton."""
+    folder = cache / "package" / "tables"
+    path = folder / plans.file_name(plans.device_name(DEVICE))
+    other = PROBLEM._replace(groups=2)
+    monkeypatch.setattr(plans, "__file__", str(cache / "package" / "tuning" / "plans.py"))
+    plans.write(path, plans.device_name(DEVICE), {PROBLEM: FUSED, other: FUSED})
+    path.write_text(path.read_text().replace(torch.__version__, "0.0"))
+    plans.remember(DEVICE, {other: LIBRARY})
+    plans.forget()
+    assert plans.table(DEVICE) == {PROBLEM: FUSED, other: LIBRARY}
 
 
 @pytest.mark.parametrize("which", ["torch", "triton", "fusedres", "format"])
 def test_other_versions_are_stale(cache, which):
-    path = plans.remember(DEVICE, {PROBLEM: Plan(False)})
+    path = plans.remember(DEVICE, {PROBLEM: LIBRARY})
     content = json.loads(path.read_text())
     content[which] = "0.0"
     path.write_text(json.dumps(content))
-    plans.table.cache_clear()
+    plans.forget()
     assert plans.table(DEVICE) == {}
     other = PROBLEM._replace(groups=2)
-    plans.remember(DEVICE, {other: Plan(True)})
-    assert plans.read(path, plans.device_name(DEVICE), plans.versions()) == {other: Plan(True)}
+    plans.remember(DEVICE, {other: FUSED})
+    assert plans.read(path, plans.device_name(DEVICE), plans.versions()) == {other: FUSED}
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from fusedres import plans
+from fusedres.tuning import plans
 problem = plans.Problem("forward", "float32", (1, 8, 6, 6), 8, 8, (8, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1, ())
 for i in range(40):
-    table = {problem._replace(x=(i, int(sys.argv[2]), 6, 6)): plans.Plan(True)}
+    table = {problem._replace(x=(i, int(sys.argv[2]), 6, 6)): plans.FUSED}
     plans.write(Path(sys.argv[1]), "cpu", table)
 """
 
@@ -112,53 +159,55 @@ def test_where_the_cache_is(monkeypatch):
 # ---- dispatch --------------------------------------------------------------------------------------------------------
 
 
-def arguments(batch: int = 2):
+GEOMETRY = Geometry((1, 1), (1, 1), (1, 1), 1)
+
+
+def lazy(batch: int = 2) -> LazyMap:
     x = torch.randn(batch, 8, 6, 6, device=DEVICE).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(8, 8, 3, 3, device=DEVICE)
-    return x, torch.rand(2, 8, device=DEVICE), "relu", weight, None, Geometry((1, 1), (1, 1), (1, 1), 1)
+    return LazyMap(x, torch.rand(2, 8, device=DEVICE), "relu", torch.rand(2, 8, device=DEVICE))
 
 
 def kernels_of(call) -> dict[str, dict]:
     """The arguments of what ``call`` launches, by kernel."""
-    with helpers.record() as launches:
+    with record() as launches:
         call()
     return {launch.kernel.__name__.removesuffix("_kernel"): launch.arguments for launch in launches}
 
 
 def test_the_backend_follows_the_plan():
     def launched(batch=2):
-        return kernels_of(lambda: fused.conv_forward(*arguments(batch)))
+        weight = torch.randn(8, 8, 3, 3, device=DEVICE)
+        return kernels_of(lambda: BACKEND.conv_forward(lazy(batch), weight, None, GEOMETRY))
 
     before = launched()
-    plans.remember(DEVICE, {PROBLEM: Plan(False)})
-    assert "conv_forward" not in launched() and "join_forward" in launched()
+    plans.remember(DEVICE, {PROBLEM: LIBRARY})
+    assert "conv_forward" not in launched() and "add_act_forward" in launched()
     plans.remember(DEVICE, {PROBLEM: Plan(True, CONFIG)})
     found = launched()["conv_forward"]
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    assert tuple(found[name] for name in names) == CONFIG
+    assert ConvConfig(**{field.name: found[field.name] for field in dataclasses.fields(ConvConfig)}) == CONFIG
     # another size is another problem; and an override overrides
     assert launched(3).keys() == before.keys()
-    with fused.use_plan("vendor"):
+    with use_plan("library"):
         assert "conv_forward" not in launched()
 
 
 @pytest.mark.parametrize("dgrad", [True, False])
 @pytest.mark.parametrize("wgrad", [True, False])
 def test_the_two_gradients_have_plans_of_their_own(dgrad, wgrad):
-    x, affine, act, weight, _, geometry = arguments()
-    grad, coeff = torch.randn_like(x), torch.rand(3, 8, device=DEVICE)
+    x, weight, coeff = lazy(), torch.randn(8, 8, 3, 3, device=DEVICE), torch.rand(3, 8, device=DEVICE)
+    grad = LazyGrad(torch.randn_like(x.raw), torch.randn_like(x.raw), coeff)
     sums = torch.empty(2, 8, device=DEVICE)
-    operands = (grad, torch.randn_like(x), coeff, x, affine, torch.rand(2, 8, device=DEVICE), act, weight, geometry)
-    with fused.use_plan("vendor"):
-        expected = fused.conv_backward(*operands, sums=sums)
+    given = (grad, x, weight, GEOMETRY, GradTarget(sums=sums))
+    with use_plan("library"):
+        expected = BACKEND.conv_backward(*given)
     expected_sums = sums.clone()
     chosen = {"dgrad": Plan(dgrad, CONFIG if dgrad else None), "wgrad": Plan(wgrad, CONFIG if wgrad else None)}
-    problems = fused.backward_problems(*operands, sums=sums)
+    problems = BACKEND.tuner.problems("conv_backward", *given)
     assert [p.op for p in problems] == ["dgrad", "wgrad"]
     plans.remember(DEVICE, {p: chosen[p.op] for p in problems})
-    found = kernels_of(lambda: fused.conv_backward(*operands, sums=sums))
+    found = kernels_of(lambda: BACKEND.conv_backward(*given))
     assert ("conv_dgrad" in found, "conv_wgrad" in found) == (dgrad, wgrad)
-    for ours, theirs in zip(fused.conv_backward(*operands, sums=sums), expected, strict=True):
+    for ours, theirs in zip(BACKEND.conv_backward(*given), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=1e-4)
 
@@ -173,7 +222,7 @@ def network() -> nn.Module:
 
 
 def measure(call) -> float:
-    """Stands in for a clock: tiles of 32 columns win forward, the vendor wins both gradients."""
+    """Stands in for a clock: tiles of 32 columns win forward, the library wins both gradients."""
     found = kernels_of(call)
     if "conv_forward" in found:
         return 1.0 if found["conv_forward"]["BLOCK_N"] == 32 else 2.0
@@ -193,13 +242,13 @@ def test_tune(cache):
         ("dgrad", False),
         ("wgrad", False),
     ]
-    assert report[0].plan.config[1] == 32 and report[0].seconds == 1.0 and report[0].vendor_seconds == 3.0
+    assert report[0].plan.config.BLOCK_N == 32 and report[0].seconds == 1.0 and report[0].library_seconds == 3.0
     assert report.file.parent == cache and "3 convolutions" in str(report)
     # nothing of the model's has changed
     assert model[0].weight.grad is kept
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     # a later process follows what was measured, and measures nothing again
-    plans.table.cache_clear()
+    plans.forget()
     with fusedres.use_backend("triton"):
         found = kernels_of(lambda: model(x))
         assert found["conv_forward"]["BLOCK_N"] == 32
@@ -219,7 +268,7 @@ def test_a_configuration_that_fails_is_not_chosen():
 
     with fusedres.use_backend("triton"):
         (row,) = fusedres.tune(network().eval(), torch.randn(2, 8, 6, 6, device=DEVICE), measure=failing)
-    assert row.plan == Plan(True)
+    assert row.plan.fused and (row.plan.config is None or row.plan.config.BLOCK_N != 32)
 
 
 def test_nothing_to_tune_says_why():
@@ -255,17 +304,18 @@ def test_a_step_is_followed_without_running(training, measured):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with fusedres.use_backend("triton"):
         if measured:
-            problems, _ = tuning._record(model, (x,), {})
-            plans.remember(DEVICE, {p: Plan(p.op == "wgrad", CONFIG) for p in problems[DEVICE]})
-        followed = tuning._followed(model, (x,), {}, DEVICE)
+            found, _ = recorded(model, (x,), {})
+            plans.remember(DEVICE, {p: Plan(True, CONFIG) if p.op == "wgrad" else LIBRARY for p in found[DEVICE]})
+        ahead = followed(BACKEND, model, (x,), {}, DEVICE)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
-        with helpers.record() as launches:
-            tuning._step(model, (x,), {})
-    assert described(followed) == described(launches)
-    names = {launch.kernel.__name__ for launch in followed}
+        # the backward of CUDA tensors on this thread, whose launches are recorded
+        with record() as launches, torch.autograd.set_multithreading_enabled(False):
+            run_step(model, (x,), {})
+    assert described(ahead) == described(launches)
+    names = {launch.kernel.__name__ for launch in ahead}
     assert ("conv_forward_kernel" in names) != measured and ("conv_wgrad_kernel" in names) == training
-    tensors = [v for launch in followed for v in launch.arguments.values() if isinstance(v, torch.Tensor)]
+    tensors = [v for launch in ahead for v in launch.arguments.values() if isinstance(v, torch.Tensor)]
     assert tensors and all(tensor.is_meta for tensor in tensors)
 
 
@@ -274,7 +324,7 @@ def test_precompile_where_nothing_compiles():
     x = torch.randn(2, 8, 6, 6, device=DEVICE)
     with fusedres.use_backend("eager"):
         assert fusedres.precompile(network(), x) == 0
-    if helpers.INTERPRETED:
+    if INTERPRETED:
         with fusedres.use_backend("triton"):
             assert fusedres.precompile(network(), x) == 0
     else:

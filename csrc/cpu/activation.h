@@ -5,9 +5,20 @@
 
 namespace fusedres {
 
-// In the order of KINDS in fusedres/activations.py.
-enum class Act : int64_t { none, relu, leaky_relu, relu6, hardswish, silu, gelu, gelu_tanh };
-constexpr int64_t kActs = 8;
+// One row per activation. Its place is the number by which operators are told of it, its name what Python calls it
+// (_C.activations()); its value and gradient are in activation-inl.h.
+#define FUSEDRES_ACTIVATIONS(row) \
+  row(none) row(relu) row(leaky_relu) row(relu6) row(hardswish) row(silu) row(gelu) row(gelu_tanh)
+
+#define FUSEDRES_ROW(name) name,
+enum class Act : int64_t { FUSEDRES_ACTIVATIONS(FUSEDRES_ROW) };
+#undef FUSEDRES_ROW
+
+#define FUSEDRES_ROW(name) #name,
+constexpr const char* kActivationNames[] = {FUSEDRES_ACTIVATIONS(FUSEDRES_ROW)};
+#undef FUSEDRES_ROW
+
+constexpr int64_t kActivations = sizeof(kActivationNames) / sizeof(kActivationNames[0]);
 
 struct Activation {
   Act kind;

@@ -42,7 +42,8 @@ Capability choose() {
                                   " is not supported by this CPU; unset it, or set it to default");
     return c;
   }
-  throw std::invalid_argument(std::string("FUSEDRES_CPU_CAPABILITY=") + asked + " is not known: expected default, avx2, avx512 or avx512_bf16");
+  throw std::invalid_argument(std::string("FUSEDRES_CPU_CAPABILITY=") + asked +
+                              " is not known: expected default, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace
@@ -54,11 +55,12 @@ Capability cpu_capability() {
 
 const char* capability_name(Capability capability) {
   switch (capability) {
+    case Capability::baseline: return "default";
     case Capability::avx2: return "avx2";
     case Capability::avx512: return "avx512";
     case Capability::avx512_bf16: return "avx512_bf16";
-    default: return "default";
   }
+  return nullptr;  // of no enumerator
 }
 
 bool capability_supported(Capability capability) {
@@ -66,9 +68,10 @@ bool capability_supported(Capability capability) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (capability == Capability::avx2) return avx2;
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  return capability == Capability::avx512 ? avx512 : avx512 && has_avx512_bf16() && conv_kernels_avx512_bf16.forward != nullptr;
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return capability == Capability::avx512 ? avx512
+                                          : avx512 && has_avx512_bf16() && conv_kernels_avx512_bf16.forward != nullptr;
 #else
   return false;
 #endif

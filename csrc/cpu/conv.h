@@ -1,20 +1,17 @@
-// Native convolutions on channels_last maps of float32 or bfloat16: what the binding and the per-capability kernels agree on.
+// Native convolutions on channels_last maps of float32 or bfloat16: what the binding and the per-capability kernels
+// agree on.
 //
-// A map is rows of C values, `stride` values apart; row (n * H + h) * W + w is a pixel. Nothing here depends on torch, so that the
-// kernels can be compiled once per CPU capability.
+// A map is rows of C values, `stride` values apart; row (n * H + h) * W + w is a pixel. Nothing here depends on torch,
+// so that the kernels can be compiled once per CPU capability.
 #pragma once
 
 #include <cstdint>
 
 #include "activation.h"
 #include "parallel.h"
+#include "storage.h"
 
 namespace fusedres {
-
-// A bfloat16 as it is stored.
-struct Bfloat16 {
-  uint16_t bits;
-};
 
 template <class Value>
 struct MapOf {
@@ -22,14 +19,15 @@ struct MapOf {
   int64_t stride;  // values between pixels
 };
 
-// How a convolution's operand is read: a plain map, act(scale * x + shift), or the pending gradient p * x + q * second + r.
+// How a convolution's operand is read: a plain map, act(scale * x + shift), or the pending gradient p * x + q * second
+// + r.
 template <class Value>
 struct SourceOf {
   MapOf<Value> map;
-  MapOf<Value> second;        // raw of a pending gradient; data may be null (q taken as zero)
-  const float* scale;         // null: plain
+  MapOf<Value> second;  // raw of a pending gradient; data may be null (q taken as zero)
+  const float* scale;   // null: plain
   const float* shift;
-  const float* q;             // non-null with second: a pending gradient, scale is p and shift is r
+  const float* q;  // non-null with second: a pending gradient, scale is p and shift is r
   Activation act;
 };
 
@@ -51,10 +49,10 @@ struct ForwardArgsOf {
   SourceOf<Value> x;
   WeightOf<Value> weight;
   MapOf<Value> out;
-  const Value* bias;           // every pointer below may be null
-  float* mean;                 // statistics of out
+  const Value* bias;  // every pointer below may be null
+  float* mean;        // statistics of out
   float* m2;
-  const float* out_scale;      // epilogue: act(out_scale * v + out_shift + residual_scale * residual + residual_shift)
+  const float* out_scale;  // epilogue: act(out_scale * v + out_shift + residual_scale * residual + residual_shift)
   const float* out_shift;
   MapOf<Value> residual;
   const float* residual_scale;
@@ -64,19 +62,19 @@ struct ForwardArgsOf {
 
 template <class Value>
 struct DgradArgsOf {
-  Geometry2d g;                // of the forward convolution
+  Geometry2d g;  // of the forward convolution
   SourceOf<Value> grad;
   WeightOf<Value> weight;
   MapOf<Value> dx;
-  MapOf<Value> x;              // data null: no activation below, no sums
-  const float* scale;          // affine of x; null: no mask, no scaling
+  MapOf<Value> x;      // data null: no activation below, no sums
+  const float* scale;  // scale_shift of x; null: no mask, no scaling
   const float* shift;
   Activation act;
-  const float* mean;           // saved of x, for sums
+  const float* mean;  // mean_invstd of x, for sums
   const float* invstd;
-  float* sum_dz;               // null: no sums
+  float* sum_dz;  // null: no sums
   float* sum_dz_xhat;
-  MapOf<Value> base;           // data null: nothing to add (or dx itself with accumulate)
+  MapOf<Value> base;  // data null: nothing to add (or dx itself with accumulate)
   bool accumulate;
   bool scaled;
 };
@@ -101,7 +99,8 @@ extern const ConvKernelsOf<float> conv_kernels_default;
 #if defined(__x86_64__)
 extern const ConvKernelsOf<float> conv_kernels_avx2;
 extern const ConvKernelsOf<float> conv_kernels_avx512;
-extern const ConvKernelsOf<Bfloat16> conv_kernels_avx512_bf16;  // without functions where the compiler was too old for them
+extern const ConvKernelsOf<Bfloat16>
+    conv_kernels_avx512_bf16;  // without functions where the compiler was too old for them
 #endif
 
 }  // namespace fusedres

@@ -19,7 +19,8 @@ struct VectorRef {
 };
 
 VectorRef parameter_of(const Tensor& t, int64_t channels, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels, name, " must hold ", channels, " channels, found ", t.numel(), " elements");
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels, name, " must hold ", channels, " channels, found ", t.numel(),
+                  " elements");
   return {t.data_ptr(), t.stride(0), t.scalar_type()};
 }
 
@@ -30,7 +31,9 @@ void dispatch(ScalarType dtype, const F& f) {
     case ScalarType::Double: return f(double{});
     case ScalarType::BFloat16: return f(c10::BFloat16{});
     case ScalarType::Half: return f(c10::Half{});
-    default: STD_TORCH_CHECK(false, "a BatchNorm's parameters and running statistics must be float16, bfloat16, float32 or float64");
+    default:
+      STD_TORCH_CHECK(false,
+                      "a BatchNorm's parameters and running statistics must be float16, bfloat16, float32 or float64");
   }
 }
 
@@ -63,18 +66,25 @@ VectorRef row(const Tensor& t, int64_t rows, int64_t i, int64_t channels, const 
   return {row_of(t, rows, i, channels, dtype, name), 1, dtype};
 }
 
-void write_norm(const std::vector<double>& mean, const std::vector<double>& invstd, const OptionalTensor& weight, const OptionalTensor& bias,
-                const Tensor& affine, const Tensor& saved) {
+// A value as the per-channel tensor `t` holds it.
+double rounded(double value, const Tensor& t) {
+  return accum_of(t.scalar_type()) == ScalarType::Double ? value : static_cast<double>(static_cast<float>(value));
+}
+
+void write_norm(const std::vector<double>& mean, const std::vector<double>& invstd, const OptionalTensor& weight,
+                const OptionalTensor& bias, const Tensor& scale_shift, const Tensor& mean_invstd) {
   const int64_t channels = static_cast<int64_t>(mean.size());
   std::vector<double> scale = get_or(weight, channels, 1, "weight"), shift = get_or(bias, channels, 0, "bias");
   for (int64_t c = 0; c < channels; ++c) {
-    scale[c] *= invstd[c];
+    // shift belongs to the scale that is stored: where the mean is far above the deviation, scale's rounding would
+    // outweigh what they leave
+    scale[c] = rounded(scale[c] * invstd[c], scale_shift);
     shift[c] -= mean[c] * scale[c];
   }
-  put(row(affine, 2, 0, channels, "affine"), scale);
-  put(row(affine, 2, 1, channels, "affine"), shift);
-  put(row(saved, 2, 0, channels, "saved"), mean);
-  put(row(saved, 2, 1, channels, "saved"), invstd);
+  put(row(scale_shift, 2, 0, channels, "scale_shift"), scale);
+  put(row(scale_shift, 2, 1, channels, "scale_shift"), shift);
+  put(row(mean_invstd, 2, 0, channels, "mean_invstd"), mean);
+  put(row(mean_invstd, 2, 1, channels, "mean_invstd"), invstd);
 }
 
 void update_running(const VectorRef& running, const std::vector<double>& value, double momentum) {
@@ -84,8 +94,8 @@ void update_running(const VectorRef& running, const std::vector<double>& value, 
 }
 
 void bn_coefficients(const Tensor& stats, int64_t count, const OptionalTensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum, double eps, Tensor affine,
-                     Tensor saved) {
+                     const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum, double eps,
+                     Tensor scale_shift, Tensor mean_invstd) {
   STD_TORCH_CHECK(stats.dim() == 2, "stats must be [2, channels], found ", stats.dim(), " dimensions");
   const int64_t channels = stats.size(1);
   const std::vector<double> mean = get(row(stats, 2, 0, channels, "stats"), channels);
@@ -97,24 +107,25 @@ void bn_coefficients(const Tensor& stats, int64_t count, const OptionalTensor& w
     update_running(parameter_of(*running_mean, channels, "running_mean"), mean, momentum);
     update_running(parameter_of(*running_var, channels, "running_var"), variance, momentum);
   }
-  write_norm(mean, invstd, weight, bias, affine, saved);
+  write_norm(mean, invstd, weight, bias, scale_shift, mean_invstd);
 }
 
-void bn_frozen(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& running_mean, const Tensor& running_var, double eps,
-               Tensor affine, Tensor saved) {
+void bn_frozen(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& running_mean,
+               const Tensor& running_var, double eps, Tensor scale_shift, Tensor mean_invstd) {
   const int64_t channels = running_mean.numel();
   const std::vector<double> mean = get(parameter_of(running_mean, channels, "running_mean"), channels);
   std::vector<double> invstd = get(parameter_of(running_var, channels, "running_var"), channels);
   for (double& v : invstd) v = 1 / std::sqrt(v + eps);
-  write_norm(mean, invstd, weight, bias, affine, saved);
+  write_norm(mean, invstd, weight, bias, scale_shift, mean_invstd);
 }
 
-void bn_backward(const Tensor& sums, int64_t count, const OptionalTensor& weight, const Tensor& saved, bool training, Tensor coeff,
-                 bool accumulate) {
-  STD_TORCH_CHECK(saved.dim() == 2, "saved must be [2, channels], found ", saved.dim(), " dimensions");
-  const int64_t channels = saved.size(1);
-  const std::vector<double> mean = get(row(saved, 2, 0, channels, "saved"), channels);
-  const std::vector<double> invstd = get(row(saved, 2, 1, channels, "saved"), channels);
+void bn_backward(const Tensor& sums, int64_t count, const OptionalTensor& weight, const Tensor& mean_invstd,
+                 bool training, Tensor coeff, bool accumulate) {
+  STD_TORCH_CHECK(mean_invstd.dim() == 2, "mean_invstd must be [2, channels], found ", mean_invstd.dim(),
+                  " dimensions");
+  const int64_t channels = mean_invstd.size(1);
+  const std::vector<double> mean = get(row(mean_invstd, 2, 0, channels, "mean_invstd"), channels);
+  const std::vector<double> invstd = get(row(mean_invstd, 2, 1, channels, "mean_invstd"), channels);
   const std::vector<double> dz = get(row(sums, 2, 0, channels, "sums"), channels);
   const std::vector<double> dz_xhat = get(row(sums, 2, 1, channels, "sums"), channels);
   const VectorRef p_row = row(coeff, 3, 0, channels, "coeff"), q_row = row(coeff, 3, 1, channels, "coeff");
@@ -127,9 +138,10 @@ void bn_backward(const Tensor& sums, int64_t count, const OptionalTensor& weight
   for (int64_t c = 0; c < channels; ++c) {
     p[c] *= invstd[c];
     if (!training) continue;
-    const double correction = -p[c] * invstd[c] * dz_xhat[c] / double(count);
-    q[c] += correction;
-    r[c] -= p[c] * dz[c] / double(count) + correction * mean[c];
+    // r belongs to the q that is stored, as a shift to its scale
+    const double before = q[c];
+    q[c] = rounded(before - p[c] * invstd[c] * dz_xhat[c] / double(count), coeff);
+    r[c] -= p[c] * dz[c] / double(count) + (q[c] - before) * mean[c];
   }
   if (!accumulate) put(p_row, p);
   put(q_row, q);
@@ -141,13 +153,16 @@ void bn_backward(const Tensor& sums, int64_t count, const OptionalTensor& weight
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
   m.def(
-      "bn_coefficients(Tensor stats, int count, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "float momentum, float eps, Tensor(c!) affine, Tensor(d!) saved) -> ()");
+      "bn_coefficients(Tensor stats, int count, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? "
+      "running_var, "
+      "float momentum, float eps, Tensor(c!) scale_shift, Tensor(d!) mean_invstd) -> ()");
   m.def(
-      "bn_frozen(Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, Tensor(a!) affine, Tensor(b!) saved) "
+      "bn_frozen(Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, float eps, Tensor(a!) "
+      "scale_shift, Tensor(b!) mean_invstd) "
       "-> ()");
   m.def(
-      "bn_backward(Tensor sums, int count, Tensor? weight, Tensor saved, bool training, Tensor(a!) coeff, bool accumulate) -> ()");
+      "bn_backward(Tensor sums, int count, Tensor? weight, Tensor mean_invstd, bool training, Tensor(a!) coeff, bool "
+      "accumulate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) {

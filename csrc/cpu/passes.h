@@ -1,17 +1,17 @@
 // The passes over channels_last maps: what the binding and the per-capability kernels agree on.
 //
-// A map is `rows` rows of `channels` values, `pitch` values apart. Arithmetic and every per-channel vector are double for f64 maps and
-// float for the others. Nothing here depends on torch, so that the kernels can be compiled once per CPU capability.
+// A map is `rows` rows of `channels` values, `pitch` values apart. Arithmetic and every per-channel vector are double
+// for f64 maps and float for the others. Nothing here depends on torch, so that the kernels can be compiled once per
+// CPU capability.
 #pragma once
 
 #include <cstdint>
 
 #include "activation.h"
 #include "parallel.h"
+#include "storage.h"
 
 namespace fusedres {
-
-enum class Storage { f32, f64, bf16, f16 };
 
 struct Rows {
   void* data;  // null: absent
@@ -32,7 +32,7 @@ struct Sum {
 
 constexpr int kMaxInputs = 4, kMaxConstants = 6, kMaxSums = 4, kMaxMore = 2;
 
-// One pass. Which inputs, constants and sums there are, in which order, is said at the operations in passes_engine.h.
+// One pass. Which inputs, constants and sums there are, in which order, is said at the operations in pass_ops-inl.h.
 struct PassArgs {
   Storage storage;
   int64_t rows, channels;
@@ -42,14 +42,14 @@ struct PassArgs {
   Constant constants[kMaxConstants];
   Sum sums[kMaxSums];
   Activation act;
-  Rows measured;   // the map whose statistics are taken: x, or out as it was stored; data null: none
+  Rows measured;  // the map whose statistics are taken: x, or out as it was stored; data null: none
   void* mean;
   void* m2;
 };
 
 // A pooling window over maps of batch x height x width pixels.
 struct PoolArgs {
-  PassArgs pass;   // rows: pixels of out in the forward, of x in the backward; in[0]: x; in[1]: grad (backward)
+  PassArgs pass;  // rows: pixels of out in the forward, of x in the backward; in[0]: x; in[1]: grad (backward)
   int64_t batch, in_h, in_w, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   uint8_t* index;  // of the maxima, channels_last; null: mean
@@ -58,11 +58,11 @@ struct PoolArgs {
 
 struct PassKernels {
   void (*statistics)(const PassArgs&, Parallel);
-  void (*join_forward)(const PassArgs&, bool affine, bool residual, bool residual_affine, Parallel);
-  void (*join_backward)(const PassArgs&, bool residual, bool residual_affine, int sums, Parallel);
+  void (*add_act_forward)(const PassArgs&, bool scale_shift, bool residual, bool residual_scale_shift, Parallel);
+  void (*add_act_backward)(const PassArgs&, bool residual, bool residual_scale_shift, int sums, Parallel);
   void (*highway_forward)(const PassArgs&, bool relu, Parallel);
   void (*highway_backward)(const PassArgs&, bool relu, Parallel);
-  void (*grad_affine)(const PassArgs&, bool raw, Parallel);
+  void (*apply_grad_coeff)(const PassArgs&, bool raw, Parallel);
   void (*dgrad_epilogue)(const PassArgs&, bool sums, bool base, Parallel);
   void (*pool_forward)(const PoolArgs&, Parallel);
   void (*pool_backward)(const PoolArgs&, bool sums, bool write, Parallel);

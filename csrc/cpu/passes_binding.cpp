@@ -1,6 +1,5 @@
 // The passes over maps as operators: checks dtypes, shapes and layouts, and hands the kernels plain pointers.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 #include <vector>
@@ -12,34 +11,16 @@
 namespace fusedres {
 namespace {
 
-void parallel(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
 const PassKernels& kernels() {
 #if defined(__x86_64__)
   switch (cpu_capability()) {
     case Capability::avx512:
     case Capability::avx512_bf16: return pass_kernels_avx512;
     case Capability::avx2: return pass_kernels_avx2;
-    default: break;
+    case Capability::baseline: break;
   }
 #endif
   return pass_kernels_default;
-}
-
-// Rows of a channels_last map or channel slice; dimensions of one element have any stride.
-Rows rows_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, found ", t.dim());
-  const auto size = t.sizes(), stride = t.strides();
-  const int64_t n = size[0], c = size[1], h = size[2], w = size[3];
-  const int64_t pitch = w > 1 ? stride[3] : h > 1 ? stride[2] : n > 1 ? stride[0] : c;
-  const bool rows = t.numel() == 0 || ((c == 1 || stride[1] == 1) && pitch >= c && (h == 1 || stride[2] == w * pitch) &&
-                                       (n == 1 || stride[0] == h * w * pitch));
-  STD_TORCH_CHECK(rows, name, " must be channels_last or a channel slice of a channels_last map, found sizes (", n, ", ", c, ", ", h, ", ",
-                  w, ") with strides (", stride[0], ", ", stride[1], ", ", stride[2], ", ", stride[3],
-                  "); call .contiguous(memory_format=torch.channels_last)");
-  return {t.data_ptr(), pitch};
 }
 
 // A pass over maps like `like`, whose rows are the pass's rows.
@@ -65,17 +46,14 @@ struct Pass {
   // A map with the dtype of `like`, and with its shape.
   Rows map(const Tensor& t, const char* name) const {
     const Rows result = other_map(t, name);
-    const auto found = t.sizes(), expected = like.sizes();
-    for (int i = 0; i < 4; ++i)
-      STD_TORCH_CHECK(found[i] == expected[i], name, " must have the shape of the other maps: found ", found[i], " in dimension ", i,
-                      ", expected ", expected[i]);
+    check_shape(t, like, name);
     return result;
   }
 
   // A map with the dtype of `like` and another shape.
   Rows other_map(const Tensor& t, const char* name) const {
     STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of the other maps");
-    return rows_of(t, name);
+    return map_of(t, name);
   }
 
   void* row(const Tensor& t, int64_t rows, int64_t i, const char* name) const {
@@ -93,11 +71,11 @@ struct Pass {
     a.m2 = row(*stats, 2, 1, "stats");
   }
 
-  // The two sums of a BatchNorm whose xhat is by `saved`, from the `first` of the pass's sums on.
-  void reduce(const Tensor& sums, const OptionalTensor& saved, const char* name, int first = 0) {
-    STD_TORCH_CHECK(saved.has_value(), name, " were asked for without the saved mean and invstd");
+  // The two sums of a BatchNorm whose xhat is by `mean_invstd`, from the `first` of the pass's sums on.
+  void reduce(const Tensor& sums, const OptionalTensor& mean_invstd, const char* name, int first = 0) {
+    STD_TORCH_CHECK(mean_invstd.has_value(), name, " were asked for without mean_invstd");
     a.sums[first] = {row(sums, 2, 0, name), nullptr};
-    a.sums[first + 1] = {row(sums, 2, 1, name), row(*saved, 2, 1, "saved")};
+    a.sums[first + 1] = {row(sums, 2, 1, name), row(*mean_invstd, 2, 1, "mean_invstd")};
   }
 };
 
@@ -107,71 +85,80 @@ void statistics(const Tensor& x, Tensor stats) {
   kernels().statistics(pass.a, parallel);
 }
 
-void join_forward(const Tensor& raw, const OptionalTensor& affine, const OptionalTensor& residual, const OptionalTensor& residual_affine,
-                  int64_t act, double slope, Tensor out, const OptionalTensor& stats) {
+void add_act_forward(const Tensor& raw, const OptionalTensor& scale_shift, const OptionalTensor& residual,
+                     const OptionalTensor& residual_scale_shift, int64_t act, double slope, Tensor out,
+                     const OptionalTensor& stats) {
   Pass pass(raw, "raw");
   PassArgs& a = pass.a;
   a.act = activation_of(act, slope);
   a.in[0] = pass.map(raw, "raw");
   if (residual.has_value()) a.in[1] = pass.map(*residual, "residual");
   a.out = pass.map(out, "out");
-  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
-  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
-  a.constants[2] = pass.constant(residual_affine, 2, 0, 1, "residual_affine");
-  a.constants[3] = pass.constant(residual_affine, 2, 1, 0, "residual_affine");
+  a.constants[0] = pass.constant(scale_shift, 2, 0, 1, "scale_shift");
+  a.constants[1] = pass.constant(scale_shift, 2, 1, 0, "scale_shift");
+  a.constants[2] = pass.constant(residual_scale_shift, 2, 0, 1, "residual_scale_shift");
+  a.constants[3] = pass.constant(residual_scale_shift, 2, 1, 0, "residual_scale_shift");
   pass.measure(a.out, stats);
-  kernels().join_forward(a, affine.has_value(), residual.has_value(), residual_affine.has_value(), parallel);
+  kernels().add_act_forward(a, scale_shift.has_value(), residual.has_value(), residual_scale_shift.has_value(),
+                            parallel);
 }
 
-void join_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& affine, const OptionalTensor& saved, int64_t act, double slope,
-                   const OptionalTensor& dz, const OptionalTensor& sums, const OptionalTensor& residual, const OptionalTensor& residual_affine,
-                   const OptionalTensor& residual_saved, const OptionalTensor& residual_sums) {
+void add_act_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& scale_shift,
+                      const OptionalTensor& mean_invstd, int64_t act, double slope, const OptionalTensor& dz,
+                      const OptionalTensor& sums, const OptionalTensor& residual,
+                      const OptionalTensor& residual_scale_shift, const OptionalTensor& residual_mean_invstd,
+                      const OptionalTensor& residual_sums) {
   Pass pass(raw, "raw");
   PassArgs& a = pass.a;
   a.act = activation_of(act, slope);
-  STD_TORCH_CHECK(dz.has_value() == (a.act.kind != Act::none), "dz is written behind an activation, and without one is grad itself");
+  STD_TORCH_CHECK(dz.has_value() == (a.act.kind != Act::none),
+                  "dz is written behind an activation, and without one is grad itself");
   const int sum_count = residual_sums.has_value() ? 3 : sums.has_value() ? 2 : 0;
   a.in[0] = pass.map(grad, "grad");
   a.in[1] = pass.map(raw, "raw");
   if (residual.has_value()) a.in[2] = pass.map(*residual, "residual");
   if (dz.has_value()) a.out = pass.map(*dz, "dz");
-  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
-  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
-  a.constants[2] = pass.constant(saved, 2, 0, 0, "saved");
-  a.constants[3] = pass.constant(residual_affine, 2, 0, 1, "residual_affine");
-  a.constants[4] = pass.constant(residual_affine, 2, 1, 0, "residual_affine");
-  a.constants[5] = pass.constant(residual_saved, 2, 0, 0, "residual_saved");
+  a.constants[0] = pass.constant(scale_shift, 2, 0, 1, "scale_shift");
+  a.constants[1] = pass.constant(scale_shift, 2, 1, 0, "scale_shift");
+  a.constants[2] = pass.constant(mean_invstd, 2, 0, 0, "mean_invstd");
+  a.constants[3] = pass.constant(residual_scale_shift, 2, 0, 1, "residual_scale_shift");
+  a.constants[4] = pass.constant(residual_scale_shift, 2, 1, 0, "residual_scale_shift");
+  a.constants[5] = pass.constant(residual_mean_invstd, 2, 0, 0, "residual_mean_invstd");
   void* residual_first = nullptr;  // the residual's sum of dz, which is that of the main path
   if (residual_sums.has_value()) {
-    STD_TORCH_CHECK(residual.has_value() && residual_saved.has_value(), "residual_sums need residual and residual_saved");
+    STD_TORCH_CHECK(residual.has_value() && residual_mean_invstd.has_value(),
+                    "residual_sums need residual and residual_mean_invstd");
     residual_first = pass.row(*residual_sums, 2, 0, "residual_sums");
     a.sums[0] = {residual_first, nullptr};
-    a.sums[2] = {pass.row(*residual_sums, 2, 1, "residual_sums"), pass.row(*residual_saved, 2, 1, "residual_saved")};
+    a.sums[2] = {pass.row(*residual_sums, 2, 1, "residual_sums"),
+                 pass.row(*residual_mean_invstd, 2, 1, "residual_mean_invstd")};
   }
-  if (sums.has_value()) pass.reduce(*sums, saved, "sums");
-  kernels().join_backward(a, residual.has_value(), residual_affine.has_value(), sum_count, parallel);
+  if (sums.has_value()) pass.reduce(*sums, mean_invstd, "sums");
+  kernels().add_act_backward(a, residual.has_value(), residual_scale_shift.has_value(), sum_count, parallel);
   if (residual_first != nullptr && residual_first != a.sums[0].data)
     std::memcpy(residual_first, a.sums[0].data, a.channels * (pass.accum == ScalarType::Double ? 8 : 4));
 }
 
-void highway_forward(const Tensor& raw, const OptionalTensor& affine, bool relu, const Tensor& gate, const OptionalTensor& gate_affine,
-                     const Tensor& carry, Tensor out) {
+void highway_forward(const Tensor& raw, const OptionalTensor& scale_shift, bool relu, const Tensor& gate,
+                     const OptionalTensor& gate_scale_shift, const Tensor& carry, Tensor out) {
   Pass pass(raw, "raw");
   PassArgs& a = pass.a;
   a.in[0] = pass.map(raw, "raw");
   a.in[1] = pass.map(gate, "gate");
   a.in[2] = pass.map(carry, "carry");
   a.out = pass.map(out, "out");
-  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
-  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
-  a.constants[2] = pass.constant(gate_affine, 2, 0, 1, "gate_affine");
-  a.constants[3] = pass.constant(gate_affine, 2, 1, 0, "gate_affine");
+  a.constants[0] = pass.constant(scale_shift, 2, 0, 1, "scale_shift");
+  a.constants[1] = pass.constant(scale_shift, 2, 1, 0, "scale_shift");
+  a.constants[2] = pass.constant(gate_scale_shift, 2, 0, 1, "gate_scale_shift");
+  a.constants[3] = pass.constant(gate_scale_shift, 2, 1, 0, "gate_scale_shift");
   kernels().highway_forward(a, relu, parallel);
 }
 
-void highway_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& affine, const OptionalTensor& saved, bool relu,
-                      const Tensor& gate, const OptionalTensor& gate_affine, const OptionalTensor& gate_saved, const Tensor& carry,
-                      Tensor dz, Tensor dgate, Tensor dcarry, const OptionalTensor& sums, const OptionalTensor& gate_sums) {
+void highway_backward(const Tensor& grad, const Tensor& raw, const OptionalTensor& scale_shift,
+                      const OptionalTensor& mean_invstd, bool relu, const Tensor& gate,
+                      const OptionalTensor& gate_scale_shift, const OptionalTensor& gate_mean_invstd,
+                      const Tensor& carry, Tensor dz, Tensor dgate, Tensor dcarry, const OptionalTensor& sums,
+                      const OptionalTensor& gate_sums) {
   Pass pass(raw, "raw");
   PassArgs& a = pass.a;
   a.in[0] = pass.map(grad, "grad");
@@ -181,32 +168,33 @@ void highway_backward(const Tensor& grad, const Tensor& raw, const OptionalTenso
   a.out = pass.map(dz, "dz");
   a.more[0] = pass.map(dgate, "dgate");
   a.more[1] = pass.map(dcarry, "dcarry");
-  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
-  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
-  a.constants[2] = pass.constant(saved, 2, 0, 0, "saved");
-  a.constants[3] = pass.constant(gate_affine, 2, 0, 1, "gate_affine");
-  a.constants[4] = pass.constant(gate_affine, 2, 1, 0, "gate_affine");
-  a.constants[5] = pass.constant(gate_saved, 2, 0, 0, "gate_saved");
-  if (sums.has_value()) pass.reduce(*sums, saved, "sums");
-  if (gate_sums.has_value()) pass.reduce(*gate_sums, gate_saved, "gate_sums", 2);
+  a.constants[0] = pass.constant(scale_shift, 2, 0, 1, "scale_shift");
+  a.constants[1] = pass.constant(scale_shift, 2, 1, 0, "scale_shift");
+  a.constants[2] = pass.constant(mean_invstd, 2, 0, 0, "mean_invstd");
+  a.constants[3] = pass.constant(gate_scale_shift, 2, 0, 1, "gate_scale_shift");
+  a.constants[4] = pass.constant(gate_scale_shift, 2, 1, 0, "gate_scale_shift");
+  a.constants[5] = pass.constant(gate_mean_invstd, 2, 0, 0, "gate_mean_invstd");
+  if (sums.has_value()) pass.reduce(*sums, mean_invstd, "sums");
+  if (gate_sums.has_value()) pass.reduce(*gate_sums, gate_mean_invstd, "gate_sums", 2);
   kernels().highway_backward(a, relu, parallel);
 }
 
-void grad_affine(const Tensor& grad, const OptionalTensor& raw, const Tensor& coeff, Tensor out) {
+void apply_grad_coeff(const Tensor& grad, const OptionalTensor& raw, const Tensor& coeff, Tensor out) {
   Pass pass(grad, "grad");
   PassArgs& a = pass.a;
   a.in[0] = pass.map(grad, "grad");
   if (raw.has_value()) a.in[1] = pass.map(*raw, "raw");
   a.out = pass.map(out, "out");
   for (int i = 0; i < 3; ++i) a.constants[i] = {pass.row(coeff, 3, i, "coeff"), 0};
-  kernels().grad_affine(a, raw.has_value(), parallel);
+  kernels().apply_grad_coeff(a, raw.has_value(), parallel);
 }
 
-void dgrad_epilogue(const Tensor& da, const Tensor& x, const OptionalTensor& affine, const OptionalTensor& saved, int64_t act, double slope, Tensor dx,
-                    const OptionalTensor& base, bool accumulate, bool scaled, const OptionalTensor& sums) {
+void dgrad_epilogue(const Tensor& da, const Tensor& x, const OptionalTensor& scale_shift,
+                    const OptionalTensor& mean_invstd, int64_t act, double slope, Tensor dx, const OptionalTensor& base,
+                    bool accumulate, bool scaled, const OptionalTensor& sums) {
   Pass pass(x, "x");
   PassArgs& a = pass.a;
-  STD_TORCH_CHECK(!scaled || affine.has_value(), "scaled asks for the affine's scale, but there is no affine");
+  STD_TORCH_CHECK(!scaled || scale_shift.has_value(), "scaled asks for the scale of scale_shift, which was not given");
   const bool adds = accumulate || base.has_value();
   a.act = activation_of(act, slope);
   int inputs = 0;
@@ -214,11 +202,11 @@ void dgrad_epilogue(const Tensor& da, const Tensor& x, const OptionalTensor& aff
   a.out = pass.map(dx, "dx");
   if (adds) a.in[inputs++] = accumulate ? a.out : pass.map(*base, "base");
   a.in[inputs++] = pass.map(x, "x");
-  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
-  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
-  a.constants[2] = pass.constant(saved, 2, 0, 0, "saved");
+  a.constants[0] = pass.constant(scale_shift, 2, 0, 1, "scale_shift");
+  a.constants[1] = pass.constant(scale_shift, 2, 1, 0, "scale_shift");
+  a.constants[2] = pass.constant(mean_invstd, 2, 0, 0, "mean_invstd");
   a.constants[3] = scaled ? a.constants[0] : Constant{nullptr, 1};
-  if (sums.has_value()) pass.reduce(*sums, saved, "sums");
+  if (sums.has_value()) pass.reduce(*sums, mean_invstd, "sums");
   kernels().dgrad_epilogue(a, sums.has_value(), adds, parallel);
 }
 
@@ -227,10 +215,13 @@ PoolArgs pool_of(const Tensor& x, const Tensor& out, const OptionalTensor& index
   STD_TORCH_CHECK(window.size() == 6, "window must hold kernel, stride and padding, two numbers each");
   PoolArgs p{};
   p.batch = x.size(0), p.in_h = x.size(2), p.in_w = x.size(3), p.out_h = out.size(2), p.out_w = out.size(3);
-  p.kernel_h = window[0], p.kernel_w = window[1], p.stride_h = window[2], p.stride_w = window[3], p.pad_h = window[4], p.pad_w = window[5];
-  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0, "a window and its stride must be at least 1");
+  p.kernel_h = window[0], p.kernel_w = window[1], p.stride_h = window[2], p.stride_w = window[3], p.pad_h = window[4],
+  p.pad_w = window[5];
+  STD_TORCH_CHECK(p.kernel_h > 0 && p.kernel_w > 0 && p.stride_h > 0 && p.stride_w > 0,
+                  "a window and its stride must be at least 1");
   const auto size = [](int64_t n, int64_t k, int64_t s, int64_t pad) { return (n + 2 * pad - k) / s + 1; };
-  STD_TORCH_CHECK(out.size(0) == p.batch && out.size(1) == x.size(1) && p.out_h == size(p.in_h, p.kernel_h, p.stride_h, p.pad_h) &&
+  STD_TORCH_CHECK(out.size(0) == p.batch && out.size(1) == x.size(1) &&
+                      p.out_h == size(p.in_h, p.kernel_h, p.stride_h, p.pad_h) &&
                       p.out_w == size(p.in_w, p.kernel_w, p.stride_w, p.pad_w),
                   "input, window and output do not belong to one pooling");
   if (!index.has_value()) {
@@ -238,46 +229,50 @@ PoolArgs pool_of(const Tensor& x, const Tensor& out, const OptionalTensor& index
                     "the mean is taken over windows side by side: stride equal to kernel, no padding");
     return p;
   }
-  STD_TORCH_CHECK(2 * p.pad_h <= p.kernel_h && 2 * p.pad_w <= p.kernel_w, "the padding may be at most half of the window");
-  STD_TORCH_CHECK(p.kernel_h * p.kernel_w <= 256, "a window of the maximum may have at most 256 positions, which its uint8 index can tell ",
+  STD_TORCH_CHECK(2 * p.pad_h <= p.kernel_h && 2 * p.pad_w <= p.kernel_w,
+                  "the padding may be at most half of the window");
+  STD_TORCH_CHECK(p.kernel_h * p.kernel_w <= 256,
+                  "a window of the maximum may have at most 256 positions, which its uint8 index can tell ",
                   "apart; found ", p.kernel_h, " x ", p.kernel_w);
-  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Byte && index->dim() == 4, "index must be uint8 with 4 dimensions");
-  for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(index->size(i) == out.size(i), "index must have the shape of the pooled map");
-  const Rows rows = rows_of(*index, "index");
+  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Byte && index->dim() == 4,
+                  "index must be uint8 with 4 dimensions");
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(index->size(i) == out.size(i), "index must have the shape of the pooled map");
+  const Rows rows = map_of(*index, "index");
   p.index = static_cast<uint8_t*>(rows.data);
   p.index_pitch = rows.pitch;
   return p;
 }
 
-void pool_forward(const Tensor& x, const OptionalTensor& affine, int64_t act, double slope, std::vector<int64_t> window, Tensor out,
-                  const OptionalTensor& index, const OptionalTensor& stats) {
+void pool_forward(const Tensor& x, const OptionalTensor& scale_shift, int64_t act, double slope,
+                  std::vector<int64_t> window, Tensor out, const OptionalTensor& index, const OptionalTensor& stats) {
   PoolArgs p = pool_of(x, out, index, window);
   Pass pass(out, "out");
   PassArgs& a = pass.a;
   a.act = activation_of(act, slope);
   a.in[0] = pass.other_map(x, "x");
   a.out = pass.map(out, "out");
-  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
-  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
+  a.constants[0] = pass.constant(scale_shift, 2, 0, 1, "scale_shift");
+  a.constants[1] = pass.constant(scale_shift, 2, 1, 0, "scale_shift");
   pass.measure(a.out, stats);
   p.pass = a;
   kernels().pool_forward(p, parallel);
 }
 
-void pool_backward(const Tensor& grad, const OptionalTensor& index, const Tensor& x, const OptionalTensor& affine,
-                   const OptionalTensor& saved, int64_t act, double slope, std::vector<int64_t> window, const OptionalTensor& sums,
-                   const OptionalTensor& coeff, const OptionalTensor& dx) {
+void pool_backward(const Tensor& grad, const OptionalTensor& index, const Tensor& x, const OptionalTensor& scale_shift,
+                   const OptionalTensor& mean_invstd, int64_t act, double slope, std::vector<int64_t> window,
+                   const OptionalTensor& sums, const OptionalTensor& coeff, const OptionalTensor& dx) {
   PoolArgs p = pool_of(x, grad, index, window);
   Pass pass(x, "x");
   PassArgs& a = pass.a;
   a.act = activation_of(act, slope);
   a.in[0] = pass.map(x, "x");
   a.in[1] = pass.other_map(grad, "grad");
-  a.constants[0] = pass.constant(affine, 2, 0, 1, "affine");
-  a.constants[1] = pass.constant(affine, 2, 1, 0, "affine");
-  a.constants[2] = pass.constant(saved, 2, 0, 0, "saved");
+  a.constants[0] = pass.constant(scale_shift, 2, 0, 1, "scale_shift");
+  a.constants[1] = pass.constant(scale_shift, 2, 1, 0, "scale_shift");
+  a.constants[2] = pass.constant(mean_invstd, 2, 0, 0, "mean_invstd");
   for (int i = 0; i < 3; ++i) a.constants[3 + i] = pass.constant(coeff, 3, i, 0, "coeff");
-  if (sums.has_value()) pass.reduce(*sums, saved, "sums");
+  if (sums.has_value()) pass.reduce(*sums, mean_invstd, "sums");
   if (coeff.has_value()) {
     STD_TORCH_CHECK(dx.has_value(), "coeff was given without dx");
     a.out = pass.map(*dx, "dx");
@@ -293,35 +288,43 @@ void pool_backward(const Tensor& grad, const OptionalTensor& index, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
   m.def("statistics(Tensor x, Tensor(a!) stats) -> ()");
   m.def(
-      "join_forward(Tensor raw, Tensor? affine, Tensor? residual, Tensor? residual_affine, int act, float slope, Tensor(a!) out, Tensor(b!)? stats) "
+      "add_act_forward(Tensor raw, Tensor? scale_shift, Tensor? residual, Tensor? residual_scale_shift, int act, float "
+      "slope, Tensor(a!) out, Tensor(b!)? stats) "
       "-> ()");
   m.def(
-      "join_backward(Tensor grad, Tensor raw, Tensor? affine, Tensor? saved, int act, float slope, Tensor(a!)? dz, Tensor(b!)? sums, Tensor? residual, "
-      "Tensor? residual_affine, Tensor? residual_saved, Tensor(c!)? residual_sums) -> ()");
+      "add_act_backward(Tensor grad, Tensor raw, Tensor? scale_shift, Tensor? mean_invstd, int act, float slope, "
+      "Tensor(a!)? dz, Tensor(b!)? sums, Tensor? residual, "
+      "Tensor? residual_scale_shift, Tensor? residual_mean_invstd, Tensor(c!)? residual_sums) -> ()");
   m.def(
-      "highway_forward(Tensor raw, Tensor? affine, bool relu, Tensor gate, Tensor? gate_affine, Tensor carry, Tensor(a!) out) -> ()");
+      "highway_forward(Tensor raw, Tensor? scale_shift, bool relu, Tensor gate, Tensor? gate_scale_shift, Tensor "
+      "carry, Tensor(a!) out) -> ()");
   m.def(
-      "highway_backward(Tensor grad, Tensor raw, Tensor? affine, Tensor? saved, bool relu, Tensor gate, Tensor? gate_affine, "
-      "Tensor? gate_saved, Tensor carry, Tensor(a!) dz, Tensor(b!) dgate, Tensor(c!) dcarry, Tensor(d!)? sums, Tensor(e!)? gate_sums) "
+      "highway_backward(Tensor grad, Tensor raw, Tensor? scale_shift, Tensor? mean_invstd, bool relu, Tensor gate, "
+      "Tensor? gate_scale_shift, "
+      "Tensor? gate_mean_invstd, Tensor carry, Tensor(a!) dz, Tensor(b!) dgate, Tensor(c!) dcarry, Tensor(d!)? sums, "
+      "Tensor(e!)? gate_sums) "
       "-> ()");
-  m.def("grad_affine(Tensor grad, Tensor? raw, Tensor coeff, Tensor(a!) out) -> ()");
+  m.def("apply_grad_coeff(Tensor grad, Tensor? raw, Tensor coeff, Tensor(a!) out) -> ()");
   m.def(
-      "dgrad_epilogue(Tensor da, Tensor x, Tensor? affine, Tensor? saved, int act, float slope, Tensor(a!) dx, Tensor? base, bool accumulate, "
+      "dgrad_epilogue(Tensor da, Tensor x, Tensor? scale_shift, Tensor? mean_invstd, int act, float slope, Tensor(a!) "
+      "dx, Tensor? base, bool accumulate, "
       "bool scaled, Tensor(b!)? sums) -> ()");
   m.def(
-      "pool_forward(Tensor x, Tensor? affine, int act, float slope, int[] window, Tensor(a!) out, Tensor(b!)? index, Tensor(c!)? stats) -> ()");
+      "pool_forward(Tensor x, Tensor? scale_shift, int act, float slope, int[] window, Tensor(a!) out, Tensor(b!)? "
+      "index, Tensor(c!)? stats) -> ()");
   m.def(
-      "pool_backward(Tensor grad, Tensor? index, Tensor x, Tensor? affine, Tensor? saved, int act, float slope, int[] window, Tensor(a!)? sums, "
+      "pool_backward(Tensor grad, Tensor? index, Tensor x, Tensor? scale_shift, Tensor? mean_invstd, int act, float "
+      "slope, int[] window, Tensor(a!)? sums, "
       "Tensor? coeff, Tensor(b!)? dx) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) {
   m.impl("statistics", TORCH_BOX(&fusedres::statistics));
-  m.impl("join_forward", TORCH_BOX(&fusedres::join_forward));
-  m.impl("join_backward", TORCH_BOX(&fusedres::join_backward));
+  m.impl("add_act_forward", TORCH_BOX(&fusedres::add_act_forward));
+  m.impl("add_act_backward", TORCH_BOX(&fusedres::add_act_backward));
   m.impl("highway_forward", TORCH_BOX(&fusedres::highway_forward));
   m.impl("highway_backward", TORCH_BOX(&fusedres::highway_backward));
-  m.impl("grad_affine", TORCH_BOX(&fusedres::grad_affine));
+  m.impl("apply_grad_coeff", TORCH_BOX(&fusedres::apply_grad_coeff));
   m.impl("dgrad_epilogue", TORCH_BOX(&fusedres::dgrad_epilogue));
   m.impl("pool_forward", TORCH_BOX(&fusedres::pool_forward));
   m.impl("pool_backward", TORCH_BOX(&fusedres::pool_backward));

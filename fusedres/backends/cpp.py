@@ -1,291 +1,348 @@
 """The C++ extension on CPU: every pass reads and writes each map once, vectorised, on torch's threads.
 
-The contracts are those of :mod:`fusedres.backends.eager`; what is fresh is allocated here, and the operators write into it.
+Its own convolutions (float32, and bfloat16 where the processor multiplies pairs of it) apply everything pending while an operand is loaded
+and everything that follows while the result is in cache, so that a convolution reads its maps once, writes one, and nothing lies between.
+What they do not take (other dtypes, groups, odd channels in bfloat16, very large kernels) is the library's, between passes.
+
+What is fresh is allocated here, and the operators write into it.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..activations import parse
-from . import native as _convolutions
-from .eager import Pool, accum_dtype
-
-name = "cpp"
+from .. import activations
+from ..errors import BackendError
+from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
+from ..specs import Geometry, Norm, Pool
+from . import library_conv
+from .contract import Backend, Reduction, accum_dtype
 
 try:
     from fusedres import _C
 except ImportError as error:
-    _C, _missing = None, error
+    _C, _missing = None, str(error)
 else:
     _C.cpu_capability()  # a wrong FUSEDRES_CPU_CAPABILITY is an error now, not in the middle of a step
+    _missing = ""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_this = sys.modules[__name__]  # what the convolutions call for the passes between them
-
-
-def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where this backend serves maps of ``dtype`` on ``device``, else the reason in words that complete a sentence."""
-    if device.type != "cpu":
-        return f"its kernels run on CPU, not on {device.type}"
-    if dtype not in _DTYPES:
-        return f"it computes in floating point, not {dtype}"
-    if _C is None:
-        return (
-            f"the C++ extension is not there ({_missing}); with a C++ compiler at hand, type FUSEDRES_BUILD=cpu pip install "
-            "--no-build-isolation . in the folder of the sources"
-        )
-    return None
-
-
-def cpu_capability() -> str | None:
-    """The instruction set of the kernels (``default``, ``avx2`` or ``avx512``), None without the extension."""
-    return None if _C is None else _C.cpu_capability()
-
+_MAX_KERNEL = 16
+_MAX_STRIDE = 16  # product of both strides: the phases of an input gradient
 
 if _C is not None:
     _ops = torch.ops.fusedres_cpp
+    # every operator only writes into its arguments: for tracing there is nothing to infer
+    for _name in (
+        "statistics", "add_act_forward", "add_act_backward", "apply_grad_coeff", "dgrad_epilogue", "pool_forward", "pool_backward",
+        "bn_coefficients", "bn_frozen", "bn_backward", "conv_forward", "conv_dgrad", "conv_wgrad", "highway_forward", "highway_backward",
+    ):  # fmt: skip
+        torch.library.register_fake(f"fusedres_cpp::{_name}", lambda *args: None)
+    # resolved once: a look-up by name at every call takes as long as a small pass
     _statistics = _ops.statistics.default
-    _join_forward = _ops.join_forward.default
-    _join_backward = _ops.join_backward.default
+    _conv_forward = _ops.conv_forward.default
+    _conv_dgrad = _ops.conv_dgrad.default
+    _conv_wgrad = _ops.conv_wgrad.default
+    _add_act_forward = _ops.add_act_forward.default
+    _add_act_backward = _ops.add_act_backward.default
     _highway_forward = _ops.highway_forward.default
     _highway_backward = _ops.highway_backward.default
-    _grad_affine = _ops.grad_affine.default
+    _apply_grad_coeff = _ops.apply_grad_coeff.default
     _dgrad_epilogue = _ops.dgrad_epilogue.default
     _pool_forward = _ops.pool_forward.default
     _pool_backward = _ops.pool_backward.default
     _bn_coefficients = _ops.bn_coefficients.default
     _bn_frozen = _ops.bn_frozen.default
     _bn_backward = _ops.bn_backward.default
-    # every operator only writes into its arguments: for tracing there is nothing to infer
-    for _name in (
-        "statistics", "join_forward", "join_backward", "grad_affine", "dgrad_epilogue", "pool_forward", "pool_backward",
-        "bn_coefficients", "bn_frozen", "bn_backward", "conv_forward", "conv_dgrad", "conv_wgrad", "highway_forward", "highway_backward",
-    ):  # fmt: skip
-        torch.library.register_fake(f"fusedres_cpp::{_name}", lambda *args: None)
+
+
+def cpu_capability() -> str | None:
+    """The instruction set of the kernels (``default``, ``avx2``, ``avx512`` or ``avx512_bf16``), None without the extension."""
+    return None if _C is None else _C.cpu_capability()
+
+
+@functools.lru_cache(maxsize=256)
+def _code(act: str) -> tuple[int, float]:
+    """An activation as the operators take it: its number in the extension's own order, and its slope. BackendError for one that the
+    extension does not compute."""
+    kind, slope = activations.parse(act)
+    known = [] if _C is None else _C.activations()
+    if kind not in known:
+        raise BackendError(f"the C++ extension has no activation {kind!r}, only {', '.join(known)}: build it anew")
+    return known.index(kind), slope
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this process has kernels for bfloat16 that are worth having."""
+    return cpu_capability() == "avx512_bf16"
+
+
+@functools.lru_cache(maxsize=4096)
+def _own_conv(
+    shape: torch.Size, weight: torch.Size, dtype: torch.dtype, geometry: Geometry
+) -> tuple[tuple[int, ...], list[int]] | None:
+    """``(the shape of the output, the geometry as the operators take it)`` for an input of ``shape``; None where the convolution is the
+    library's. Kept, because telling takes as long as a small pass."""
+    if dtype == torch.bfloat16:  # in pairs of channels
+        takes = weight[0] % 2 == weight[1] % 2 == 0 and _multiplies_bfloat16()
+    else:
+        takes = dtype == torch.float32
+    if (
+        len(weight) != 4
+        or not takes
+        or geometry.groups != 1
+        or max(weight[2:]) > _MAX_KERNEL
+        or geometry.stride[0] * geometry.stride[1] > _MAX_STRIDE
+    ):
+        return None
+    out = (shape[0], weight[0], *geometry.out_size(tuple(shape[2:]), tuple(weight[2:])))
+    return out, [*geometry.stride, *geometry.padding, *geometry.dilation]
+
+
+def _plan(x: LazyMap, weight: Tensor, geometry: Geometry) -> tuple[tuple[int, ...], list[int]] | None:
+    # an activation of what has no scale and shift is not among the kernels' prologues
+    if x[1] is None and x[2] != "none":
+        return None
+    return _own_conv(x[0].shape, weight.shape, weight.dtype, geometry)
 
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def statistics(x: Tensor, stats: Tensor) -> None:
-    """See :func:`fusedres.backends.eager.statistics`."""
-    _statistics(x, stats)
+def _is_relu(x: LazyMap) -> bool:
+    if x.act not in ("none", "relu"):
+        raise ValueError(f"a highway's pass knows the activations 'none' and 'relu', found {x.act!r}")
+    return x.act == "relu"
 
 
-def conv_forward(x, affine, act, weight, bias, geometry, **epilogue) -> Tensor:
-    """See :func:`fusedres.backends.eager.conv_forward`."""
-    return _convolutions.conv_forward(_this, x, affine, act, weight, bias, geometry, **epilogue)
+class CppBackend(Backend):
+    """See the module."""
 
+    name = "cpp"
 
-def conv_backward(
-    grad, raw, coeff, x, affine, saved, act, weight, geometry, **epilogue
-) -> tuple[Tensor | None, Tensor | None]:
-    """See :func:`fusedres.backends.eager.conv_backward`."""
-    return _convolutions.conv_backward(_this, grad, raw, coeff, x, affine, saved, act, weight, geometry, **epilogue)
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"its kernels run on CPU, not on {device.type}"
+        if dtype not in _DTYPES:
+            return f"it computes in floating point, not {dtype}"
+        if _C is None:
+            return (
+                f"the C++ extension is not there ({_missing}); with a C++ compiler at hand, type FUSEDRES_BUILD=cpu pip install "
+                "--no-build-isolation . in the folder of the sources"
+            )
+        return None
 
+    def statistics(self, x: Tensor, stats: Reduction) -> None:
+        _statistics(x, stats)
 
-def dgrad_epilogue(
-    da: Tensor,
-    x: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    *,
-    dx: Tensor | None = None,
-    base: Tensor | None = None,
-    accumulate: bool = False,
-    scaled: bool = False,
-    sums: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fusedres.backends.eager.dgrad_epilogue`. Without ``dx``, ``da`` becomes it."""
-    if dx is None:
-        dx = da
-    _dgrad_epilogue(da, x, affine, saved, *parse(act).code, dx, base, accumulate, scaled, sums)
-    return dx
-
-
-def join_forward(
-    raw: Tensor,
-    affine: Tensor | None,
-    residual: Tensor | None,
-    residual_affine: Tensor | None,
-    act: str,
-    *,
-    out: Tensor | None = None,
-    stats: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fusedres.backends.eager.join_forward`."""
-    if out is None:
-        out = _like(raw)
-    _join_forward(raw, affine, residual, residual_affine, *parse(act).code, out, stats)
-    return out
-
-
-def join_backward(
-    grad: Tensor,
-    raw: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    *,
-    sums: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_affine: Tensor | None = None,
-    residual_saved: Tensor | None = None,
-    residual_sums: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fusedres.backends.eager.join_backward`."""
-    dz = None if act == "none" else _like(raw)
-    if dz is not None or sums is not None or residual_sums is not None:
-        _join_backward(
-            grad, raw, affine, saved, *parse(act).code, dz, sums, residual, residual_affine, residual_saved, residual_sums
+    def conv_forward(
+        self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue = PLAIN
+    ) -> Tensor:
+        plan = _plan(x, weight, geometry)
+        if plan is None:
+            return library_conv.conv_forward(self, x, weight, bias, geometry, epilogue)
+        raw, scale_shift, act, _ = x
+        out, stats, out_scale_shift, residual, out_act = epilogue
+        if out is None:
+            out = torch.empty(plan[0], dtype=raw.dtype, memory_format=torch.channels_last)
+        added, added_scale_shift = (None, None) if residual is None else residual[:2]
+        _conv_forward(
+            raw, scale_shift, *_code(act), weight, bias, plan[1], out, stats, out_scale_shift, added, added_scale_shift,
+            *_code(out_act),
         )  # fmt: skip
-    return grad if dz is None else dz
+        return out
+
+    def conv_backward(
+        self,
+        grad: LazyGrad,
+        x: LazyMap,
+        weight: Tensor,
+        geometry: Geometry,
+        target: GradTarget | None = FRESH,
+        need_dw: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        plan = _plan(x, weight, geometry)
+        if plan is None:
+            return library_conv.conv_backward(self, grad, x, weight, geometry, target, need_dw)
+        raw, scale_shift, act, mean_invstd = x
+        code, numbers, dweight = _code(act), plan[1], None
+        if need_dw:
+            dweight = torch.empty_like(weight)
+            _conv_wgrad(*grad, raw, scale_shift, *code, numbers, dweight)
+        if target is None:
+            return None, dweight
+        dx, base, accumulate, scaled, sums = target
+        if dx is None:
+            dx = torch.empty(raw.shape, dtype=raw.dtype, memory_format=torch.channels_last)
+        below = raw if scale_shift is not None or sums is not None else None
+        _conv_dgrad(*grad, weight, numbers, dx, below, scale_shift, *code, mean_invstd, base, accumulate, scaled, sums)
+        return dx, dweight
+
+    def dgrad_epilogue(self, da: Tensor, x: LazyMap, target: GradTarget = FRESH) -> Tensor:
+        raw, scale_shift, act, mean_invstd = x
+        dx, base, accumulate, scaled, sums = target
+        if dx is None:
+            dx = da
+        _dgrad_epilogue(da, raw, scale_shift, mean_invstd, *_code(act), dx, base, accumulate, scaled, sums)
+        return dx
+
+    def add_act_forward(
+        self,
+        x: LazyMap,
+        residual: LazyMap | None = None,
+        act: str = "none",
+        *,
+        out: Tensor | None = None,
+        stats: Reduction | None = None,
+    ) -> Tensor:
+        if out is None:
+            out = _like(x.raw)
+        added, added_scale_shift = (None, None) if residual is None else residual[:2]
+        _add_act_forward(x.raw, x.scale_shift, added, added_scale_shift, *_code(act), out, stats)
+        return out
+
+    def add_act_backward(
+        self,
+        grad: Tensor,
+        x: LazyMap,
+        residual: LazyMap | None = None,
+        act: str = "none",
+        *,
+        sums: Reduction | None = None,
+        residual_sums: Reduction | None = None,
+    ) -> Tensor:
+        dz = None if act == "none" else _like(x.raw)
+        if dz is not None or sums is not None or residual_sums is not None:
+            added, scale_shift, _, mean_invstd = (None, None, None, None) if residual is None else residual
+            _add_act_backward(
+                grad, x.raw, x.scale_shift, x.mean_invstd, *_code(act), dz, sums, added, scale_shift, mean_invstd, residual_sums
+            )  # fmt: skip
+        return grad if dz is None else dz
+
+    def highway_forward(self, x: LazyMap, gate: LazyMap, carry: Tensor, *, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = _like(x.raw)
+        _highway_forward(x.raw, x.scale_shift, _is_relu(x), gate.raw, gate.scale_shift, carry, out)
+        return out
+
+    def highway_backward(
+        self,
+        grad: Tensor,
+        x: LazyMap,
+        gate: LazyMap,
+        carry: Tensor,
+        *,
+        sums: Reduction | None = None,
+        gate_sums: Reduction | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        written = _like(x.raw), _like(x.raw), _like(x.raw)
+        _highway_backward(
+            grad, x.raw, x.scale_shift, x.mean_invstd, _is_relu(x), gate.raw, gate.scale_shift, gate.mean_invstd, carry, *written,
+            sums, gate_sums,
+        )  # fmt: skip
+        return written
+
+    def apply_grad_coeff(self, grad: LazyGrad, *, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = _like(grad.grad)
+        _apply_grad_coeff(*grad, out)
+        return out
+
+    def pool_forward(
+        self, x: LazyMap, pool: Pool, *, out: Tensor | None = None, stats: Reduction | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = pool.out_shape(x.raw.shape)
+        if out is None:
+            out = torch.empty(shape, dtype=x.raw.dtype, memory_format=torch.channels_last)
+        index = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) if _is_max(pool) else None
+        _pool_forward(x.raw, x.scale_shift, *_code(x.act), _window(pool), out, index, stats)
+        return out, index
+
+    def pool_backward(
+        self,
+        grad: Tensor,
+        index: Tensor | None,
+        x: LazyMap,
+        pool: Pool,
+        *,
+        sums: Reduction | None = None,
+        coeff: Tensor | None = None,
+        dx: Tensor | None = None,
+    ) -> Tensor | None:
+        if coeff is not None and dx is None:
+            dx = _like(x.raw)
+        if _is_max(pool) != (index is not None):
+            raise ValueError(f"a {pool.kind} pool's backward {'wants the index' if index is None else 'has no index'}")
+        raw, scale_shift, act, mean_invstd = x
+        _pool_backward(
+            grad, index, raw, scale_shift, mean_invstd, *_code(act), _window(pool), sums, coeff, dx
+        )  # fmt: skip
+        return None if coeff is None else dx
+
+    def bn_coefficients(self, norm: Norm, stats: Reduction, count: int) -> tuple[Tensor, Tensor]:
+        assert isinstance(stats, Tensor)  # what new_reduction gives here
+        # fresh: stats may be columns of a wider tensor
+        scale_shift = torch.empty(stats.shape, dtype=stats.dtype)
+        mean_invstd = torch.empty_like(scale_shift)
+        mean, variance = norm.running_mean, norm.running_var
+        _bn_coefficients(
+            stats, count, norm.weight, norm.bias, mean, variance, norm.momentum, norm.eps, scale_shift, mean_invstd
+        )
+        return scale_shift, mean_invstd
+
+    def bn_frozen(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError("a BatchNorm without running statistics is no frozen one")
+        scale_shift = torch.empty((2, norm.running_mean.numel()), dtype=accum_dtype(dtype))
+        mean_invstd = torch.empty_like(scale_shift)
+        _bn_frozen(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, scale_shift, mean_invstd)
+        return scale_shift, mean_invstd
+
+    def bn_backward(
+        self, norm: Norm, sums: Reduction, count: int, mean_invstd: Tensor, coeff: Tensor, accumulate: bool = False
+    ) -> None:
+        _bn_backward(sums, count, norm.weight, mean_invstd, norm.training, coeff, accumulate)
+
+    def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
+        if primitive == "conv_forward":
+            return _routes_forward(*args, **kwargs)
+        return _routes_backward(*args, **kwargs) if primitive == "conv_backward" else {}
 
 
-def _is_relu(act: str) -> bool:
-    if act not in ("none", "relu"):
-        raise ValueError(f"a highway's pass knows the activations 'none' and 'relu', found {act!r}")
-    return act == "relu"
+def _route(x: LazyMap, weight: Tensor, geometry: Geometry) -> str:
+    return "library" if _plan(x, weight, geometry) is None else "fused"
 
 
-def highway_forward(
-    raw: Tensor,
-    affine: Tensor | None,
-    act: str,
-    gate: Tensor,
-    gate_affine: Tensor | None,
-    carry: Tensor,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """See :func:`fusedres.backends.eager.highway_forward`."""
-    if out is None:
-        out = _like(raw)
-    _highway_forward(raw, affine, _is_relu(act), gate, gate_affine, carry, out)
-    return out
+def _routes_forward(x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, *_: Any) -> dict[str, str]:
+    return {"forward": _route(x, weight, geometry)}
 
 
-def highway_backward(
-    grad: Tensor,
-    raw: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    gate: Tensor,
-    gate_affine: Tensor | None,
-    gate_saved: Tensor | None,
-    carry: Tensor,
-    *,
-    sums: Tensor | None = None,
-    gate_sums: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`fusedres.backends.eager.highway_backward`."""
-    written = _like(raw), _like(raw), _like(raw)
-    _highway_backward(
-        grad, raw, affine, saved, _is_relu(act), gate, gate_affine, gate_saved, carry, *written, sums, gate_sums
-    )
-    return written
+def _routes_backward(
+    grad: LazyGrad,
+    x: LazyMap,
+    weight: Tensor,
+    geometry: Geometry,
+    target: GradTarget | None = FRESH,
+    need_dw: bool = True,
+) -> dict[str, str]:
+    needed = {"dgrad": target is not None, "wgrad": need_dw}
+    return {op: _route(x, weight, geometry) for op, need in needed.items() if need}
 
 
-def grad_affine(grad: Tensor, raw: Tensor | None, coeff: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """See :func:`fusedres.backends.eager.grad_affine`."""
-    if out is None:
-        out = _like(grad)
-    _grad_affine(grad, raw, coeff, out)
-    return out
+def _is_max(pool: Pool) -> bool:
+    if pool.kind not in ("max", "mean"):
+        raise ValueError(f"unknown pool {pool.kind!r}: expected 'max' or 'mean'")
+    return pool.kind == "max"
 
 
-def pool_forward(
-    x: Tensor,
-    affine: Tensor | None,
-    act: str,
-    pool: Pool,
-    *,
-    out: Tensor | None = None,
-    stats: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """See :func:`fusedres.backends.eager.pool_forward`."""
-    shape = (
-        *x.shape[:2],
-        *((x.shape[2 + i] + 2 * pool.padding[i] - pool.kernel[i]) // pool.stride[i] + 1 for i in (0, 1)),
-    )
-    if out is None:
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    index = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) if pool.kind == "max" else None
-    _pool_forward(x, affine, *parse(act).code, [*pool.kernel, *pool.stride, *pool.padding], out, index, stats)
-    return out, index
+def _window(pool: Pool) -> list[int]:
+    return [*pool.kernel, *pool.stride, *pool.padding]
 
 
-def pool_backward(
-    grad: Tensor,
-    index: Tensor | None,
-    x: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    pool: Pool,
-    *,
-    sums: Tensor | None = None,
-    coeff: Tensor | None = None,
-    dx: Tensor | None = None,
-) -> Tensor | None:
-    """See :func:`fusedres.backends.eager.pool_backward`."""
-    if coeff is not None and dx is None:
-        dx = _like(x)
-    window = [*pool.kernel, *pool.stride, *pool.padding]
-    _pool_backward(grad, index, x, affine, saved, *parse(act).code, window, sums, coeff, dx)
-    return None if coeff is None else dx
-
-
-def bn_coefficients(
-    stats: Tensor,
-    count: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`fusedres.backends.eager.bn_coefficients`."""
-    affine = torch.empty(stats.shape, dtype=stats.dtype)  # fresh: stats may be columns of a wider tensor
-    saved = torch.empty_like(affine)
-    _bn_coefficients(stats, count, weight, bias, running_mean, running_var, momentum, eps, affine, saved)
-    if running_mean is not None:
-        # the operator writes through pointers, which autograd's version counters do not see, and these two the user can
-        torch.autograd.graph.increment_version((running_mean, running_var))
-    return affine, saved
-
-
-def bn_frozen(
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`fusedres.backends.eager.bn_frozen`."""
-    affine = torch.empty((2, running_mean.numel()), dtype=accum_dtype(dtype))
-    saved = torch.empty_like(affine)
-    _bn_frozen(weight, bias, running_mean, running_var, eps, affine, saved)
-    return affine, saved
-
-
-def bn_backward(
-    sums: Tensor,
-    count: int,
-    weight: Tensor | None,
-    saved: Tensor,
-    training: bool,
-    coeff: Tensor,
-    accumulate: bool = False,
-) -> None:
-    """See :func:`fusedres.backends.eager.bn_backward`."""
-    _bn_backward(sums, count, weight, saved, training, coeff, accumulate)
+BACKEND = CppBackend()

@@ -1,115 +1,84 @@
 """Fused Triton kernels: pending forms applied where a map is loaded, statistics and sums reduced where it is written.
 
-The contracts are those of :mod:`fusedres.backends.eager`. Serves GPUs, and CPU tensors through Triton's interpreter
-(for tests: set TRITON_INTERPRET=1 before the first import). For each convolution a plan chooses between the fused
-kernel and the vendor's convolution between this module's passes: a measured one (:mod:`fusedres.plans`), else a static
-guess; :class:`use_plan` overrides both.
+Serves GPUs, and CPU tensors through Triton's interpreter (for tests: set TRITON_INTERPRET=1 before the first import). For each convolution
+a plan chooses between the fused kernel and the library's convolution between this backend's passes: a measured one
+(:mod:`fusedres.tuning.plans`), else a static guess; :class:`use_plan` overrides both. A kernel that cannot be built for a convolution on
+this machine is said once and is the library's from then on.
 """
 
+# fusedres.kernels is the folder kernels/, which setup.py says and a type checker does not see
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
-import sys
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime import build
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from .. import activations, plans
-from ..kernels import conv_dgrad as _dgrad
-from ..kernels import conv_forward as _forward
-from ..kernels import conv_wgrad as _wgrad
-from ..kernels.batchnorm import bn_backward, bn_coefficients, bn_frozen
-from ..kernels.conv_forward import ConvConfig
-from ..kernels.helpers import INTERPRETED, meant, pitch, pitch_or_zero
-from ..kernels.highway import highway_backward, highway_forward
-from ..kernels.join import dgrad_epilogue, grad_affine, join_backward, join_forward, statistics
-from ..kernels.pool import pool_backward, pool_forward
+from ..activations import parse
+from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway
+from ..kernels import pool as pooling
+from ..kernels.launch import INTERPRETED, target_device
+from ..kernels.layout import pitch
 from ..kernels.reduce import Reduction
-from ..plans import Plan, Problem
-from . import vendor
+from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
+from ..specs import Geometry, Norm, Pool
+from ..tuning import plans
+from ..tuning.convolutions import TritonTuner, backward_problem, forward_problem, has_fused_form, operands
+from ..tuning.plans import FUSED, LIBRARY, Plan, Problem
+from . import library_conv
+from .contract import Backend
 
-__all__ = [
-    "backward_plans", "backward_problems", "bn_backward", "bn_coefficients", "bn_frozen", "conv_backward", "conv_forward",
-    "dgrad_epilogue", "forward_plan", "forward_problem", "grad_affine", "highway_backward", "highway_forward", "join_backward",
-    "join_forward", "name", "new_reduction",
-    "pool_backward", "pool_forward", "statistics", "supports", "use_plan",
-]  # fmt: skip
+#: where a primitive reduces to
+Room = Tensor | Reduction
 
-name = "triton"
+PLANS = {"fused": FUSED, "library": LIBRARY, "auto": None}
+_override: Plan | None = None
 
-PLANS = {"fused": Plan(True), "vendor": Plan(False), "auto": None}
-_plan: Plan | None = None
+# A 1x1 convolution of C to K channels does C * K / (C + K) multiply-adds for each value it moves. Below this many it is limited by memory
+# on every GPU from sm_80 on, and the arithmetic of the prologue and epilogue hides behind the loads. The gradients' loops issue about
+# twice the forward's instructions for each product, so that their bound is half of it until it has been measured.
+MEMORY_BOUND = {"forward": 256, "dgrad": 128, "wgrad": 128}
 
-# A 1x1 convolution of C to K channels does C * K / (C + K) multiply-adds for each value it moves. Below this many it is
-# limited by memory on every GPU from sm_80 on, and the arithmetic of the prologue and epilogue hides behind the loads.
-MEMORY_BOUND = 256
+#: what Triton raises where a kernel cannot be built, or does not fit this GPU
+BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
 
 
 class use_plan:
-    """Choose how convolutions run inside a ``with``: ``"fused"``, ``"vendor"``, ``"auto"`` (measured plans, else
-    :func:`_is_guessed_fused`), or one :class:`~fusedres.plans.Plan` for all.
+    """Choose how convolutions run inside a ``with``: ``"fused"``, ``"library"``, ``"auto"`` (measured plans, else
+    :func:`is_guessed_fused`), or one :class:`~fusedres.tuning.plans.Plan` for all. ValueError for another word.
 
-    For the whole process, as use_backend: autograd runs the backward of CUDA tensors on threads of its own, which a
-    context variable would not reach.
+    For the whole process, as use_backend: autograd runs the backward of CUDA tensors on threads of its own, which a context variable or a
+    thread's own would not reach. Tuning does not use it, so that it changes nothing for a model that trains beside it.
     """
 
     def __init__(self, plan: str | Plan) -> None:
         if isinstance(plan, str) and plan not in PLANS:
-            raise ValueError(f"unknown plan {plan!r}: expected one of {', '.join(PLANS)}")
+            raise ValueError(f"unknown plan {plan!r}: expected one of {', '.join(PLANS)}, or a Plan")
         self._chosen = PLANS[plan] if isinstance(plan, str) else plan
 
     def __enter__(self) -> None:
-        global _plan
-        self._previous, _plan = _plan, self._chosen
+        global _override
+        self._previous, _override = _override, self._chosen
 
     def __exit__(self, *exc: object) -> None:
-        global _plan
-        _plan = self._previous
+        global _override
+        _override = self._previous
 
 
-def _features(**there: object) -> tuple[str, ...]:
-    """The names of what is there; of an activation (``act``, ``out_act``) the kind, because its parameter costs no time."""
-    names = []
-    for name, value in there.items():
-        if isinstance(value, str):
-            names += [] if value == "none" else [name.removesuffix("act") + activations.parse(value).kind]
-        elif value is not None and value is not False:
-            names.append(name)
-    return tuple(names)
+def is_guessed_fused(op: str, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether this convolution's ``op`` (forward, dgrad, wgrad) runs as the fused kernel where nobody has measured it.
 
-
-def _problem(op: str, x: Tensor, y_pitch: int, weight: Tensor, geometry, features: tuple[str, ...]) -> Problem:
-    dtype = str(x.dtype).removeprefix("torch.")
-    return Problem(op, dtype, tuple(x.shape), pitch(x), y_pitch, tuple(weight.shape), *geometry, features)
-
-
-def forward_problem(x, affine, act, weight, bias, geometry, *, out=None, stats=None, out_affine=None, residual=None,
-                    residual_affine=None, out_act="none") -> Problem:  # fmt: skip
-    """A call of :func:`conv_forward` as a key of plans."""
-    features = _features(
-        affine=affine, act=act, bias=bias, stats=stats, out_affine=out_affine, residual=residual,
-        residual_affine=residual_affine, out_act=out_act,
-    )  # fmt: skip
-    return _problem("forward", x, weight.shape[0] if out is None else pitch(out), weight, geometry, features)
-
-
-def backward_problems(grad, raw, coeff, x, affine, saved, act, weight, geometry, *, need_dx=True, need_dw=True, dx=None,
-                      base=None, accumulate=False, scaled=False, sums=None) -> list[Problem]:  # fmt: skip
-    """A call of :func:`conv_backward` as keys of plans: dgrad and wgrad, or the one that is needed."""
-    features = _features(
-        both=need_dx and need_dw, coeff=coeff, raw=None if coeff is None else raw, affine=affine, act=act,
-        base=base, accumulate=accumulate, scaled=scaled, sums=sums,
-    )  # fmt: skip
-    needed = [op for op, need in (("dgrad", need_dx), ("wgrad", need_dw)) if need]
-    return [_problem(op, x, pitch_or_zero(grad), weight, geometry, features) for op in needed]
-
-
-def _is_guessed_fused(x: Tensor, weight: Tensor, geometry) -> bool:
-    """Whether this convolution runs as the fused kernel where nobody has measured it.
-
-    A static guess, measured on no GPU, that prefers not to lose: fused where the saved passes are certain to outweigh a
-    slower product, which is a dense 1x1 convolution of stride 1 in 16 bits, limited by memory, all of whose accesses
-    are 128 bits wide. Everything else is the vendor's: float32 because eager's may use TF32 and the kernels' product is
-    IEEE. Under interpretation always fused, since that is what is to be tested.
+    A static guess, measured on no GPU, that prefers not to lose: fused where the saved passes are certain to outweigh a slower product,
+    which is a dense 1x1 convolution of stride 1 in 16 bits, limited by memory, all of whose accesses are 128 bits wide. Everything else is
+    the library's: float32 because eager's may use TF32 and the kernels' product is IEEE. Under interpretation always fused, since that is
+    what is to be tested.
     """
     if INTERPRETED:
         return True
@@ -121,118 +90,334 @@ def _is_guessed_fused(x: Tensor, weight: Tensor, geometry) -> bool:
         and x.element_size() == 2
         and channels % 8 == outputs % 8 == pitch(x) % 8 == 0
         and min(channels, outputs) >= 32
-        and channels * outputs <= MEMORY_BOUND * (channels + outputs)
+        and channels * outputs <= MEMORY_BOUND[op] * (channels + outputs)
     )
 
 
-def forward_plan(x, affine, act, weight, bias, geometry, **epilogue) -> Plan:
-    """How such a call of :func:`conv_forward` runs."""
-    if epilogue.get("stats") is not None and epilogue.get("residual") is not None:
-        return Plan(False)  # the fused kernel reduces the convolution's statistics, not those of a sum
-    plan, measured = _plan, plans.table(meant(x.device))
-    if plan is None and measured:
-        plan = measured.get(forward_problem(x, affine, act, weight, bias, geometry, **epilogue))
-    return plan or Plan(_is_guessed_fused(x, weight, geometry))
+_PROBE = """
+#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "fusedres_probe", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_fusedres_probe(void) { return PyModule_Create(&module); }
+"""
 
 
-def backward_plans(grad, raw, coeff, x, affine, saved, act, weight, geometry, **target) -> tuple[Plan, Plan]:
-    """How such a call of :func:`conv_backward` runs: dgrad and wgrad."""
-    chosen: dict[str, Plan] = {}
-    measured = plans.table(meant(x.device))
-    if _plan is None and measured:
-        problems = backward_problems(grad, raw, coeff, x, affine, saved, act, weight, geometry, **target)
-        chosen = {p.op: measured[p] for p in problems if p in measured}
-    default = _plan or Plan(_is_guessed_fused(x, weight, geometry))
-    return chosen.get("dgrad", default), chosen.get("wgrad", default)
+@functools.cache
+def build_fault() -> str | None:
+    """Why Triton cannot build on this machine the C module through which it launches kernels, None where it can.
 
-
-def new_reduction(channels: int, like: Tensor) -> Reduction:
-    """Room for two reductions of a map like ``like`` that ``bn_coefficients`` or ``bn_backward`` reads next."""
-    return Reduction(channels, like.device)
-
-
-def _config(plan: Plan) -> ConvConfig | None:
-    return None if plan.config is None else ConvConfig(*plan.config)
-
-
-def _passes():
-    return sys.modules[__name__]
-
-
-def conv_forward(
-    x: Tensor,
-    affine: Tensor | None,
-    act: str,
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry,
-    *,
-    out: Tensor | None = None,
-    stats: Tensor | None = None,
-    out_affine: Tensor | None = None,
-    residual: Tensor | None = None,
-    residual_affine: Tensor | None = None,
-    out_act: str = "none",
-) -> Tensor:
-    """See :func:`fusedres.backends.eager.conv_forward`."""
-    epilogue = {
-        "out": out, "stats": stats, "out_affine": out_affine, "residual": residual, "residual_affine": residual_affine,
-        "out_act": out_act,
-    }  # fmt: skip
-    plan = forward_plan(x, affine, act, weight, bias, geometry, **epilogue)
-    if plan.fused:
-        return _forward.conv_forward(x, affine, act, weight, bias, geometry, **epilogue, config=_config(plan))
-    return vendor.conv_forward(_passes(), x, affine, act, weight, bias, geometry, **epilogue)
-
-
-def conv_backward(
-    grad: Tensor,
-    raw: Tensor | None,
-    coeff: Tensor | None,
-    x: Tensor,
-    affine: Tensor | None,
-    saved: Tensor | None,
-    act: str,
-    weight: Tensor,
-    geometry,
-    *,
-    need_dx: bool = True,
-    need_dw: bool = True,
-    dx: Tensor | None = None,
-    base: Tensor | None = None,
-    accumulate: bool = False,
-    scaled: bool = False,
-    sums: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """See :func:`fusedres.backends.eager.conv_backward`."""
-    target = {"dx": dx, "base": base, "accumulate": accumulate, "scaled": scaled, "sums": sums}
-    operands = (grad, raw, coeff, x, affine, saved, act, weight, geometry)
-    dgrad, wgrad = backward_plans(*operands, need_dx=need_dx, need_dw=need_dw, **target)
-    # what is left to the vendor is one call, which shares the materialised gradient
-    vendor_dx, vendor_dw = need_dx and not dgrad.fused, need_dw and not wgrad.fused
-    dinput = dweight = None
-    if need_dw and wgrad.fused:
-        dweight = _wgrad.conv_wgrad(grad, raw, coeff, x, affine, act, weight, geometry, config=_config(wgrad))
-    if vendor_dx or vendor_dw:
-        results = vendor.conv_backward(_passes(), *operands, need_dx=vendor_dx, need_dw=vendor_dw, **target)
-        dinput, dweight = results[0], dweight if results[1] is None else results[1]
-    if need_dx and dgrad.fused:
-        dinput = _dgrad.conv_dgrad(*operands, **target, config=_config(dgrad))
-    return dinput, dweight
-
-
-def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where this backend serves maps of ``dtype`` on ``device``, else the reason, to complete a sentence."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"its kernels compute in float16, bfloat16 and float32, not {dtype}"
-    if device.type == "cpu":
-        if not INTERPRETED:
-            return "its kernels run on GPUs (on CPU tensors for tests only, where TRITON_INTERPRET=1 is set at import)"
-        return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
-    if device.type != "cuda":
-        return f"its kernels run on GPUs, not on {device.type}"
-    if INTERPRETED:
-        return "TRITON_INTERPRET=1 is set, with which its kernels run on CPU tensors only"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "its kernels need compute capability 8.0 or newer"
+    Tried once in a process, as Triton does it, so that its first kernel does not fail inside a user's forward. Needs no GPU; Triton keeps
+    the result in its cache.
+    """
+    try:
+        build.compile_module_from_src(_PROBE, "fusedres_probe")
+    # no compiler is a RuntimeError, no Python.h the compiler's CalledProcessError, an unwritable cache an OSError
+    except Exception as error:
+        return f"Triton cannot build its launcher here (it needs a C compiler and Python's headers): {error}"
     return None
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line, without the source that the compiler quotes around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+def _parsed(operand: LazyMap | Epilogue) -> Any:
+    """The operand as kernels take it: the activation's name replaced by what it says."""
+    return operand._replace(act=parse(operand.act))
+
+
+def _without_activation(x: LazyMap, residual: LazyMap | None) -> None:
+    """ValueError where an operand of an addition has an activation, which the pass would drop."""
+    if x.act != "none" or (residual is not None and residual.act != "none"):
+        raise ValueError("an operand of an addition has an activation of its own")
+
+
+class TritonBackend(Backend):
+    """See the module."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self.tuner = TritonTuner(self)  # type: ignore[misc]  # an instance's, where the contract's is a class's
+        self._failed: set[Problem] = set()
+
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See the contract."""
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"its kernels compute in float16, bfloat16 and float32, not {dtype}"
+        if device.type == "cpu":
+            if not INTERPRETED:
+                return (
+                    "its kernels run on GPUs (on CPU tensors for tests only, where TRITON_INTERPRET=1 is set at import)"
+                )
+            return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
+        if device.type != "cuda":
+            return f"its kernels run on GPUs, not on {device.type}"
+        if INTERPRETED:
+            return "TRITON_INTERPRET=1 is set, with which its kernels run on CPU tensors only"
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return "its kernels need compute capability 8.0 or newer"
+        return build_fault()
+
+    # ---- convolutions ------------------------------------------------------------------------------------------------
+
+    def _plan(self, op: str, problem: Callable[[], Problem], x: Tensor, weight: Tensor, geometry: Geometry) -> Plan:
+        """The plan for an op: overridden, else the library's where the kernel has failed, else measured, else guessed."""
+        if _override is not None:
+            return _override
+        measured = plans.table(target_device(x.device))
+        if measured or self._failed:
+            key = problem()
+            if key in self._failed:
+                return LIBRARY
+            if key in measured:
+                return measured[key]
+        return FUSED if is_guessed_fused(op, x, weight, geometry) else LIBRARY
+
+    def forward_plan(
+        self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue
+    ) -> Plan:
+        """How such a call of :meth:`conv_forward` runs. ValueError where :class:`use_plan` gives a tile to what has no fused form."""
+        if not has_fused_form(epilogue):
+            if _override is not None and _override.config is not None:
+                raise ValueError(
+                    "use_plan gives a tile to a convolution that runs by the library: statistics of a sum have no kernel"
+                )
+            return LIBRARY
+        return self._plan(
+            "forward", lambda: forward_problem(x, weight, bias, geometry, epilogue), x.raw, weight, geometry
+        )
+
+    def backward_plans(
+        self, grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, target: GradTarget | None, need_dw: bool
+    ) -> dict[str, Plan]:
+        """How such a call of :meth:`conv_backward` runs: by ``"dgrad"`` and ``"wgrad"``, those that are needed."""
+        needed = (("dgrad", target is not None), ("wgrad", need_dw))
+        return {
+            op: self._plan(
+                op,
+                functools.partial(backward_problem, op, grad, x, weight, geometry, target, need_dw),
+                x.raw, weight, geometry,
+            )
+            for op, need in needed
+            if need
+        }  # fmt: skip
+
+    def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
+        """See the contract."""
+        if primitive == "conv_forward":
+            chosen = {"forward": self.forward_plan(**operands(primitive, *args, **kwargs))}
+        elif primitive == "conv_backward":
+            chosen = self.backward_plans(**operands(primitive, *args, **kwargs))
+        else:
+            chosen = {}
+        return {op: "fused" if plan.fused else "library" for op, plan in chosen.items()}
+
+    def conv_forward(
+        self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue = PLAIN
+    ) -> Tensor:
+        """See the contract."""
+        plan = self.forward_plan(x, weight, bias, geometry, epilogue)
+        return self.forward_by(plan, x, weight, bias, geometry, epilogue, strict=_override is not None)
+
+    def forward_by(
+        self,
+        plan: Plan,
+        x: LazyMap,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        epilogue: Epilogue,
+        *,
+        strict: bool = True,
+    ) -> Tensor:
+        """:meth:`conv_forward` by ``plan``. A kernel that cannot be built raises if ``strict``, else the library takes its place."""
+        if plan.fused:
+            y = self._attempt(
+                strict,
+                lambda: conv_forward.conv_forward(_parsed(x), weight, bias, geometry, _parsed(epilogue), plan.config),
+                lambda: forward_problem(x, weight, bias, geometry, epilogue),
+            )
+            if y is not None:
+                return y
+        return library_conv.conv_forward(self, x, weight, bias, geometry, epilogue)
+
+    def conv_backward(
+        self,
+        grad: LazyGrad,
+        x: LazyMap,
+        weight: Tensor,
+        geometry: Geometry,
+        target: GradTarget | None = FRESH,
+        need_dw: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See the contract."""
+        chosen = self.backward_plans(grad, x, weight, geometry, target, need_dw)
+        return self.backward_by(chosen, grad, x, weight, geometry, target, need_dw, strict=_override is not None)
+
+    def backward_by(
+        self,
+        chosen: Mapping[str, Plan],
+        grad: LazyGrad,
+        x: LazyMap,
+        weight: Tensor,
+        geometry: Geometry,
+        target: GradTarget | None,
+        need_dw: bool,
+        *,
+        strict: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`conv_backward` by the plans of ``"dgrad"`` and ``"wgrad"``, of those that are needed. A kernel that cannot be built raises
+        if ``strict``, else the library takes its place."""
+
+        def problem(op: str) -> Callable[[], Problem]:
+            return functools.partial(backward_problem, op, grad, x, weight, geometry, target, need_dw)
+
+        dx = dweight = None
+        parsed = _parsed(x)
+        if need_dw and chosen["wgrad"].fused:
+            config = chosen["wgrad"].config
+            dweight = self._attempt(
+                strict, lambda: conv_wgrad.conv_wgrad(grad, parsed, weight, geometry, config), problem("wgrad")
+            )
+        # what is left to the library is one call, which shares the materialised gradient
+        library_dw = need_dw and dweight is None
+        fused_dx = target is not None and chosen["dgrad"].fused
+        if library_dw or (target is not None and not fused_dx):
+            goal = None if fused_dx else target
+            dx, found = library_conv.conv_backward(self, grad, x, weight, geometry, goal, library_dw)
+            dweight = found if library_dw else dweight
+        # last, because dx may be written into what the others read
+        if target is not None and fused_dx:
+            config = chosen["dgrad"].config
+            dx = self._attempt(
+                strict, lambda: conv_dgrad.conv_dgrad(grad, parsed, weight, geometry, target, config), problem("dgrad")
+            )
+            if dx is None:
+                dx, _ = library_conv.conv_backward(self, grad, x, weight, geometry, target, False)
+        return dx, dweight
+
+    def _attempt(self, strict: bool, run: Callable[[], Tensor], problem: Callable[[], Problem]) -> Tensor | None:
+        """``run()``, or, unless ``strict``, None where the kernel cannot be built: that is remembered and said once."""
+        try:
+            return run()
+        except BUILD_ERRORS as error:
+            if strict:
+                raise
+            failed = problem()
+            self._failed.add(failed)
+            x, weight = ("x".join(map(str, sizes)) for sizes in (failed.x, failed.weight))
+            warnings.warn(
+                f"fusedres: the fused {failed.op} kernel of a convolution (input {x}, weight {weight}, {failed.dtype}) cannot be built "
+                f"here, which runs by the library from now on: {_reason(error)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+
+    # ---- passes ------------------------------------------------------------------------------------------------------
+
+    def new_reduction(self, channels: int, like: Tensor) -> Reduction:
+        """See the contract: partial results, merged by the C-sized kernel that reads them."""
+        return Reduction(channels, like.device)
+
+    def parameter_grad(self, sums: Room, row: int, dtype: torch.dtype) -> Tensor:
+        """See the contract: the merge has rounded to the parameter's dtype already."""
+        return sums[row].to(dtype) if isinstance(sums, Tensor) else sums.as_gradient(row, dtype)
+
+    def statistics(self, x: Tensor, stats: Room) -> None:
+        """See the contract."""
+        elementwise.statistics(x, stats)
+
+    def dgrad_epilogue(self, da: Tensor, x: LazyMap, target: GradTarget = FRESH) -> Tensor:
+        """See the contract."""
+        return elementwise.dgrad_epilogue(da, _parsed(x), target)
+
+    def add_act_forward(
+        self,
+        x: LazyMap,
+        residual: LazyMap | None = None,
+        act: str = "none",
+        *,
+        out: Tensor | None = None,
+        stats: Room | None = None,
+    ) -> Tensor:
+        """See the contract."""
+        _without_activation(x, residual)
+        return elementwise.add_act_forward(x, residual, parse(act), out=out, stats=stats)
+
+    def add_act_backward(
+        self,
+        grad: Tensor,
+        x: LazyMap,
+        residual: LazyMap | None = None,
+        act: str = "none",
+        *,
+        sums: Room | None = None,
+        residual_sums: Room | None = None,
+    ) -> Tensor:
+        """See the contract."""
+        _without_activation(x, residual)
+        return elementwise.add_act_backward(grad, x, residual, parse(act), sums=sums, residual_sums=residual_sums)
+
+    def highway_forward(self, x: LazyMap, gate: LazyMap, carry: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """See the contract."""
+        return highway.highway_forward(_parsed(x), _parsed(gate), carry, out=out)
+
+    def highway_backward(
+        self,
+        grad: Tensor,
+        x: LazyMap,
+        gate: LazyMap,
+        carry: Tensor,
+        *,
+        sums: Room | None = None,
+        gate_sums: Room | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the contract."""
+        return highway.highway_backward(grad, _parsed(x), _parsed(gate), carry, sums=sums, gate_sums=gate_sums)
+
+    def apply_grad_coeff(self, grad: LazyGrad, *, out: Tensor | None = None) -> Tensor:
+        """See the contract."""
+        return elementwise.apply_grad_coeff(grad, out=out)
+
+    def pool_forward(
+        self, x: LazyMap, pool: Pool, *, out: Tensor | None = None, stats: Room | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See the contract."""
+        return pooling.pool_forward(_parsed(x), pool, out=out, stats=stats)
+
+    def pool_backward(
+        self,
+        grad: Tensor,
+        index: Tensor | None,
+        x: LazyMap,
+        pool: Pool,
+        *,
+        sums: Room | None = None,
+        coeff: Tensor | None = None,
+        dx: Tensor | None = None,
+    ) -> Tensor | None:
+        """See the contract."""
+        return pooling.pool_backward(grad, index, _parsed(x), pool, sums=sums, coeff=coeff, dx=dx)
+
+    # ---- C numbers ---------------------------------------------------------------------------------------------------
+
+    def bn_coefficients(self, norm: Norm, stats: Room, count: int) -> tuple[Tensor, Tensor]:
+        """See the contract."""
+        return batchnorm.bn_coefficients(norm, stats, count)
+
+    def bn_frozen(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See the contract."""
+        return batchnorm.bn_frozen(norm)
+
+    def bn_backward(
+        self, norm: Norm, sums: Room, count: int, mean_invstd: Tensor, coeff: Tensor, accumulate: bool = False
+    ) -> None:
+        """See the contract."""
+        batchnorm.bn_backward(norm, sums, count, mean_invstd, coeff, accumulate)
+
+
+BACKEND = TritonBackend()

@@ -1,0 +1,467 @@
+"""How the Triton kernels compile, without a GPU: registers, spills, shared memory, matrix instructions and the width of
+memory accesses.
+
+    python -m bench.cross_compile --out results                 (the sweep: every architecture)
+    python -m bench.cross_compile --arch sm_90 --only dgrad     (some of it)
+
+The configurations are those that ResNet-50 and DenseNet-121 launch, in training and inference, in bfloat16 at 224
+pixels, with every convolution fused and with the default plans: both models are run on meta tensors, and each distinct
+launch is compiled for the given architecture as the first call on such a GPU would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torchvision
+import triton
+from rich.console import Console
+from rich.progress import Progress
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fusedres
+from fusedres import kernels
+from fusedres.backends import select
+from fusedres.backends.triton import BACKEND, use_plan
+from fusedres.kernels.launch import Launch, record
+from fusedres.kernels.tiles import Arch
+
+from . import environment
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+MODELS = ("resnet50", "densenet121")
+BATCHES = (32, 256)  # below and above the sizes at which the tiles change
+RESOLUTION = 224
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A target of compilation, what tiles must know of it, the matrix instructions that a convolution should use, and how wide
+    in bits its stores should be."""
+
+    target: GPUTarget
+    arch: Arch
+    matrix: str
+    store: int = 128
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), Arch("sm_80", 163 * 1024, 32), "HMMA"),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), Arch("sm_90", 227 * 1024, 32), "HGMMA"),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), Arch("sm_100", 227 * 1024, 32), "UTCHMMA"),
+    "gfx942": Architecture(
+        GPUTarget("hip", "gfx942", 64), Arch("gfx9", 64 * 1024, 64), "MFMA", 16
+    ),  # stores as MFMA leaves it
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation: a kernel by name, with its arguments as a launch specialises them, and the launch's options."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, object], ...]
+    attributes: tuple[tuple[int, tuple[str, ...]], ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def operands(self) -> list[str]:
+        """The tensors that are there."""
+        return [name for name, kind in self.signature if kind.startswith("*")]
+
+    @property
+    def maps(self) -> list[str]:
+        """The main operands: the feature maps and weights, in 16 bits, of what is no C-sized kernel or merge."""
+        c_sized = self.module.endswith((".batchnorm", ".reduce"))
+        return [name for name, kind in self.signature if kind in ("*bf16", "*fp16") and not c_sized]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it should use the matrix units."""
+        return self.kernel.startswith("conv_")
+
+    @property
+    def is_unaligned(self) -> bool:
+        """Whether its channels do not divide into accesses of 8, as in a stem, which the default plan leaves to the
+        library."""
+        return any(self.constant(name) in (1, 2, 4) for name in ("ALIGN", "ALIGN_C", "ALIGN_K"))
+
+    def constant(self, name: str) -> object:
+        """The value of a compile-time argument, None where there is none of that name."""
+        index = [parameter for parameter, _ in self.signature].index(name) if name in dict(self.signature) else -1
+        return dict(self.constants).get(index)
+
+    @property
+    def title(self) -> str:
+        """What tells it apart from the other variants, for readers."""
+        parts = [self.kernel.removesuffix("_kernel")]
+        if self.is_product:
+            geometry = self.constant("GEOMETRY")
+            parts.append(f"{self.constant('R')}x{self.constant('S')}")
+            parts += [f"stride {geometry.stride[0]}"] if geometry.stride[0] > 1 else []
+        tile = [self.constant(f"BLOCK_{axis}") for axis in "MNKTC"]
+        parts.append("x".join(str(size) for size in tile if size is not None))
+        return " ".join(parts)
+
+
+def variant(launch: Launch) -> Variant:
+    """What the launch would compile: arguments specialised as a call does, with aligned pointers."""
+    arguments = dict(launch.arguments)
+    signature, constants, attributes = [], [], []
+    for i, parameter in enumerate(launch.kernel.params):
+        value = arguments.pop(parameter.name)
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((i, value))
+            continue
+        if isinstance(value, torch.Tensor):
+            signature.append((parameter.name, "*" + TYPES[value.dtype]))
+            # buffer instructions of AMD address what is smaller than 2 GB
+            small = value.untyped_storage().nbytes() < 2**31
+            attributes.append((i, ("tt.divisibility", "tt.pointer_range") if small else ("tt.divisibility",)))
+        else:
+            kind = "fp32" if isinstance(value, float) else "i64" if value >= 2**31 else "i32"
+            signature.append((parameter.name, kind))
+            if isinstance(value, int) and value % 16 == 0 and not plain:
+                attributes.append((i, ("tt.divisibility",)))
+    function = launch.kernel.fn
+    return Variant(
+        function.__module__, function.__name__, tuple(signature), tuple(constants), tuple(attributes),
+        tuple(arguments.items()),
+    )  # fmt: skip
+
+
+@dataclass
+class Use:
+    """Who launches a variant: how often in all recorded steps, and the first of them."""
+
+    first: str
+    launches: int = 0
+
+
+def sizes(launch: Launch) -> str:
+    """The sizes of a launch that do not change its code."""
+    names = ("rows", "N", "H", "W", "C", "K", "tiles")
+    return " ".join(f"{name}={launch.arguments[name]}" for name in names if name in launch.arguments)
+
+
+def launches_of(model: str, mode: str, batch: int, plan: str, arch: Arch) -> list[Launch]:
+    """What one step of the converted torchvision model launches, recorded on meta tensors."""
+    with torch.device("meta"):
+        network = torchvision.models.get_model(model)
+    network = fusedres.convert(network.to(dtype=torch.bfloat16, memory_format=torch.channels_last))
+    network.train(mode == "train")
+    x = torch.empty(batch, 3, RESOLUTION, RESOLUTION, dtype=torch.bfloat16, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    with record(arch=arch) as launches, use_plan(plan), select.observe(lambda inner: BACKEND):
+        if mode == "train":
+            network(x).sum().backward()
+        else:
+            with torch.no_grad():
+                network(x)
+    return launches
+
+
+def variants(arch: Arch, models: Sequence[str] = MODELS) -> dict[Variant, Use]:
+    """Every distinct compilation of the models' steps, with every convolution fused and with the default plans."""
+    found: dict[Variant, Use] = {}
+    for model in models:
+        for mode in ("train", "infer"):
+            for batch in BATCHES:
+                for plan in ("fused", "auto"):
+                    for launch in launches_of(model, mode, batch, plan, arch):
+                        use = found.setdefault(variant(launch), Use(f"{model} {mode} {batch}: {sizes(launch)}"))
+                        use.launches += 1
+    return found
+
+
+# ---- compilation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Figures:
+    """How a variant compiled: counts of instructions, bytes of shared memory, and the narrowest load from and store to
+    each tensor in global memory, in bits."""
+
+    registers: int
+    spills: int
+    shared: int
+    matrix: dict[str, int] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, int] = field(default_factory=dict)
+
+
+def tool(name: str) -> str:
+    """Triton's own copy of a CUDA binary tool."""
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b|\bcp\.async\.c[ag]\.\S+ .*, 0x([0-9a-f]+)")
+AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(dword|ushort|short|sshort|ubyte|byte|sbyte)(?:x(\d))?")
+AMD_BITS = {"dword": 32, "ushort": 16, "short": 16, "sshort": 16, "ubyte": 8, "byte": 8, "sbyte": 8}
+PLACE = re.compile(r"(?://|;) (\w+\.py):(\d+):(\d+)")
+OPERAND = re.compile(r"tl\.(?:load|store)\((\w+)")
+
+
+@functools.cache
+def _lines(file: str) -> list[str]:
+    path = Path(kernels.__path__[0]) / file
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def access_widths(assembly: str) -> tuple[dict[str, int], dict[str, int]]:
+    """The narrowest load from and store to every tensor in bits, by the name in the source line of the access."""
+    loads: dict[str, int] = {}
+    stores: dict[str, int] = {}
+    operand, inline = "?", False
+    for line in assembly.splitlines():
+        if " inline asm" in line:
+            inline = "begin" in line
+        elif ".loc" in line and not inline:  # inside, the compiler counts the lines of the assembly as the source's
+            place = PLACE.search(line)
+            if place:
+                lines, number, column = _lines(place[1]), int(place[2]), int(place[3])
+                call = OPERAND.match(lines[number - 1], column - 1) if 0 < number <= len(lines) else None
+                operand = call[1] if call else "?"
+        if access := PTX_ACCESS.search(line):
+            kind, vector, size, copied = access.groups()
+            bits = int(copied, 16) * 8 if copied else int(vector or 1) * int(size)
+        elif access := AMD_ACCESS.search(line):
+            kind, unit, count = access.groups()
+            bits = AMD_BITS[unit] * int(count or 1)
+        else:
+            continue
+        widths = stores if kind in ("st", "store") else loads
+        widths[operand] = min(bits, widths.get(operand, bits))
+    return loads, stores
+
+
+def _count(names: str, text: str) -> dict[str, int]:
+    counts = {name: len(re.findall(rf"\b{name}\b", text)) for name in names.split()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
+    """The figures of ``variant``, compiled for ``architecture``."""
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    target, values = architecture.target, {"tt.divisibility": 16, "tt.pointer_range": 32}
+    hip = target.backend == "hip"
+    attributes = {
+        (i,): [[name, values[name]] for name in names if hip or name != "tt.pointer_range"]
+        for i, names in variant.attributes
+    }
+    ast = ASTSource(kernel, dict(variant.signature), {(i,): v for i, v in variant.constants}, attributes)
+    compiled = triton.compile(ast, target=target, options=dict(variant.options))
+    shared = compiled.metadata.shared
+    if hip:
+        text = compiled.asm["amdgcn"]
+
+        def entry(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+        spills = entry("vgpr_spill_count") + entry("private_segment_fixed_size") // 4
+        matrix = {"MFMA": len(re.findall(r"\bv_mfma_", text))} if "v_mfma_" in text else {}
+        return Figures(entry("vgpr_count"), spills, shared, matrix, *access_widths(text))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        listing = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+    loads, stores = access_widths(compiled.asm["ptx"])
+    return Figures(
+        registers=int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
+        spills=sum(_count("STL LDL", listing.stdout).values()),
+        shared=shared,
+        matrix=_count("HGMMA HMMA UTCHMMA", listing.stdout),
+        loads=loads,
+        stores=stores,
+    )
+
+
+def faults(variant: Variant, figures: Figures, architecture: Architecture) -> list[str]:
+    """What is wrong with a compiled variant, in words."""
+    found = []
+    if figures.spills:
+        found.append(f"{figures.spills} spills")
+    if figures.shared > architecture.arch.shared:
+        found.append(f"{figures.shared} bytes of shared memory")
+    if variant.is_unaligned:
+        return found
+    if variant.is_product and architecture.matrix not in figures.matrix:
+        found.append(f"no {architecture.matrix}")
+    accesses = ((figures.loads, 128), (figures.stores, architecture.store))
+    narrow = [f"{name} {w[name]}" for w, least in accesses for name in variant.maps if w.get(name, least) < least]
+    if narrow:
+        found.append("narrow: " + ", ".join(narrow))
+    return found
+
+
+# ---- the sweep -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    architecture: str
+    variant: Variant
+    use: Use
+    figures: Figures
+    faults: list[str]
+
+    def record(self) -> dict:
+        """The row as JSON types."""
+        return {
+            "architecture": self.architecture,
+            "kernel": self.variant.kernel,
+            "title": self.variant.title,
+            "operands": self.variant.operands,
+            "options": dict(self.variant.options),
+            "first": self.use.first,
+            "launches": self.use.launches,
+            **asdict(self.figures),
+            "faults": self.faults,
+        }
+
+
+def compile_all(
+    jobs: Sequence[tuple[str, Variant]], workers: int | None = None
+) -> Iterator[tuple[str, Variant, Figures]]:
+    """Compile each (architecture, variant), in parallel processes, in the order in which they finish."""
+    # spawned: a forked child of a process in which torch has started threads may hang
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+        waiting = {
+            pool.submit(compile_variant, variant, ARCHITECTURES[arch]): (arch, variant) for arch, variant in jobs
+        }
+        for future in as_completed(waiting):
+            yield *waiting[future], future.result()
+
+
+def representatives(found: dict[Variant, Use]) -> dict[Variant, Use]:
+    """For each kernel and filter size the variant with the most operands."""
+    best: dict[tuple, Variant] = {}
+    for variant in found:
+        key = (variant.kernel, variant.constant("R"))
+        if key not in best or len(variant.operands) > len(best[key].operands):
+            best[key] = variant
+    return {variant: found[variant] for variant in best.values()}
+
+
+def sweep(architectures: Sequence[str], only: str, quick: bool, workers: int | None, console: Console) -> list[Row]:
+    """The rows of all architectures, sorted by kernel."""
+    uses = {}
+    for arch in architectures:
+        found = variants(ARCHITECTURES[arch].arch)
+        found = representatives(found) if quick else found
+        uses |= {(arch, variant): use for variant, use in found.items() if only in variant.title}
+    rows = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("compiling", total=len(uses))
+        for arch, variant, figures in compile_all(list(uses), workers):
+            rows.append(Row(arch, variant, uses[arch, variant], figures, faults(variant, figures, ARCHITECTURES[arch])))
+            progress.advance(task)
+    order = list(ARCHITECTURES)
+    return sorted(rows, key=lambda row: (order.index(row.architecture), row.variant.title, row.use.first))
+
+
+def markdown(rows: Sequence[Row], where: dict) -> str:
+    """The rows as a page for readers: a summary, then a table for every architecture."""
+    lines = [
+        "# How the kernels compile",
+        "",
+        f"`{where['command']}`, {where['date'][:10]}, commit {where['commit']}: triton {where['triton']}, torch {where['torch']}. "
+        "Nothing here was run: these are the compilers' results.",
+        "",
+        f"Every launch of {' and '.join(MODELS)} (training and inference, bfloat16, {RESOLUTION} pixels, batches "
+        f"{' and '.join(map(str, BATCHES))}; all convolutions fused, and the default plans), each distinct one compiled once. "
+        "Matrix: static counts of matrix instructions. Narrowest: the narrowest load from and store to a feature map or a weight, in bits."
+        " It is too narrow where a load is below 128 bits, or a store is, except on gfx942, where it is as MFMA leaves the "
+        "result; the stem (unaligned channels), whose 3 channels allow no more, is the library's in the default plan.",
+        "",
+        "| architecture | variants | most registers | spilling | without matrix instructions | too narrow |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    groups = {arch: [row for row in rows if row.architecture == arch] for arch in ARCHITECTURES}
+    for arch, group in groups.items():
+        if group:
+            lacking = sum(any(fault.startswith("no ") for fault in row.faults) for row in group)
+            narrow = sum(any(fault.startswith("narrow") for fault in row.faults) for row in group)
+            lines.append(
+                f"| {arch} | {len(group)} | {max(row.figures.registers for row in group)} | "
+                f"{sum(row.figures.spills > 0 for row in group)} | {lacking} | {narrow} |"
+            )
+    for arch, group in groups.items():
+        if group:
+            lines += [
+                "", f"## {arch}", "",
+                "| kernel and tile | warps, stages | first launched by | registers | spills | shared | matrix | narrowest | remark |",
+                "|---|---|---|---:|---:|---:|---|---:|---|",
+            ]  # fmt: skip
+        for row in group:
+            options, figures = dict(row.variant.options), row.figures
+            widths = [
+                min((found[name] for name in row.variant.maps if name in found), default="-")
+                for found in (figures.loads, figures.stores)
+            ]
+            remark = "; ".join(row.faults) or ("unaligned channels" if row.variant.is_unaligned else "")
+            lines.append(
+                f"| {row.variant.title} | {options['num_warps']}, {options.get('num_stages', '-')} | {row.use.first} | "
+                f"{figures.registers} | {figures.spills} | {figures.shared} | "
+                f"{' '.join(f'{name} {count}' for name, count in figures.matrix.items()) or '-'} | "
+                f"{widths[0]}, {widths[1]} | {remark} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 where something is wrong with a variant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--only", default="", help="variants whose title contains this")
+    parser.add_argument("--quick", action="store_true", help="of each kernel and filter size only one variant")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--out", type=Path, help="write cross-compile.json and cross-compile.md to this folder")
+    args = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("interpreted kernels do not compile: unset TRITON_INTERPRET")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    where = environment.describe(torch.device("cpu"), environment.command("bench.cross_compile", arguments))
+    rows = sweep(args.arch, args.only, args.quick, args.workers, console)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        # a row a line: readable, and a difference between two of them too
+        records = ",\n".join(json.dumps(row.record()) for row in rows)
+        text = f'{{"environment": {json.dumps(where)}, "rows": [\n{records}\n]}}\n'
+        (args.out / "cross-compile.json").write_text(text)
+        (args.out / "cross-compile.md").write_text(markdown(rows, where))
+    else:
+        console.print(markdown(rows, where), markup=False, highlight=False, soft_wrap=True)
+    wrong = [row for row in rows if row.faults]
+    for row in wrong:
+        remark = f"{row.architecture} {row.variant.title} ({row.use.first}): {'; '.join(row.faults)}"
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{len(rows)} compiled, {len(wrong)} with a remark")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""How long a step takes, by the clock of the device that it runs on."""
+
+from __future__ import annotations
+
+import timeit
+from collections.abc import Callable
+
+import torch
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def seconds_per_call(step: Callable[[], None], calls: int, device: torch.device) -> float:
+    """The mean time of ``calls`` calls back to back, by the device's own clock where it is a GPU."""
+    if device.type != "cuda":
+        return timeit.timeit(step, number=calls) / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls

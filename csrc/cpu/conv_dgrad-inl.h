@@ -1,0 +1,219 @@
+// The input gradient with its epilogue: the activation's mask or derivative, the BatchNorm's sums and scale, and what
+// is added.
+#pragma once
+
+#include <cstring>
+
+#include "conv_few-inl.h"
+#include "conv_tile-inl.h"
+
+namespace fusedres {
+namespace FUSEDRES_CAPABILITY {
+namespace {
+
+// The epilogue of `R` pixels over all columns: rows are read along memory, and per-channel vectors once for all R. The
+// sums of the tile accumulate in place, without the factor invstd.
+template <int R, bool kMask, bool kSums, bool kOld, bool kScaled>
+void dgrad_rows(const DgradArgs& a, const int64_t* pixel, int64_t first, int64_t columns, const float* c, int64_t ldc,
+                float* sum_dz, float* sum_dz_xhat) {
+  const Value *x[R], *old[R];
+  Value* out[R];
+  for (int i = 0; i < R; ++i) {
+    x[i] = kMask || kSums ? a.x.data + pixel[i] * a.x.stride + first : nullptr;
+    out[i] = a.dx.data + pixel[i] * a.dx.stride + first;
+    old[i] = !kOld ? nullptr : a.accumulate ? out[i] : a.base.data + pixel[i] * a.base.stride + first;
+  }
+  const float* scale = kMask || kScaled ? a.scale + first : nullptr;
+  const float* shift = kMask ? a.shift + first : nullptr;
+  const float* mean = kSums ? a.mean + first : nullptr;
+  int64_t n = 0;
+  for (; n + kLanes <= columns; n += kLanes) {
+    vec s0 = {},
+        s1 = {};  // of these pixels alone: the fewer additions to the tile's sums, the fewer roundings of large numbers
+    const vec gamma = kMask || kScaled ? load(scale + n) : vec{}, beta = kMask ? load(shift + n) : vec{},
+              center = kSums ? load(mean + n) : vec{};
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      vec dz = load(c + i * ldc + n);
+      const vec value = kMask || kSums ? load(x[i] + n) : vec{};
+      if constexpr (kMask) dz = gamma * value + beta <= 0.f ? vec{} : dz;
+      if constexpr (kSums) {
+        s0 += dz;
+        s1 += dz * (value - center);
+      }
+      if constexpr (kScaled) dz *= gamma;
+      if constexpr (kOld) dz += load(old[i] + n);
+      store(out[i] + n, dz);
+    }
+    if constexpr (kSums) {
+      store(sum_dz + n, load(sum_dz + n) + s0);
+      store(sum_dz_xhat + n, load(sum_dz_xhat + n) + s1);
+    }
+  }
+  for (; n < columns; ++n) {
+    float s0 = 0.f, s1 = 0.f;
+    for (int i = 0; i < R; ++i) {
+      float dz = c[i * ldc + n];
+      if (kMask && scale[n] * to_float(x[i][n]) + shift[n] <= 0.f) dz = 0.f;
+      if (kSums) {
+        s0 += dz;
+        s1 += dz * (to_float(x[i][n]) - mean[n]);
+      }
+      if (kScaled) dz *= scale[n];
+      if (kOld) dz += to_float(old[i][n]);
+      put(out[i] + n, dz);
+    }
+    if (kSums) {
+      sum_dz[n] += s0;
+      sum_dz_xhat[n] += s1;
+    }
+  }
+}
+
+template <bool kMask, bool kSums, bool kOld, bool kScaled>
+void dgrad_tile(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, const float* c, int64_t ldc,
+                float* sum_dz, float* sum_dz_xhat) {
+  int64_t m = 0;
+  for (; m + 4 <= where.pixels; m += 4)
+    dgrad_rows<4, kMask, kSums, kOld, kScaled>(a, where.pixel + m, first, columns, c + m * ldc, ldc, sum_dz,
+                                               sum_dz_xhat);
+  for (; m < where.pixels; ++m)
+    dgrad_rows<1, kMask, kSums, kOld, kScaled>(a, where.pixel + m, first, columns, c + m * ldc, ldc, sum_dz,
+                                               sum_dz_xhat);
+}
+
+using DgradTile = void (*)(const DgradArgs&, const Tile&, int64_t, int64_t, const float*, int64_t, float*, float*);
+
+template <bool kMask, bool kSums>
+DgradTile dgrad_tile_for(bool old, bool scaled) {
+  if (old) return scaled ? dgrad_tile<kMask, kSums, true, true> : dgrad_tile<kMask, kSums, true, false>;
+  return scaled ? dgrad_tile<kMask, kSums, false, true> : dgrad_tile<kMask, kSums, false, false>;
+}
+
+// An activation beyond ReLU, in place: what is left to the epilogue has none.
+void derive_tile(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc) {
+  constexpr int64_t kPiece = 512;
+  float z[kPiece];
+  for (int64_t m = 0; m < where.pixels; ++m) {
+    const Value* x = a.x.data + where.pixel[m] * a.x.stride + first;
+    for (int64_t begin = 0; begin < columns; begin += kPiece) {
+      const int64_t width = least(kPiece, columns - begin);
+      const float *scale = a.scale + first + begin, *shift = a.shift + first + begin;
+      for (int64_t n = 0; n < width; ++n) z[n] = scale[n] * to_float(x[begin + n]) + shift[n];
+      gradient_row(c + m * ldc + begin, z, width, a.act);
+    }
+  }
+}
+
+void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc,
+                  float* sum_dz, float* sum_dz_xhat) {
+  if (a.scale != nullptr && a.act.is_other()) derive_tile(a, where, first, columns, c, ldc);
+  const bool mask = a.scale != nullptr && a.act.is_relu(), sums = sum_dz != nullptr,
+             old = a.accumulate || a.base.data != nullptr;
+  if (sums) {
+    std::memset(sum_dz, 0, columns * sizeof(float));
+    std::memset(sum_dz_xhat, 0, columns * sizeof(float));
+  }
+  const DgradTile tile =
+      mask ? (sums ? dgrad_tile_for<true, true>(old, a.scaled) : dgrad_tile_for<true, false>(old, a.scaled))
+           : (sums ? dgrad_tile_for<false, true>(old, a.scaled) : dgrad_tile_for<false, false>(old, a.scaled));
+  tile(a, where, first, columns, c, ldc, sum_dz, sum_dz_xhat);
+}
+
+// The sums of the only tile go to `sums`.
+template <class Args>
+void dgrad_few(const Args& a, const Problem& p, float* sums, Parallel parallel) {
+  Run runs[kMaxRuns];
+  const int count = make_runs(p, a.weight, false, runs);
+  run_parallel(parallel, div_up(p.dst_c, kPanel), p.dst_c * p.depth(), [&](int64_t panel) {
+    const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel);
+    const int vectors = static_cast<int>(width / kLanes);
+    Tile where;
+    const float* operand = load_whole(p, a.grad, &where);
+    float* c = scratch_c.get(p.tile_pixels * width);
+    const int64_t block = even_block(where.pixels, rows_for(vectors)), part = even_block(p.src_c, kSegment);
+    for (int i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < p.src_c; k += part) {
+        const float* weights = a.weight.data + runs[i].weight + k * a.weight.so + first;
+        for (int64_t m = 0; m < where.pixels; m += block)
+          kernels().multiply[vectors][least(block, where.pixels - m)](operand + runs[i].operand + k, where.base + m,
+                                                                      weights, a.weight.so, least(part, p.src_c - k),
+                                                                      c + m * width, width, i == 0 && k == 0);
+      }
+    }
+    float* own = sums == nullptr ? nullptr : sums + first;
+    finish_dgrad(a, where, first, width, c, width, own, own == nullptr ? nullptr : own + p.dst_c);
+  });
+}
+
+template <class Args>
+void conv_dgrad(const Args& a, Parallel parallel) {
+  const Geometry2d& g = a.g;
+  const int64_t phases = g.stride_h * g.stride_w;
+  Problem problems[16];
+  bool few[16] = {};
+  int64_t tiles = 0, first_tile[17] = {0};
+  for (int64_t i = 0; i < phases; ++i) {
+    Problem& p = problems[i];
+    p = Problem{dgrad_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h, i / g.stride_w),
+                dgrad_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w, i % g.stride_w),
+                g.batch,
+                g.out_c / kChannelsPerUnit,
+                g.in_c,
+                g.in_h,
+                g.in_w,
+                kChannelsPerUnit};
+    if (p.h.grid > 0 && p.w.grid > 0) {
+      few[i] = p.plan_few(a.weight, g.in_c, kFewPixels);
+      if (!few[i]) p.plan();
+      tiles += p.tiles;
+    }
+    first_tile[i + 1] = tiles;
+  }
+  const int64_t panels = div_up(g.in_c, kPanel);
+  float* sums = a.sum_dz == nullptr ? nullptr : partial_sums.get(tiles * 2 * g.in_c);
+  for (int64_t i = 0; i < phases; ++i) {
+    const Problem& p = problems[i];
+    if (first_tile[i + 1] == first_tile[i]) continue;
+    if constexpr (!kPairs) {
+      if (few[i]) {
+        dgrad_few(a, p, sums == nullptr ? nullptr : sums + first_tile[i] * 2 * g.in_c, parallel);
+        continue;
+      }
+    }
+    const int64_t each = panels_per_task(p), parts = div_up(panels, each);
+    const Factor factor{a.weight, a.weight.so, a.weight.si, packed_weights.get(packed_size(p))};
+    pack_weights(p, factor, parallel);
+    run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
+      const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
+      const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
+      const int64_t ldc = round_up(columns, kLanes);
+      float* c = scratch_c.get(p.tile_pixels * ldc);
+      Tile where;
+      multiply_tile(p, a.grad, tile, factor, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
+        if (phases > 1) return;  // its pixels are not side by side
+        const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
+        prefetch->add(a.x, from, to, first, columns);
+        prefetch->add(a.accumulate ? a.dx : a.base, from, to, first, columns);
+      });
+      float* own = sums == nullptr ? nullptr : sums + (first_tile[i] + tile) * 2 * g.in_c + first;
+      finish_dgrad(a, where, first, columns, c, ldc, own, own == nullptr ? nullptr : own + g.in_c);
+    });
+  }
+  if (sums == nullptr) return;
+  run_parallel(parallel, div_up(g.in_c, 64), tiles * g.in_c, [&](int64_t b) {
+    for (int64_t n = b * 64; n < least(g.in_c, b * 64 + 64); ++n) {
+      double s0 = 0, s1 = 0;
+      for (int64_t t = 0; t < tiles; ++t) {
+        s0 += sums[t * 2 * g.in_c + n];
+        s1 += sums[(t * 2 + 1) * g.in_c + n];
+      }
+      a.sum_dz[n] = static_cast<float>(s0);
+      a.sum_dz_xhat[n] = static_cast<float>(s1 * a.invstd[n]);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace FUSEDRES_CAPABILITY
+}  // namespace fusedres

@@ -1,0 +1,115 @@
+// The forward convolution with its epilogue: bias, scale_shift, residual and activation, and the statistics of what is
+// written.
+#pragma once
+
+#include "conv_few-inl.h"
+#include "conv_stats-inl.h"
+#include "conv_tile-inl.h"
+
+namespace fusedres {
+namespace FUSEDRES_CAPABILITY {
+namespace {
+
+template <bool kScaleShift, bool kResidual, bool kResidualScaleShift>
+void finish_rows(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc) {
+  const float* scale = kScaleShift ? a.out_scale + first : nullptr;
+  const float* shift = kScaleShift ? a.out_shift + first : nullptr;
+  const float* residual_scale = kResidualScaleShift ? a.residual_scale + first : nullptr;
+  const float* residual_shift = kResidualScaleShift ? a.residual_shift + first : nullptr;
+  const float floor = a.out_act.is_relu() ? 0.f : -__builtin_inff();
+  for (int64_t m = 0; m < where.pixels; ++m) {
+    float* v = c + m * ldc;
+    const Value* r = kResidual ? a.residual.data + where.pixel[m] * a.residual.stride + first : nullptr;
+    for (int64_t n = 0; n < columns; ++n) {
+      float value = kScaleShift ? scale[n] * v[n] + shift[n] : v[n];
+      if (kResidual)
+        value += kResidualScaleShift ? residual_scale[n] * to_float(r[n]) + residual_shift[n] : to_float(r[n]);
+      v[n] = value <= floor ? floor : value;  // NaN passes
+    }
+    if (a.out_act.is_other()) activate_row(v, columns, a.out_act);
+  }
+}
+
+// The epilogue of a tile, in place.
+void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc) {
+  if (a.bias != nullptr)
+    for (int64_t m = 0; m < where.pixels; ++m)
+      for (int64_t n = 0; n < columns; ++n) c[m * ldc + n] += to_float(a.bias[first + n]);
+  const bool residual = a.residual.data != nullptr;
+  if (a.out_scale != nullptr) {
+    (!residual          ? finish_rows<true, false, false>
+     : a.residual_scale ? finish_rows<true, true, true>
+                        : finish_rows<true, true, false>)(a, where, first, columns, c, ldc);
+  } else if (residual || a.out_act.kind != Act::none) {
+    (!residual          ? finish_rows<false, false, false>
+     : a.residual_scale ? finish_rows<false, true, true>
+                        : finish_rows<false, true, false>)(a, where, first, columns, c, ldc);
+  }
+}
+
+template <class Args>
+void forward_few(const Args& a, const Problem& p, Parallel parallel) {
+  float* stats = a.mean == nullptr ? nullptr : partial_sums.get(kTileStats * p.dst_c);
+  Run runs[kMaxRuns];
+  const int count = make_runs(p, a.weight, true, runs);
+  const int64_t each = few_per_task(p.dst_c, kDotOutputs);
+  run_parallel(parallel, div_up(p.dst_c, each), p.dst_c * p.depth(), [&](int64_t task) {
+    const int64_t first = task * each, columns = least(each, p.dst_c - first), ldc = a.out.stride;
+    Tile where;
+    const float* operand = load_whole(p, a.x, &where);
+    const int64_t block = even_block(where.pixels, kDotPixels);
+    float* c = a.out.data + first;
+    for (int64_t n = 0; n < columns;) {
+      const int64_t outputs = columns - n >= kDotOutputs ? kDotOutputs : 1;
+      for (int64_t m = 0; m < where.pixels; m += block)
+        kernels().dots[outputs][least(block, where.pixels - m)](operand, where.base + m,
+                                                                a.weight.data + (first + n) * a.weight.so, a.weight.so,
+                                                                runs, count, c + m * ldc + n, ldc);
+      n += outputs;
+    }
+    finish_forward(a, where, first, columns, c, ldc);
+    if (stats != nullptr) column_stats(c, ldc, where.pixels, columns, tile_stats(stats, p, 0).from(first));
+  });
+  if (stats != nullptr) merge_stats(p, stats, a.mean, a.m2, parallel);
+}
+
+template <class Args>
+void conv_forward(const Args& a, Parallel parallel) {
+  const Geometry2d& g = a.g;
+  Problem p{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
+            forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+            g.batch,
+            g.in_c / kChannelsPerUnit,
+            g.out_c,
+            g.out_h,
+            g.out_w,
+            kChannelsPerUnit};
+  if constexpr (!kPairs)
+    if (p.plan_few(a.weight, g.in_c, kFewerPixels)) return forward_few(a, p, parallel);
+  p.plan();
+  const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
+  const Factor factor{a.weight, a.weight.si, a.weight.so, packed_weights.get(packed_size(p))};
+  pack_weights(p, factor, parallel);
+  float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * kTileStats * p.dst_c);
+  const bool in_place = !kPairs && p.dst_c % kLanes == 0;
+  run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
+    const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
+    const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
+    const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
+    // output pixels of a tile are consecutive rows of the map
+    float* c = in_place ? reinterpret_cast<float*>(a.out.data) + tile * p.tile_pixels * a.out.stride + first
+                        : scratch_c.get(p.tile_pixels * ldc);
+    Tile where;
+    multiply_tile(p, a.x, tile, factor, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
+      prefetch->add(a.residual, t.pixel[0], t.pixel[t.pixels - 1] + 1, first, columns);
+    });
+    finish_forward(a, where, first, columns, c, ldc);
+    const TileStats own = tile_stats(stats, p, tile);
+    write_tile(a, where, first, columns, c, ldc, in_place, own ? own.from(first) : own);
+  });
+  if (stats != nullptr) merge_stats(p, stats, a.mean, a.m2, parallel);
+}
+
+}  // namespace
+}  // namespace FUSEDRES_CAPABILITY
+}  // namespace fusedres

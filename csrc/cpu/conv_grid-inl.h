@@ -1,0 +1,232 @@
+// The grid of a convolution: which source pixels an output pixel reads, where it goes, and how the pixels are cut into
+// tiles and the channels into chunks. All of it follows from the shape alone.
+#pragma once
+
+#include <cstdint>
+
+#include "conv_operand-inl.h"
+#include "conv_sizes-inl.h"
+#include "util-inl.h"
+
+namespace fusedres {
+namespace FUSEDRES_CAPABILITY {
+namespace {
+
+// Scratch memory of a thread, named for what it holds: the operand of a tile, the gradient of a weight gradient's tile,
+// a product, and the transformed operand and product of Winograd's algorithm.
+thread_local Buffer<float> scratch_a, scratch_b, scratch_c, scratch_v, scratch_m;
+// of the calling thread: fresh memory of this size would be mapped and cleared by the system at every call
+thread_local Buffer<float> packed_weights, partial_sums;
+// of a thread that multiplies a tile of Winograd's once more
+thread_local Buffer<float> scratch_weights;
+thread_local Buffer<int64_t> scratch_base, scratch_pixel, scratch_strided;
+
+struct Axis {
+  int64_t grid;                 // output positions of this phase
+  int64_t dst_first, dst_step;  // where position i goes
+  int64_t src_size, step;       // source position of tap t: i * step + offset[t]
+  int taps;
+  int64_t offset[kMaxTaps];
+  int kernel[kMaxTaps];  // which kernel row or column tap t is
+  int64_t low, span;     // smallest offset, and largest minus smallest plus one
+
+  // With a single tap only the needed positions are loaded, side by side.
+  int64_t scratch_step() const { return taps == 1 ? 1 : step; }
+  int64_t scratch_size(int64_t positions) const { return taps == 1 ? positions : (positions - 1) * step + span; }
+  int64_t source(int64_t first, int64_t j) const {
+    return taps == 1 ? (first + j) * step + offset[0] : first * step + low + j;
+  }
+  int64_t shift(int t) const { return taps == 1 ? 0 : offset[t] - low; }
+  bool consecutive() const {
+    for (int t = 1; t < taps; ++t)
+      if (offset[t] != offset[t - 1] + 1) return false;
+    return true;
+  }
+  // A single tap that never leaves the source.
+  bool inside() const { return taps == 1 && offset[0] == 0 && (grid - 1) * step < src_size; }
+  void finish() {
+    low = taps ? offset[0] : 0;
+    int64_t high = low;
+    for (int t = 1; t < taps; ++t) {
+      low = least(low, offset[t]);
+      high = most(high, offset[t]);
+    }
+    span = high - low + 1;
+  }
+};
+
+Axis forward_axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  Axis a{out, 0, 1, in, stride, static_cast<int>(kernel), {}, {}, 0, 0};
+  for (int t = 0; t < a.taps; ++t) {
+    a.offset[t] = t * dilation - pad;
+    a.kernel[t] = t;
+  }
+  a.finish();
+  return a;
+}
+
+// The input gradient of a strided convolution falls into `stride` phases: positions i * stride + phase read the
+// gradient densely, through those taps whose distance the stride divides.
+Axis dgrad_axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, int64_t phase) {
+  Axis a{phase < in ? div_up(in - phase, stride) : 0, phase, stride, out, 1, 0, {}, {}, 0, 0};
+  for (int64_t t = kernel - 1; t >= 0; --t) {
+    const int64_t distance = phase + pad - t * dilation;
+    if (((distance % stride) + stride) % stride != 0) continue;
+    a.offset[a.taps] = distance >= 0 ? distance / stride : -((-distance) / stride);
+    a.kernel[a.taps] = static_cast<int>(t);
+    ++a.taps;
+  }
+  a.finish();
+  return a;
+}
+
+struct Segment {
+  int64_t offset;  // floats from a pixel's base in the scratch
+  int64_t depth;
+  int64_t row;  // first row of the packed weights
+};
+
+// A chunk of the source's channels: what one scratch load brings.
+struct Chunk {
+  int64_t first, width, row;
+};
+
+struct Problem {
+  Axis h, w;
+  int64_t batch, src_c, dst_c, dst_h, dst_w;  // src_c in units where those run along the channels
+  int64_t per_unit = 1;                       // channels
+  // the plan
+  int64_t tile_rows = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
+  bool winograd = false, never_winograd = false;
+
+  int64_t rows() const { return batch * h.grid; }
+  // Every output pixel reads one source pixel.
+  bool one_to_one() const { return h.inside() && w.inside(); }
+  int64_t taps() const { return winograd ? kPositions : int64_t(h.taps) * w.taps; }
+  int64_t depth() const { return taps() * src_c; }
+  int64_t chunks() const { return depth() ? div_up(src_c, chunk) : 0; }
+  Chunk chunk_at(int64_t i) const {
+    const int64_t first = i * chunk;
+    return {first, least(chunk, src_c - first), taps() * first};
+  }
+
+  // Whether Winograd's 16 products per 2 x 2 outputs, with their transforms, are cheaper than 36: not where the map is
+  // so small that transforming the weights outweighs it. In multiplications per pair of channels.
+  bool winograd_pays() const {
+    // in bfloat16 a transformed operand would be rounded once more
+    if (kPairs || never_winograd || h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() ||
+        !w.consecutive())
+      return false;
+    if (src_c % kLanes != 0 || w.grid > 128) return false;
+    const double tiles = static_cast<double>(batch * div_up(h.grid, 2) * div_up(w.grid, 2));
+    const double transforms = 4.0 / static_cast<double>(src_c) + 4.0 / static_cast<double>(dst_c);
+    return 16 * tiles * (1 + transforms) + 100 < 9.0 * static_cast<double>(rows() * w.grid);
+  }
+
+  int64_t scratch_rows(int64_t of_rows, int64_t images) const {
+    const int64_t extra = h.taps == 1 ? 0 : (h.span - 1) + (h.step > 1 ? h.step - 1 : 0);
+    return (h.taps == 1 ? of_rows : of_rows * h.step) + extra * least(images, of_rows);
+  }
+
+  // One tile of all pixels, one chunk of all channels, where that is little enough and the weight can be read as it
+  // lies: `vector_c` channels of it lie side by side.
+  bool plan_few(const Weight& weight, int64_t vector_c, int64_t most_pixels) {
+    const int64_t pixels = rows() * w.grid;
+    if (kPairs || pixels == 0 || pixels > most_pixels || weight.si != 1 || vector_c % kLanes != 0 || h.taps == 0 ||
+        w.taps == 0)
+      return false;
+    winograd = false;
+    scratch_w = w.scratch_size(w.grid);
+    tile_rows = rows();
+    tiles = 1;
+    tile_pixels = tile_rows * w.grid;
+    scratch_pixels = scratch_rows(tile_rows, batch) * scratch_w;
+    chunk = src_c;
+    return scratch_pixels * src_c <= kFewFloats;
+  }
+
+  void plan() {
+    winograd = winograd_pays();
+    scratch_w = w.taps ? w.scratch_size(w.grid) : 0;
+    tile_rows = most(1, kTilePixels / w.grid);
+    // few tiles must be shared out evenly; where the destination has many panels, those make tasks, too
+    const int64_t multiple = dst_c >= 4 * kPanel ? 2 : 4;
+    tiles = div_up(rows(), tile_rows);
+    if (tiles < 16) tile_rows = div_up(rows(), least(rows(), round_up(tiles, multiple)));
+    if (winograd) tile_rows = round_up(tile_rows, 2);
+    tiles = div_up(rows(), tile_rows);
+    tile_pixels = tile_rows * w.grid;
+    // a tile that spans images loads the border of each
+    const int64_t images = (tile_rows - 1) / h.grid + 2;
+    scratch_pixels = 0;
+    if (h.taps && w.taps) {
+      scratch_pixels = scratch_rows(tile_rows, images) * scratch_w;
+      const int64_t fit = winograd ? kWinogradFloats / (4 * tile_pixels) : kScratchFloats / scratch_pixels;
+      const int64_t pieces = div_up(src_c, least(512, most(64, fit)));
+      chunk = pieces == 1 ? src_c : round_up(div_up(src_c, pieces), kLanes);
+    } else {
+      chunk = src_c;
+    }
+  }
+};
+
+// Where tile `tile` lies: fills, per pixel, its base in the scratch (in floats, for `width` channels) and its index in
+// the destination map, and loads the scratch through `load_row(source pixel or -1, scratch row pointer)`.
+struct Tile {
+  int64_t pixels;
+  const int64_t* base;
+  const int64_t* pixel;
+};
+
+// With `in_place` the bases are those of the source map itself.
+Tile locate(const Problem& p, int64_t tile, int64_t width, const Source* in_place = nullptr) {
+  int64_t* base = scratch_base.get(p.tile_pixels);
+  int64_t* pixel = scratch_pixel.get(p.tile_pixels);
+  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  int64_t m = 0, scratch_row = 0;
+  for (int64_t row = begin; row < end;) {
+    const int64_t n = row / p.h.grid, first = row % p.h.grid;
+    const int64_t count = least(end - row, p.h.grid - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t dst_row = (n * p.dst_h + p.h.dst_first + (first + i) * p.h.dst_step) * p.dst_w + p.w.dst_first;
+      const int64_t src_row = in_place ? (n * p.h.src_size + (first + i) * p.h.step) * p.w.src_size
+                                       : (scratch_row + i * p.h.scratch_step()) * p.scratch_w;
+      const int64_t src_step = in_place ? p.w.step : p.w.scratch_step(),
+                    src_stride = in_place ? in_place->map.stride / p.per_unit : width;
+      for (int64_t j = 0; j < p.w.grid; ++j, ++m) {
+        base[m] = (src_row + j * src_step) * src_stride;
+        pixel[m] = dst_row + j * p.w.dst_step;
+      }
+    }
+    scratch_row += p.h.taps ? p.h.scratch_size(count) : 0;
+    row += count;
+  }
+  return {m, base, pixel};
+}
+
+int64_t pixels_of(const Problem& p, int64_t tile) {
+  return (least(p.rows(), (tile + 1) * p.tile_rows) - tile * p.tile_rows) * p.w.grid;
+}
+
+// Consecutive columns of the kernel are consecutive in the scratch: they make one deep segment.
+int make_segments(const Problem& p, Chunk chunk, int64_t deepest, Segment* segments) {
+  int count = 0;
+  const bool merged = p.w.consecutive();
+  const int64_t columns = merged ? 1 : p.w.taps;
+  const int64_t run = merged ? p.w.taps * chunk.width : chunk.width;
+  for (int i = 0; i < p.h.taps; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t offset = (p.h.shift(i) * p.scratch_w + p.w.shift(static_cast<int>(j))) * chunk.width;
+      const int64_t row = chunk.row + (int64_t(i) * p.w.taps + j) * chunk.width;
+      const int64_t parts = div_up(run, deepest), part = div_up(run, parts);
+      for (int64_t k = 0; k < run; k += part) segments[count++] = {offset + k, least(part, run - k), row + k};
+    }
+  }
+  return count;
+}
+
+constexpr int kMaxSegments = kMaxTaps * kMaxTaps * 4 + 64;
+
+}  // namespace
+}  // namespace FUSEDRES_CAPABILITY
+}  // namespace fusedres

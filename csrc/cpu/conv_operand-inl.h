@@ -1,0 +1,121 @@
+// How a convolution's numbers are stored, and how two operands are multiplied: what differs between float32 and
+// bfloat16.
+//
+// The engine multiplies *units* of four bytes. In float32 a unit is a number. In bfloat16 it is a pair of numbers that
+// follow one another along the sum (two channels; two pixels in the weight gradient), and the processor's dot product
+// of pairs adds both products to a float: the same loops over half as many units, at twice the rate. A scratch holds
+// the bits of units in floats.
+//
+// What differs on whole pixels and tiles is in conv_singles-inl.h and conv_pairs-inl.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "conv.h"
+#include "storage-inl.h"
+
+namespace fusedres {
+namespace FUSEDRES_CAPABILITY {
+namespace {
+
+using vec = VecF;
+
+#ifdef FUSEDRES_PAIRS
+constexpr bool kPairs = true;
+using Value = Bfloat16;
+#else
+constexpr bool kPairs = false;
+using Value = float;
+#endif
+using Map = MapOf<Value>;
+using Source = SourceOf<Value>;
+using Weight = WeightOf<Value>;
+using ForwardArgs = ForwardArgsOf<Value>;
+using DgradArgs = DgradArgsOf<Value>;
+using WgradArgs = WgradArgsOf<Value>;
+
+constexpr int64_t kChannelsPerUnit = kPairs ? 2 : 1;
+
+inline float to_float(float value) { return value; }
+inline void put(float* p, float value) { *p = value; }
+
+#ifndef FUSEDRES_PAIRS
+
+inline vec multiply_add(vec sum, float a, vec b) { return sum + a * b; }
+inline vec load_units(const float* p) { return load(p); }
+
+// The unit whose numbers lie `stride` apart.
+inline float unit_at(const float* p, int64_t) { return *p; }
+
+// Units side by side, whose numbers lie `stride` apart.
+inline void pack_row(const float* src, int64_t, int64_t n, float* dst) { std::memcpy(dst, src, n * sizeof(float)); }
+
+#else
+
+using bits = VecI;
+
+inline vec multiply_add(vec sum, float a, vec b) {
+  return bit_cast<vec>(
+      _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(_mm512_set1_ps(a)), bit_cast<__m512bh>(b)));
+}
+
+inline float to_float(Bfloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+// The bits of 16 values, each in its lane.
+inline bits widen(const Bfloat16* p) { return widen(read<VecH>(p)); }
+
+inline void put(Bfloat16* p, float value) { p->bits = round_to_bfloat16(vec{} + value)[0]; }
+
+// Units of numbers that lie side by side.
+inline vec load_units(const Bfloat16* p) { return bit_cast<vec>(_mm512_loadu_ps(reinterpret_cast<const float*>(p))); }
+
+inline vec round_to_units(vec first, vec second) {
+  return bit_cast<vec>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
+}
+inline vec make_units(bits low, bits high) { return bit_cast<vec>(low | (high << 16)); }
+inline float make_unit(Bfloat16 low, Bfloat16 high) {
+  return bit_cast<float>(static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16);
+}
+
+// Units of n numbers and n others; `high` may be null for zeros.
+inline void interleave(const float* low, const float* high, int64_t n, float* units) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes)
+    store(units + c, make_units(widen(round_to_bfloat16(load(low + c))),
+                                high == nullptr ? bits{} : widen(round_to_bfloat16(load(high + c)))));
+  for (; c < n; ++c) {
+    Bfloat16 a, b{0};
+    put(&a, low[c]);
+    if (high != nullptr) put(&b, high[c]);
+    units[c] = make_unit(a, b);
+  }
+}
+
+// Units of 2 n numbers that follow one another.
+inline void round_row(const float* values, int64_t n, float* units) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    store(units + c, round_to_units(load(values + 2 * c), load(values + 2 * c + kLanes)));
+  }
+  for (; c < n; ++c) {
+    Bfloat16 a, b;
+    put(&a, values[2 * c]);
+    put(&b, values[2 * c + 1]);
+    units[c] = make_unit(a, b);
+  }
+}
+
+inline float unit_at(const Bfloat16* p, int64_t stride) { return make_unit(p[0], p[stride]); }
+
+inline void pack_row(const Bfloat16* src, int64_t stride, int64_t n, float* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, make_units(widen(src + i), widen(src + stride + i)));
+  for (; i < n; ++i) dst[i] = make_unit(src[i], src[stride + i]);
+}
+
+#endif
+
+}  // namespace
+}  // namespace FUSEDRES_CAPABILITY
+}  // namespace fusedres

@@ -1,0 +1,49 @@
+// The prologue: the source pixels that a tile needs are loaded into a scratch that stays in L2, padded with zeros, and
+// whatever is pending (scale_shift and activation, or the gradient's p * g + q * raw + r) is applied on the way.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "conv_grid-inl.h"
+#ifdef FUSEDRES_PAIRS
+#include "conv_pairs-inl.h"
+#else
+#include "conv_singles-inl.h"
+#endif
+
+namespace fusedres {
+namespace FUSEDRES_CAPABILITY {
+namespace {
+
+void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
+  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  float* dst = scratch;
+  for (int64_t row = begin; row < end;) {
+    const int64_t n = row / p.h.grid, first = row % p.h.grid;
+    const int64_t count = least(end - row, p.h.grid - first);
+    const int64_t in_rows = p.h.scratch_size(count);
+    for (int64_t i = 0; i < in_rows; ++i) {
+      const int64_t y = p.h.source(first, i);
+      if (y < 0 || y >= p.h.src_size) {
+        std::memset(dst, 0, p.scratch_w * chunk.width * sizeof(float));
+        dst += p.scratch_w * chunk.width;
+        continue;
+      }
+      const int64_t line = (n * p.h.src_size + y) * p.w.src_size;
+      for (int64_t j = 0; j < p.scratch_w; ++j, dst += chunk.width) {
+        const int64_t x = p.w.source(0, j);
+        if (x < 0 || x >= p.w.src_size) {
+          for (int64_t c = 0; c < chunk.width; ++c) dst[c] = 0.f;
+        } else {
+          load_units_of_pixel(s, line + x, chunk.first, chunk.width, dst);
+        }
+      }
+    }
+    row += count;
+  }
+}
+
+}  // namespace
+}  // namespace FUSEDRES_CAPABILITY
+}  // namespace fusedres

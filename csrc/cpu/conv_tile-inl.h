@@ -1,0 +1,184 @@
+// The product of a tile: its scratch is loaded chunk by chunk and multiplied by the packed weights, panel by panel,
+// while the lines that will be needed next are asked for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "conv_gemm-inl.h"
+#include "conv_pack-inl.h"
+#include "conv_prologue-inl.h"
+
+namespace fusedres {
+namespace FUSEDRES_CAPABILITY {
+namespace {
+
+// Lines of maps that will be needed soon, asked for a few at a time between register kernels, so that memory works
+// while the FMA units do.
+struct Prefetch {
+  struct Range {
+    const char* data;
+    int64_t stride, pixels, lines;  // stride in bytes; lines: of a pixel
+  };
+  Range ranges[4];
+  int count = 0, current = 0;
+  int64_t pixel = 0, line = 0, total = 0;
+
+  // Channels [first, first + width) of pixels [begin, end).
+  void add(const Map& map, int64_t begin, int64_t end, int64_t first, int64_t width) {
+    if (map.data == nullptr || end <= begin) return;
+    constexpr int64_t kSize = sizeof(Value), kPerLine = 64 / kSize;
+    const char* data = reinterpret_cast<const char*>(map.data + begin * map.stride + first);
+    // whole pixels are one long run
+    Range range = width == map.stride ? Range{data, 0, 1, div_up((end - begin) * width, kPerLine)}
+                                      : Range{data, map.stride * kSize, end - begin, div_up(width, kPerLine)};
+    ranges[count++] = range;
+    total += range.pixels * range.lines;
+  }
+  void issue(int64_t lines) {
+    while (lines > 0 && current < count) {
+      const Range& r = ranges[current];
+      const char* data = r.data + pixel * r.stride + line * 64;
+      const int64_t now = least(lines, r.lines - line);
+      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(data + i * 64, 0, 2);
+      lines -= now;
+      line += now;
+      if (line < r.lines) continue;
+      line = 0;
+      if (++pixel < r.pixels) continue;
+      pixel = 0;
+      ++current;
+    }
+  }
+};
+
+// The source pixels that tile `tile` loads, as one range: a tile's rows are consecutive, also across images.
+void prefetch_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, Prefetch* prefetch) {
+  if (tile >= p.tiles) return;
+  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows) - 1;
+  const auto line = [&](int64_t row, int64_t offset) {
+    const int64_t y = row % p.h.grid * p.h.step + offset;
+    return (row / p.h.grid * p.h.src_size + most(0, least(p.h.src_size, y))) * p.w.src_size;
+  };
+  const int64_t from = line(begin, p.h.low), to = line(end, p.h.low + p.h.span);
+  prefetch->add(s.map, from, to, p.per_unit * chunk.first, p.per_unit * chunk.width);
+  if (s.q != nullptr) prefetch->add(s.second, from, to, p.per_unit * chunk.first, p.per_unit * chunk.width);
+}
+
+// Chunk `k` of a tile's product by Winograd's algorithm: products of all positions add up over the chunks, and the last
+// one writes c. Returns whether what it wrote is finite.
+bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* scratch, const Factor& factor,
+                       int64_t first_panel, int64_t last_panel, float* c, int64_t ldc, Prefetch* prefetch) {
+  const Chunk chunk = p.chunk_at(k);
+  const int64_t patches = patches_of(p, tile), step = position_step(patches, chunk.width);
+  float* transformed = scratch_v.get(kPositions * step);
+  transform_input(p, tile, scratch, chunk.width, transformed, step);
+  int64_t* base = scratch_base.get(patches);
+  for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
+  bool finite = true;
+  // with a single chunk, one panel's products at a time
+  const bool single = p.chunks() == 1, last = k + 1 == p.chunks();
+  const int64_t room = kPositions * position_step(patches, kPanel);
+  float* products = scratch_m.get(single ? room : room * (last_panel - first_panel));
+  const int64_t calls = (last_panel - first_panel) * kPositions * div_up(patches, rows_for(kPanelVectors)),
+                lines = div_up(prefetch->total, calls);
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+    const int64_t width = panel_width(p.dst_c, panel), product_step = position_step(patches, width);
+    const int vectors = static_cast<int>(width / kLanes);
+    const float* weights = factor.packed + panel * kPanel * p.depth() + chunk.row * width;
+    float* product = products + (single ? 0 : (panel - first_panel) * room);
+    const int64_t block = even_block(patches, rows_for(vectors));
+    for (int position = 0; position < kPositions; ++position) {
+      for (int64_t m = 0; m < patches; m += block) {
+        kernels().multiply[vectors][least(block, patches - m)](
+            transformed + position * step, base + m, weights + position * chunk.width * width, width, chunk.width,
+            product + position * product_step + m * width, width, k == 0);
+        prefetch->issue(lines);
+      }
+    }
+    if (last && !transform_output(p, tile, product, width, product_step, c + (panel - first_panel) * kPanel, ldc))
+      finite = false;
+  }
+  return finite;
+}
+
+// A tile of Winograd's once more without its transforms. The weight is packed here: this is rare, and a pass over it is
+// little beside the product.
+Tile multiply_directly(Problem p, const Source& s, int64_t tile, Factor factor, int64_t first_panel, int64_t last_panel,
+                       float* c, int64_t ldc);
+
+// c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`.
+// `epilogue(where, &prefetch)` may name what the epilogue of this tile will read.
+template <class F>
+void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
+                   int64_t last_panel, float* c, int64_t ldc, Tile* where, F&& epilogue) {
+  Segment segments[kMaxSegments];
+  if (p.chunks() == 0) {
+    *where = locate(p, tile, 1);
+    for (int64_t m = 0; m < where->pixels; ++m)
+      std::memset(c + m * ldc, 0,
+                  (least(last_panel * kPanel, round_up(p.dst_c, kLanes)) - first_panel * kPanel) * sizeof(float));
+    return;
+  }
+  // where nothing is pending and nothing padded, the map itself is the operand
+  const bool plain = s.scale == nullptr && s.act.kind == Act::none && s.map.stride % p.per_unit == 0;
+  const Source* in_place = plain && p.one_to_one() ? &s : nullptr;
+  float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk);
+  for (int64_t k = 0; k < p.chunks(); ++k) {
+    const Chunk chunk = p.chunk_at(k);
+    if (!in_place) load_tile(p, s, tile, chunk, loaded);
+    const float* scratch = in_place ? reinterpret_cast<const float*>(s.map.data) + chunk.first : loaded;
+    *where = locate(p, tile, chunk.width, in_place);
+    Prefetch prefetch;
+    const bool last = k + 1 == p.chunks();
+    if (last) epilogue(*where, &prefetch);
+    prefetch_tile(p, s, last ? tile + 1 : tile, p.chunk_at(last ? 0 : k + 1), &prefetch);
+    if (p.winograd) {
+      if (!multiply_winograd(p, tile, k, scratch, factor, first_panel, last_panel, c, ldc, &prefetch))
+        *where = multiply_directly(p, s, tile, factor, first_panel, last_panel, c, ldc);
+      continue;
+    }
+    const int count = make_segments(p, chunk, kSegment, segments);
+    const int64_t calls = (last_panel - first_panel) * count * div_up(where->pixels, rows_for(kPanelVectors)),
+                  lines = div_up(prefetch.total, calls);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t width = panel_width(p.dst_c, panel);
+      const int vectors = static_cast<int>(width / kLanes);
+      const float* weights = factor.packed + panel * kPanel * p.depth();
+      const int64_t block = even_block(where->pixels, rows_for(vectors));
+      for (int i = 0; i < count; ++i) {
+        const bool first = k == 0 && i == 0;
+        for (int64_t m = 0; m < where->pixels; m += block) {
+          const int64_t rows = least(block, where->pixels - m);
+          kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m,
+                                            weights + segments[i].row * width, width, segments[i].depth,
+                                            c + m * ldc + (panel - first_panel) * kPanel, ldc, first);
+          prefetch.issue(lines);
+        }
+      }
+    }
+  }
+}
+
+Tile multiply_directly(Problem p, const Source& s, int64_t tile, Factor factor, int64_t first_panel, int64_t last_panel,
+                       float* c, int64_t ldc) {
+  p.winograd = false;
+  factor.packed = scratch_weights.get(packed_size(p));
+  for (int64_t panel = first_panel; panel < last_panel; ++panel) pack_panel(p, factor, panel);
+  Tile where;
+  multiply_tile(p, s, tile, factor, first_panel, last_panel, c, ldc, &where, [](const Tile&, Prefetch*) {});
+  return where;
+}
+
+// How the destination's panels are divided: enough tasks for many threads, a product that fits beside the scratch.
+int64_t panels_per_task(const Problem& p) {
+  const int64_t panels = div_up(p.dst_c, kPanel);
+  const int64_t wanted = div_up(16, p.tiles);
+  const int64_t each = p.winograd && p.chunks() > 1 ? 4 : 1;  // products of all positions live side by side
+  const int64_t fit = most(1, 2 * kScratchFloats / (p.tile_pixels * kPanel * each));
+  return most(1, least(fit, div_up(panels, wanted)));
+}
+
+}  // namespace
+}  // namespace FUSEDRES_CAPABILITY
+}  // namespace fusedres

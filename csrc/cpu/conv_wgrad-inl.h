@@ -1,0 +1,236 @@
+// The weight gradient: products of pixels, summed per group of tiles and merged in the order of the groups.
+#pragma once
+
+#include "conv_few-inl.h"
+#include "conv_tile-inl.h"
+
+namespace fusedres {
+namespace FUSEDRES_CAPABILITY {
+namespace {
+
+// Where a weight gradient's sums lie: per group of tiles, panel by panel, within a panel by Problem::chunk_at, tap (or
+// position), channel.
+struct WgradPlan {
+  Problem p;
+  int64_t panels, parts, each;  // panels, and how they are divided into tasks
+  int64_t groups, group_tiles;  // each group of tiles sums into a partial of its own
+  int64_t size() const { return p.depth() * round_up(p.dst_c, kLanes); }
+  int64_t used_groups() const { return div_up(p.tiles, group_tiles); }
+
+  // Follows from the shape alone.
+  explicit WgradPlan(const Problem& problem) : p(problem) {
+    p.plan();
+    // Winograd's sums are 16/9 as large: those of a task have to stay in cache from tile to tile
+    if (p.winograd) p.chunk = least(p.chunk, kPanel);
+    const int64_t pixels = p.rows() * p.w.grid, chunks = p.chunks();
+    panels = div_up(p.dst_c, kPanel);
+    groups = most(1, least(16, least(pixels / 512, (int64_t(1) << 22) / size())));
+    each = p.winograd
+               ? 1
+               : most(1, least(kScratchFloats / (p.tile_pixels * kPanel), div_up(panels, div_up(8, groups * chunks))));
+    parts = div_up(panels, each);
+    // a small map: more groups rather than idle threads, down to groups that still outweigh their partials
+    groups = least(p.tiles, most(groups, least(div_up(8, chunks * parts), most(1, pixels / 96))));
+    group_tiles = div_up(p.tiles, groups);
+  }
+};
+
+// The bases of pixels that lie `stride` apart.
+const int64_t* strided_base(int64_t pixels, int64_t stride) {
+  int64_t* base = scratch_strided.get(pixels);
+  for (int64_t m = 0; m < pixels; ++m) base[m] = m * stride;
+  return base;
+}
+
+// The products of one tile: panels [begin, end) of one chunk, added to the sums of a group unless they are `fresh`.
+// `gradient` holds the tile's output gradients, `ldg` floats a pixel.
+void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient,
+                int64_t ldg, int64_t begin, int64_t end, float* sums, bool fresh, Prefetch* prefetch) {
+  const Problem& p = plan.p;
+  Segment segments[kMaxSegments];
+  const int count = make_segments(p, chunk, int64_t(1) << 40, segments);
+  const int64_t* gradient_base = strided_base(where.pixels, ldg);
+  const int64_t calls = (end - begin) * count * div_up(segments[0].depth, rows_for(kPanelVectors)),
+                lines = div_up(prefetch->total, calls);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t width = panel_width(p.dst_c, panel);
+    const int vectors = static_cast<int>(width / kLanes);
+    const float* values = gradient + (panel - begin) * kPanel;
+    float* to = sums + panel * kPanel * p.depth();
+    for (int i = 0; i < count; ++i) {
+      const int64_t block = even_block(segments[i].depth, rows_for(vectors));
+      for (int64_t k = 0; k < segments[i].depth; k += block) {
+        const int64_t rows = least(block, segments[i].depth - k);
+        kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, values, gradient_base,
+                                       where.pixels, to + (segments[i].row + k) * width, width, fresh);
+        prefetch->issue(lines);
+      }
+    }
+  }
+}
+
+// As outer_tile, for one panel, by Winograd's algorithm.
+void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const float* scratch, const float* gradient,
+                    int64_t panel, float* sums, bool fresh, Prefetch* prefetch) {
+  const Problem& p = plan.p;
+  const int64_t patches = patches_of(p, tile), width = panel_width(p.dst_c, panel);
+  const int64_t step = position_step(patches, chunk.width), gradient_step = position_step(patches, width);
+  float* transformed = scratch_v.get(kPositions * step);
+  float* gradients = scratch_m.get(kPositions * gradient_step);
+  transform_input(p, tile, scratch, chunk.width, transformed, step);
+  transform_gradient(p, tile, gradient, width, gradients, gradient_step);
+  int64_t* base = scratch_base.get(patches);
+  for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
+  const int64_t* gradient_base = strided_base(patches, width);
+  const int vectors = static_cast<int>(width / kLanes);
+  const int64_t block = even_block(chunk.width, rows_for(vectors));
+  const int64_t lines = div_up(prefetch->total, kPositions * div_up(chunk.width, block));
+  float* to = sums + panel * kPanel * p.depth() + chunk.row * width;
+  for (int position = 0; position < kPositions; ++position, to += chunk.width * width) {
+    for (int64_t k = 0; k < chunk.width; k += block) {
+      kernels().outer[vectors][least(block, chunk.width - k)](transformed + position * step + k, base,
+                                                              gradients + position * gradient_step, gradient_base,
+                                                              patches, to + k * width, width, fresh);
+      prefetch->issue(lines);
+    }
+  }
+}
+
+// A block of `rows` source and `valid` destination channels (rows of `width`), laid out as the weight is.
+void store_weights(const Weight& w, const float* block, int64_t width, int64_t rows, int64_t valid, Value* to) {
+  int64_t n = 0;
+  if (w.si == 1) {
+    // 16 rows of the weight from end to end before the next 16: memory is written in long runs
+    const int64_t whole = rows / kLanes * kLanes;
+    for (; n + kLanes <= valid; n += kLanes) {
+      for (int64_t c = 0; c < whole; c += kLanes)
+        transpose([&](int i) { return load(block + (c + i) * width + n); },
+                  [&](int j, vec column) { store(to + (n + j) * w.so + c, column); });
+      for (int64_t c = whole; c < rows; ++c)
+        for (int64_t i = n; i < n + kLanes; ++i) put(to + i * w.so + c, block[c * width + i]);
+    }
+  }
+  for (; n < valid; ++n)
+    for (int64_t c = 0; c < rows; ++c) put(to + n * w.so + c * w.si, block[c * width + n]);
+}
+
+// Every product is a finished number of the weight's gradient, which is written in its rows.
+template <class Args>
+void wgrad_few(const Args& a, const Problem& p, Parallel parallel) {
+  Run runs[kMaxRuns];
+  const auto& dweight = a.dweight;
+  const int count = make_runs(p, dweight, true, runs);
+  const int64_t block = rows_for(kPanelVectors), each = few_per_task(p.dst_c, block);
+  run_parallel(parallel, div_up(p.dst_c, each), p.dst_c * p.depth(), [&](int64_t task) {
+    const int64_t first = task * each, columns = least(each, p.dst_c - first);
+    Tile where;
+    const float* operand = load_whole(p, a.x, &where);
+    float* gradient = scratch_b.get(where.pixels * columns);
+    for (int64_t m = 0; m < where.pixels; ++m)
+      load_pixel(a.grad, where.pixel[m], first, columns, gradient + m * columns);
+    const int64_t* base = strided_base(where.pixels, columns);
+    for (int64_t n = 0; n < columns; n += block) {
+      for (int i = 0; i < count; ++i) {
+        float* to = dweight.data + (first + n) * dweight.so + runs[i].weight;
+        for (int64_t k = 0; k < runs[i].depth; k += kPanel) {
+          const int64_t vectors = least(kPanel, runs[i].depth - k) / kLanes;
+          kernels().outer[vectors][least(block, columns - n)](gradient + n, base, operand + runs[i].operand + k,
+                                                              where.base, where.pixels, to + k, dweight.so, true);
+        }
+      }
+    }
+  });
+}
+
+template <class Args>
+void conv_wgrad_of(const Args& a, bool never_winograd, Parallel parallel) {
+  const Geometry2d& g = a.g;
+  Problem problem{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
+                  forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+                  g.batch,
+                  g.in_c,
+                  g.out_c,
+                  g.out_h,
+                  g.out_w};
+  if constexpr (!kPairs)
+    if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, parallel);
+  problem.never_winograd = never_winograd;
+  const WgradPlan plan(problem);
+  const Problem& p = plan.p;
+  const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
+  float* sums = partial_sums.get(plan.groups * plan.size());
+  run_parallel(parallel, plan.groups * chunks * parts, pixels * p.dst_c * 8, [&](int64_t task) {
+    const int64_t group = task / (chunks * parts), begin = task % parts * plan.each,
+                  end = least(panels, begin + plan.each);
+    const Chunk chunk = p.chunk_at(task / parts % chunks);
+    const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first,
+                  ldg = round_up(columns, kLanes);
+    const int64_t stop = least(p.tiles, (group + 1) * plan.group_tiles);
+    float* scratch = scratch_a.get(p.scratch_pixels * p.chunk);
+    float* gradient = scratch_b.get(p.tile_pixels * ldg);
+    for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
+      const bool fresh = tile == group * plan.group_tiles;
+      load_operand(p, a.x, tile, chunk, scratch);
+      Tile where = locate(p, tile, chunk.width);
+      load_gradient(p, a.grad, where, first, columns, ldg, gradient);
+      where.pixels = locate_units(p, chunk.width, where);
+      Prefetch prefetch;
+      if (tile + 1 < stop) {
+        prefetch_tile(p, a.x, tile + 1, chunk, &prefetch);
+        const int64_t from = (tile + 1) * p.tile_pixels, to = least(pixels, from + p.tile_pixels);
+        prefetch.add(a.grad.map, from, to, first, columns);
+        if (a.grad.q != nullptr) prefetch.add(a.grad.second, from, to, first, columns);
+      }
+      float* own = sums + group * plan.size();
+      if (p.winograd) outer_winograd(plan, tile, chunk, scratch, gradient, begin, own, fresh, &prefetch);
+      else outer_tile(plan, chunk, where, scratch, gradient, ldg, begin, end, own, fresh, &prefetch);
+    }
+  });
+  bool again = false;
+  run_parallel(parallel, panels * chunks, plan.used_groups() * plan.size(), [&](int64_t task) {
+    const int64_t panel = task / chunks, first = panel * kPanel, width = panel_width(p.dst_c, panel);
+    const int64_t valid = least(width, p.dst_c - first);
+    const Chunk chunk = p.chunk_at(task % chunks);
+    float* from = sums + first * p.depth() + chunk.row * width;
+    // the groups, in order, into the first
+    for (int64_t k = 1; k < plan.used_groups(); ++k)
+      for (int64_t i = 0; i < p.taps() * chunk.width * width; ++i) from[i] += from[i + k * plan.size()];
+    const auto place = [&](int i, int j, int64_t c) {
+      return a.dweight.data + i * a.dweight.sh + j * a.dweight.sw + (chunk.first + c) * a.dweight.si +
+             first * a.dweight.so;
+    };
+    if (!p.winograd) {
+      for (int t = 0; t < p.taps(); ++t)
+        store_weights(a.dweight, from + t * chunk.width * width, width, chunk.width, valid,
+                      place(t / p.w.taps, t % p.w.taps, 0));
+      return;
+    }
+    Finite finite;
+    for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
+      float block[9][kLanes][kPanel];
+      for (int64_t c = 0; c < kLanes; ++c) {
+        for (int64_t n = 0; n < width; n += kLanes) {
+          vec u[4][4], dw[3][3];
+          load_positions(from + (c0 + c) * width + n, chunk.width * width, u);
+          both_axes(u, dw, weight_gradient_line);
+          for (int t = 0; t < 9; ++t) {
+            finite.see(dw[t / 3][t % 3]);
+            store(block[t][c] + n, dw[t / 3][t % 3]);
+          }
+        }
+      }
+      for (int t = 0; t < 9; ++t) store_weights(a.dweight, block[t][0], kPanel, kLanes, valid, place(t / 3, t % 3, c0));
+    }
+    if (!finite) __atomic_store_n(&again, true, __ATOMIC_RELAXED);
+  });
+  if (again) conv_wgrad_of(a, true, parallel);
+}
+
+template <class Args>
+void conv_wgrad(const Args& a, Parallel parallel) {
+  conv_wgrad_of(a, false, parallel);
+}
+
+}  // namespace
+}  // namespace FUSEDRES_CAPABILITY
+}  // namespace fusedres

@@ -1,0 +1,51 @@
+"""Maps in memory: channels_last, or channel slices of a wider channels_last buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .contract import accum_dtype
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def format_of(dims: int) -> torch.memory_format:
+    """The memory format of maps of so many dimensions."""
+    return _FORMATS.get(dims, torch.contiguous_format)
+
+
+def as_map(x: Tensor) -> Tensor:
+    """``x`` in channels_last (itself where it is already, or is a channel slice of a map)."""
+    return x if is_slice(x) else x.contiguous(memory_format=format_of(x.dim()))
+
+
+def is_slice(x: Tensor) -> bool:
+    """Whether ``x`` is a channel slice of a wider map: rows of channels side by side, one pitch apart."""
+    if x.dim() not in _FORMATS or x.stride(1) != 1:
+        return False
+    pitch = None
+    rows = 1
+    # from the fastest dimension to the slowest; the stride of a dimension of size 1 says nothing
+    for size, stride in zip((x.shape[0], *x.shape[2:])[::-1], (x.stride(0), *x.stride()[2:])[::-1], strict=True):
+        if size > 1:
+            pitch = stride if pitch is None else pitch
+            if stride != rows * pitch:
+                return False
+        rows *= size
+    return pitch is not None and pitch > x.shape[1]
+
+
+def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels_last map, in the dtype of ``like`` where none is given."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(len(shape)))
+
+
+def channel_empty(rows: int, channels: int, like: Tensor) -> Tensor:
+    """An uninitialised ``[rows, channels]`` per-channel tensor for maps like ``like``."""
+    return torch.empty(rows, channels, dtype=accum_dtype(like.dtype), device=like.device)
+
+
+def row_count(x: Tensor) -> int:
+    """Values per channel."""
+    return x.numel() // x.shape[1]

@@ -1,0 +1,59 @@
+"""Convolutions by the library (oneDNN, cuDNN) between the passes of a backend.
+
+The composition that every backend can fall back to: a pending scale, shift and activation is materialised by one pass, the statistics are
+one reduction, and the input gradient's epilogue is one pass. ``passes`` is the backend whose passes these are; the contracts are those of
+:class:`~fusedres.backends.contract.Backend`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..operands import Epilogue, GradTarget, LazyGrad, LazyMap
+from ..specs import Geometry
+from .contract import Backend
+from .layout import as_map
+
+
+def conv_forward(
+    passes: Backend, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue
+) -> Tensor:
+    """See :meth:`~fusedres.backends.contract.Backend.conv_forward`."""
+    a = x.raw if x.is_plain else passes.materialize(x)
+    raw = as_map(
+        torch.ops.aten.convolution(
+            a, weight, bias, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.padding),
+            geometry.groups,
+        )
+    )  # fmt: skip
+    if not epilogue.is_plain or epilogue.out is not None:
+        return passes.add_act_forward(
+            LazyMap(raw, epilogue.scale_shift), epilogue.residual, epilogue.act, out=epilogue.out, stats=epilogue.stats
+        )
+    if epilogue.stats is not None:
+        passes.statistics(raw, epilogue.stats)
+    return raw
+
+
+def conv_backward(
+    passes: Backend,
+    grad: LazyGrad,
+    x: LazyMap,
+    weight: Tensor,
+    geometry: Geometry,
+    target: GradTarget | None,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """See :meth:`~fusedres.backends.contract.Backend.conv_backward`."""
+    g = grad.grad if grad.coeff is None else passes.apply_grad_coeff(grad)
+    # the input gradient alone needs x only for its shape
+    a = x.raw if x.is_plain or not need_dw else passes.materialize(x)
+    da, dweight, _ = torch.ops.aten.convolution_backward(
+        g, a, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.padding),
+        geometry.groups, [target is not None, need_dw, False],
+    )  # fmt: skip
+    if target is None:
+        return None, dweight
+    da = as_map(da)
+    return da if x.is_plain and target.is_plain else passes.dgrad_epilogue(da, x, target), dweight

@@ -1,0 +1,294 @@
+"""How a kind of block is read and run; :func:`prepare` is the only way from a part of a block to a backend."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+from ..autograd.steps import functorch_active
+from ..backends.contract import Backend
+from ..backends.eager import BACKEND as EAGER
+from ..backends.select import resolve
+from ..errors import Unsupported
+from ..recognition import BlockGraph, Flow, Part, global_hooks
+from ..specs import BlockSpec
+from ..swap import FusedBlock, original_class, state_of
+from .handover import Handover, enter, suggests_channels_last
+from .reading import recall
+from .state import BlockState, CallRecord, Outcome
+
+#: a forward of original modules
+Original = Callable[..., Tensor]
+
+
+class Kind(ABC):
+    """A kind of block. ``key`` names it in states and pickles; ``title`` is what ``report`` calls it."""
+
+    key: ClassVar[str]
+    title: ClassVar[str]
+    #: whether autocast casts the input of the block: where a convolution comes first
+    casts: ClassVar[bool] = False
+
+    # ---- what a kind says ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self, block: Any, state: BlockState) -> Any:
+        """What the block runs as; raises Unsupported."""
+
+    @abstractmethod
+    def parts(self, found: Any) -> list[Part]:
+        """The parts that run fused, of what :meth:`read` has found, in the order in which a call records them."""
+
+    @abstractmethod
+    def run(
+        self, block: Any, state: BlockState, found: Any, original: Original, given: Handover, place: Tensor | None
+    ) -> Handover:
+        """The block's output, by what has been ``found``; written into ``place`` where that is given and it can be."""
+
+    def inside(self, block: Any, state: BlockState) -> list[nn.Module]:
+        """The modules, the block among them, on which :meth:`read` depends."""
+        return list(block.modules())
+
+    def graphs(self, block: Any, state: BlockState) -> tuple[BlockGraph | Flow, ...]:
+        """The graphs on which :meth:`read` depends."""
+        return ()
+
+    def label(self, block: Any, state: BlockState) -> str:
+        """What ``report`` calls this block."""
+        return self.title
+
+    def out_shape(self, block: Any, state: BlockState, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of the output for a map of ``shape`` where the block can write it into a place, else None."""
+        return None
+
+    # ---- what they share -----------------------------------------------------------------------------------------
+
+    def reading(self, block: Any, state: BlockState) -> Any:
+        """What :meth:`read` finds, remembered while nothing inside changes; raises Unsupported."""
+        _refuse_tracers()
+        return self.recall(block, state)
+
+    def recall(self, block: Any, state: BlockState) -> Any:
+        """As :meth:`reading`, whoever looks on."""
+        return recall(
+            state,
+            lambda: self.inside(block, state),
+            lambda: self.graphs(block, state),
+            lambda: self.read(block, state),
+        )
+
+    def forward(
+        self, block: Any, state: BlockState, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The block's forward, for code that is not ours. ``original``: that of its class."""
+        try:
+            x = args[0] if len(args) == 1 and not kwargs else _only_argument(original_class(block), args, kwargs)
+            found = self.reading(block, state)
+        except Unsupported as reason:
+            note_unfused(state, reason)
+            return original(*args, **kwargs)
+        return self.run(block, state, found, original, Handover(x), None).leave()
+
+    def cast(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The input as autocast to ``dtype`` would hand it to the first module; raises Unsupported where that is not known."""
+        if dtype is None or x.dtype == dtype:
+            return x
+        if not self.casts:
+            raise Unsupported(f"its input is {x.dtype} under autocast to {dtype}")
+        return x.to(dtype)
+
+
+def _refuse_tracers() -> None:
+    """Raise Unsupported where somebody looks on who has to see the original modules."""
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        raise Unsupported("torch.jit traces the original modules")
+    if functorch_active():
+        raise Unsupported("torch.func transforms the original modules")
+    if forward_ad._current_level >= 0:
+        raise Unsupported("forward-mode differentiation goes through the original modules")
+    if is_fx_symbolic_tracing():
+        raise Unsupported("torch.fx traces the original modules")
+    if global_hooks():
+        raise Unsupported("a global module hook is registered")
+
+
+@functools.lru_cache(maxsize=1024)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _only_argument(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The one argument of a call of the forward of ``cls``, however it was given; raises Unsupported where there are others."""
+    try:
+        signature = _signature(cls.forward)
+        (_, *given) = signature.bind(None, *args, **kwargs).arguments.items()
+    except (TypeError, ValueError) as error:
+        raise Unsupported(f"its forward does not take these arguments: {error}") from None
+    if len(given) == 1:
+        name, value = given[0]
+        if signature.parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            return value
+    raise Unsupported("its forward was not called with one map")
+
+
+# ---- from a part to its backend --------------------------------------------------------------------------------------
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in where ``x`` lives, None where it is off."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class Prepared(NamedTuple):
+    """What a part is about to run: ``spec`` on ``backend`` from ``x``, with the ``counters`` of the BatchNorms that use a batch."""
+
+    backend: Backend
+    spec: BlockSpec
+    counters: dict[Tensor, int]
+    x: Tensor
+    autocast: bool
+
+
+def prepare(kind: Kind, state: BlockState, part: Part, x: Tensor, source: Tensor | None) -> Prepared:
+    """Describe, cast, check, choose; raises Unsupported, or ValueError as torch would."""
+    cast = autocast_dtype(x) if isinstance(x, Tensor) else None
+    spec, counters = part.describe(cast)
+    x = kind.cast(x, cast)
+    part.check(spec, *((x,) if source is None else (x, source)))
+    return Prepared(choose_backend(spec, x), with_recompute(spec, state), counters, x, cast is not None)
+
+
+def with_recompute(spec: BlockSpec, state: BlockState) -> BlockSpec:
+    """``spec`` as the block was converted: recomputing or not."""
+    return spec.recomputing if state.recompute else spec
+
+
+def choose_backend(spec: BlockSpec, x: Tensor) -> Backend:
+    """The backend that runs ``spec`` on ``x``; raises Unsupported.
+
+    Where processes share statistics they have to exchange the same numbers in the same order, or all wait for ever. The autograd block is
+    that order, whatever the backend, so that what may differ between processes only chooses the backend: the size of a batch, empty ones
+    included, and what is installed. Whether a block runs fused at all follows from the model, its modes and the dtype, which are the same
+    everywhere, or a SyncBatchNorm could not work either. A hook may be one process's own: where it makes a block run its original modules
+    their SyncBatchNorms are of the kind ``sync_norm``, which exchanges what the block would, in the order of the block's forward and of
+    autograd: the same one, except where a forward computes a normalised shortcut first.
+    """
+    backend = resolve(x.device, x.dtype) if x.numel() else None
+    if backend is None:
+        if not spec.exchanges:
+            raise Unsupported(f"no fused backend serves {x.dtype} on {x.device}")
+        return EAGER
+    return backend
+
+
+#: whether eager's output of a description would not be channels_last, by whether its input and what its shortcut reads are not
+StaysNchw = Callable[[BlockSpec, bool, bool], bool]
+
+
+def behind_convolutions(spec: BlockSpec, x: bool, source: bool) -> bool:
+    """What convolutions make of the memory format of their input: channels_last where a weight is."""
+    return x and not any(suggests_channels_last(t) for t in spec.tensors if t is not None and t.dim() > 2)
+
+
+class Ran(NamedTuple):
+    """How a part went: its output, and what is left for ``report``."""
+
+    y: Handover
+    outcome: Outcome
+    record: CallRecord | None
+
+
+@functools.cache
+def _on(backend: str) -> Outcome:
+    return Outcome(backend)
+
+
+def run_part(
+    kind: Kind,
+    block: nn.Module,
+    state: BlockState,
+    part: Part,
+    original: Original,
+    given: Handover,
+    source: Handover | None = None,
+    place: Tensor | None = None,
+    stays_nchw: StaysNchw = behind_convolutions,
+) -> Ran:
+    """The output of ``part``: fused, or by ``original(x, source)`` where it cannot be. ``place``: where it is written, if it can be.
+    ``stays_nchw``: asked where a map in eager would not be channels_last."""
+    x = given.x
+    try:
+        backend, spec, counters, prepared, autocast = prepare(
+            kind, state, part, x, None if source is None else source.x
+        )
+    except Unsupported as reason:
+        maps = (given.leave(),) if source is None else (given.leave(), source.leave())
+        return Ran(Handover(original(*maps)), Outcome(reason=str(reason)), None)
+    as_eager = suggests_channels_last(prepared)
+    owes = beside_owes = given.owes_nchw or not as_eager
+    if not as_eager:
+        prepared = enter(prepared)
+    beside = None
+    if source is not None:
+        beside, as_eager = source.x, suggests_channels_last(source.x)
+        beside_owes = source.owes_nchw or not as_eager
+        if not as_eager:
+            beside = enter(beside)
+    maps = (prepared,) if beside is None else (prepared, beside)
+    if counters:
+        torch._foreach_add_([*counters], [*counters.values()])
+    if place is not None and not (
+        spec.writes_into and place.dtype == prepared.dtype and place.shape == spec.out_shape(tuple(prepared.shape))
+    ):
+        place = None
+    with torch.autocast(prepared.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        y, stats = spec.run(backend, prepared, beside, stats=given.stats, out=place)
+    owes = (owes or beside_owes) and y is not place and stays_nchw(spec, owes, beside_owes)
+    record = CallRecord(
+        block.training,
+        torch.is_grad_enabled(),
+        prepared.device,
+        prepared.dtype,
+        tuple(m.shape for m in maps),
+        tuple(m.requires_grad for m in maps),
+        (id(x),) if source is None else (id(x), id(source.x)),
+        owes,
+    )
+    return Ran(Handover(y, stats, None, owes), _on(backend.name), record)
+
+
+def note_unfused(state: BlockState, reason: Unsupported) -> None:
+    """Leave in ``state`` that the block ran its original modules, and why."""
+    state.outcome, state.records = Outcome(reason=str(reason)), (None,)
+
+
+def note(state: BlockState, ran: list[Ran]) -> None:
+    """Leave in ``state`` how its parts went: of the reasons the first, which says more than another part's success."""
+    outcomes = [r.outcome for r in ran]
+    state.outcome = next((o for o in outcomes if not o.fused), outcomes[-1])
+    state.records = tuple(r.record for r in ran)
+
+
+def take(block: nn.Module, given: Handover, place: Tensor | None = None) -> Handover:
+    """The output of a fused block that is called directly (:func:`~fusedres.blocks.handover.is_direct`), without ``__call__``."""
+    state = state_of(block)
+    assert state is not None
+    original = super(FusedBlock, block).forward  # type: ignore[misc]
+    try:
+        found = state.kind.reading(block, state)
+    except Unsupported as reason:
+        note_unfused(state, reason)
+        return Handover(original(given.leave()))
+    return state.kind.run(block, state, found, original, given, place)

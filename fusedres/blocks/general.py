@@ -1,0 +1,210 @@
+"""Blocks of any shape: rows and sums run fused, everything between them runs as it is, in the order of the forward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..errors import Unsupported
+from ..recognition import Flow, Form, Fused, Part, Plain, Program, Slot, follow, form_of, program, read_flows
+from .base import Kind, Original, Ran, note, note_unfused, run_part
+from .handover import Handover, enter, suggests_channels_last
+from .state import BlockState
+
+#: a block that is called in more forms than this runs its original modules in the others
+MOST_FORMS = 16
+
+
+class Programs:
+    """What a block runs as, by the form of its call: a program, or why there is none. ``last``: that of the last call, as far as there was
+    one."""
+
+    def __init__(self, by_form: dict[Form, Program | Unsupported]) -> None:
+        self.by_form = by_form
+        self.last: Program | None = None
+
+    def get(self, form: Form) -> Program:
+        """The program for ``form``, which is known; raises Unsupported."""
+        found = self.by_form[form]
+        if isinstance(found, Unsupported):
+            raise found.anew()
+        self.last = found
+        return found
+
+    def shown(self) -> Program:
+        """The last program that ran, or the first that there is; raises Unsupported."""
+        return self.get(next(iter(self.by_form))) if self.last is None else self.last
+
+
+class GeneralKind(Kind):
+    """A block of which :func:`fusedres.recognition.follow` knows the calls in their order. It may take and return several maps, in lists
+    and tuples, and constants."""
+
+    key, title = "general", "general block"
+
+    def _flows(self, block: Any, state: BlockState) -> dict[Form, Flow | Unsupported]:
+        """The flows of the block in its present mode, by form; raises Unsupported."""
+        if state.flows is None:
+            state.flows = read_flows(block)
+        return dict(state.flows[block.training])
+
+    def graphs(self, block: Any, state: BlockState) -> tuple[Flow, ...]:
+        return tuple(flow for flow in self._flows(block, state).values() if isinstance(flow, Flow))
+
+    def read(self, block: Any, state: BlockState) -> Programs:
+        found: dict[Form, Program | Unsupported] = {}
+        for form, flow in self._flows(block, state).items():
+            if isinstance(flow, Unsupported):
+                found[form] = flow
+                continue
+            try:
+                flow.check(block)
+                found[form] = program(block, flow)
+            except Unsupported as reason:
+                found[form] = reason.anew()
+        return Programs(found)
+
+    def parts(self, found: Programs) -> list[Part]:
+        return [piece.part for piece in found.shown().pieces]
+
+    def label(self, block: Any, state: BlockState) -> str:
+        try:
+            unfused = self.recall(block, state).shown().unfused
+        except Unsupported:
+            return self.title
+        return f"{self.title}, unfused: {', '.join(unfused)}" if unfused else self.title
+
+    # ---- a call ------------------------------------------------------------------------------------------------------
+
+    def _program(self, block: Any, state: BlockState, found: Programs, form: Form) -> Program:
+        """What the block runs as when it is called in ``form``: followed now, where that is new. Raises Unsupported."""
+        if form not in found.by_form:
+            known = self._flows(block, state)
+            if len(known) >= MOST_FORMS:
+                raise Unsupported("its forward is called in too many ways")
+            flow: Flow | Unsupported
+            try:
+                flow = follow(block, form, block.training)
+            except Unsupported as reason:
+                flow = reason.anew()
+            assert state.flows is not None
+            state.flows = {**state.flows, block.training: {**known, form: flow}}
+            state.reading = None  # it depends on what the new flow has read
+            found = self.reading(block, state)
+        return found.get(form)
+
+    def forward(
+        self, block: Any, state: BlockState, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            found = self.reading(block, state)
+            form, maps = form_of(args, kwargs)
+            chosen = self._program(block, state, found, form)
+        except Unsupported as reason:
+            note_unfused(state, reason)
+            return original(*args, **kwargs)
+        return _Call(self, block, state, chosen, [Handover(x) for x in maps]).run(leaves=True)
+
+    def run(
+        self, block: Any, state: BlockState, found: Programs, original: Original, given: Handover, place: Tensor | None
+    ) -> Handover:
+        try:
+            form, maps = form_of((given.x,), {})
+            chosen = self._program(block, state, found, form)
+        except Unsupported as reason:
+            note_unfused(state, reason)
+            return Handover(original(given.leave()))
+        inputs = [given] if maps and maps[0] is given.x else [Handover(x) for x in maps]
+        y = _Call(self, block, state, chosen, inputs).run(leaves=False)
+        return y if isinstance(y, Handover) else Handover(y)
+
+
+class _Call:
+    """A call of a block: ``values``, by slot, as far as they are still read."""
+
+    def __init__(
+        self, kind: GeneralKind, block: nn.Module, state: BlockState, chosen: Program, inputs: Sequence[Handover]
+    ) -> None:
+        self.kind, self.block, self.state, self.program = kind, block, state, chosen
+        self.values: list[Any] = [*inputs, *[None] * (chosen.size - len(inputs))]
+        reads = (slot for a in chosen.actions if isinstance(a, Fused) for slot in (a.x, a.source) if slot is not None)
+        self.often = {slot for slot, times in Counter(reads).items() if times > 1}
+        #: maps in channels_last of those that are not, which several pieces read
+        self.entered: dict[int, Handover] = {}
+        self.results: list[Ran] = []
+
+    def run(self, leaves: bool) -> Any:
+        """The output; ``leaves``: for code that is not ours, else a single map is handed over."""
+        for action in self.program.actions:
+            result = self._fused(action) if isinstance(action, Fused) else self._plain(action)
+            self.values[action.result] = result
+            for slot in action.done:
+                self.values[slot] = None
+                self.entered.pop(slot, None)
+        if self.results:
+            note(self.state, self.results)
+        output = self.program.output
+        return self.values[output.at] if isinstance(output, Slot) and not leaves else self._filled(output, self._leave)
+
+    def _fused(self, action: Fused) -> Handover:
+        x = self._map(action.x)
+        source = None if action.source is None else self._map(action.source)
+        piece = action.piece
+        self.results.append(run_part(self.kind, self.block, self.state, piece.part, piece.original, x, source))
+        return self.results[-1].y
+
+    def _map(self, slot: int) -> Handover:
+        """A map for a piece: in channels_last, once for all pieces that read it."""
+        value: Handover = self.values[slot]
+        if slot not in self.often or not isinstance(value.x, Tensor) or value.x.dim() != 4:
+            return value
+        if slot not in self.entered:
+            if suggests_channels_last(value.x):
+                return value
+            self.entered[slot] = value._replace(x=enter(value.x), owes_nchw=True)
+        return self.entered[slot]
+
+    def _plain(self, action: Plain) -> Handover:
+        take = self._raw if action.measures or action.keeps_layout else self._leave
+        y = action.call(
+            *self._filled(action.args, take), **{name: self._filled(v, take) for name, v in action.kwargs.items()}
+        )
+        owes = action.keeps_layout and any(self.values[slot].owes_nchw for slot in action.reads)
+        return Handover(_as_eager(y) if owes else y, owes_nchw=owes and not _is_contiguous(y))
+
+    def _raw(self, slot: int) -> Any:
+        value: Handover = self.values[slot]
+        return value.x if value.keeper is None else self._leave(slot)
+
+    def _leave(self, slot: int) -> Any:
+        """A value for code that is not ours, which may overwrite it: the same for all of it, without what was known of its contents."""
+        value: Handover = self.values[slot]
+        if isinstance(value.x, Tensor):
+            left = value.leave()
+        elif value.owes_nchw:
+            several = cast(Sequence[Tensor], value.x)
+            left = type(value.x)(Handover(x, owes_nchw=True).leave() for x in several)
+        else:
+            left = value.x
+        self.values[slot] = Handover(left)
+        return left
+
+    def _filled(self, value: Any, take: Any) -> Any:
+        """``value`` with what ``take`` gives in the places of slots."""
+        if isinstance(value, Slot):
+            return take(value.at)
+        if isinstance(value, slice):
+            return slice(*(self._filled(v, take) for v in (value.start, value.stop, value.step)))
+        return type(value)(self._filled(v, take) for v in value) if type(value) in (tuple, list) else value
+
+
+def _as_eager(y: Any) -> Any:
+    """What was made of maps in channels_last where eager's are contiguous: only a map may stay so."""
+    return y.contiguous() if isinstance(y, Tensor) and y.dim() != 4 else y
+
+
+def _is_contiguous(y: Any) -> bool:
+    return isinstance(y, Tensor) and y.is_contiguous()

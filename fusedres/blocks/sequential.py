@@ -1,0 +1,137 @@
+"""Rows of modules: what is fused inside runs fused, and neighbours hand their maps over."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from ..errors import Unsupported
+from ..recognition import Part, conv_runs, is_sequential, shape_behind
+from ..recognition import run_part as part_of_run
+from ..swap import FusedBlock, state_of
+from .base import Kind, Original, Ran, run_part, take
+from .handover import Handover, is_direct
+from .state import BlockState, Outcome
+
+
+def in_a_row(x: Tensor, children: Sequence[nn.Module]) -> Tensor:
+    """``children`` one after the other, as a Sequential calls them."""
+    for child in children:
+        x = child(x)
+    return x
+
+
+def pass_on(given: Handover, children: Sequence[nn.Module], place: Tensor | None = None) -> Handover:
+    """``children`` one after the other: those that are fused hand their maps over. ``place`` is for the output of the last."""
+    for i, child in enumerate(children, 1):
+        if is_direct(child):
+            given = take(child, given, place if i == len(children) else None)
+        else:
+            given = Handover(child(given.leave()))
+    return given
+
+
+def out_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the output of ``module`` for a map of ``shape``, None where it cannot be told without running it."""
+    state = state_of(module) if isinstance(module, FusedBlock) else None
+    if state is not None:
+        try:
+            return state.kind.out_shape(module, state, shape)
+        except Unsupported:
+            return None
+    if is_sequential(module):
+        return _shape_of_row(list(cast(nn.Sequential, module)), shape)
+    return shape_behind(module, shape)
+
+
+def _shape_of_row(children: Sequence[nn.Module], shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    found: tuple[int, ...] | None = shape
+    for child in children:
+        found = None if found is None else out_shape(child, found)
+    return found
+
+
+class Step(NamedTuple):
+    """Children of a row: ``part``, where they run as one; else there is one of them."""
+
+    children: tuple[nn.Module, ...]
+    part: Part | None = None
+
+
+class SequentialKind(Kind):
+    """A Sequential: every conv-BN[-act][-max pool] in it runs fused, fused children hand their maps over, the rest runs as it is."""
+
+    key, title = "sequential", "sequential"
+    casts = True
+
+    def read(self, block: Any, state: BlockState) -> tuple[Step, ...]:
+        steps: list[Step] = []
+        children, at = list(block), 0
+        for start, stop in conv_runs(children):
+            steps += [Step((child,)) for child in children[at:start]]
+            steps.append(Step(tuple(children[start:stop]), part_of_run(children[start:stop])))
+            at = stop
+        return (*steps, *(Step((child,)) for child in children[at:]))
+
+    def parts(self, found: tuple[Step, ...]) -> list[Part]:
+        return [step.part for step in found if step.part is not None]
+
+    def inside(self, block: Any, state: BlockState) -> list[nn.Module]:
+        children = list(block)
+        return [block, *(child for start, stop in conv_runs(children) for child in children[start:stop])]
+
+    def run(
+        self,
+        block: Any,
+        state: BlockState,
+        found: tuple[Step, ...],
+        original: Original,
+        given: Handover,
+        place: Tensor | None,
+    ) -> Handover:
+        results: list[Ran] = []
+        outcomes: list[Outcome] = []
+        for i, step in enumerate(found, 1):
+            into = place if i == len(found) else None
+            if step.part is None:
+                given = pass_on(given, step.children, into)
+                inner = state_of(step.children[0])
+                if inner is not None and inner.outcome is not None:
+                    outcomes.append(inner.outcome)
+                continue
+            one_by_one = functools.partial(in_a_row, children=step.children)
+            results.append(run_part(self, block, state, step.part, one_by_one, given, None, into))
+            given = results[-1].y
+        # a row without parts of its own went as its children did
+        outcomes = [r.outcome for r in results] or outcomes
+        if outcomes:
+            state.outcome = next((o for o in outcomes if not o.fused), outcomes[-1])
+        state.records = tuple(r.record for r in results)
+        return given
+
+    def run_but_last(self, block: Any, state: BlockState, given: Handover) -> Handover:
+        """The output of all children but the last, which stands alone."""
+        try:
+            *steps, last = self.reading(block, state)
+        except Unsupported:
+            return pass_on(given, list(block)[:-1])
+        if last.part is not None:
+            return pass_on(given, list(block)[:-1])
+        return self.run(block, state, tuple(steps), block.forward, given, None)
+
+    def out_shape(self, block: Any, state: BlockState, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        found: tuple[int, ...] | None = shape
+        for step in self.reading(block, state):
+            if found is None:
+                return None
+            if step.part is None:
+                found = out_shape(step.children[0], found)
+            else:
+                found = step.part.describe(None)[0].out_shape(found)
+        return found
+
+
+SEQUENTIAL = SequentialKind()

@@ -1,0 +1,62 @@
+"""Arithmetic on a tile in registers, shared by all kernels: vectors, scale and shift, moments and their merges."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def vector(pointer, c, inside, DEFAULT: tl.constexpr):
+    """The float32 values of channels ``c``, 0 outside; DEFAULT everywhere where there is no such vector."""
+    if pointer is None:
+        values = tl.full(c.shape, DEFAULT, tl.float32)
+    else:
+        values = tl.load(pointer + c, mask=inside, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def normalize(tile, scale, shift):
+    """``scale * tile + shift`` in float32, per channel."""
+    return tile.to(tl.float32) * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def moments_of_rows(count, mean, m2):
+    """Chan's merge of the rows of a tile, each with its own ``count``: the count, mean and M2 of all of them together.
+
+    The mean is refined once about its first estimate, so that a mean of 1e4 costs the deviations nothing.
+    """
+    total = tl.sum(count, 0)
+    share = count / tl.maximum(total, 1.0)
+    center = tl.sum(mean * share[:, None], 0)
+    deviation = tl.where(count[:, None] > 0.0, mean - center[None, :], 0.0)
+    rest = tl.sum(deviation * share[:, None], 0)
+    spread = tl.sum(m2 + deviation * deviation * count[:, None], 0)
+    # of equal rows the difference may round to less than nothing
+    spread = tl.maximum(spread - total * rest * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return total, center + rest, spread
+
+
+@triton.jit
+def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Chan's merge of two sets of rows."""
+    total = count_a + count_b
+    share = count_b / tl.maximum(total, 1.0)
+    delta = mean_b - mean_a
+    return total, mean_a + delta * share, m2_a + m2_b + delta * delta * (count_a * share)
+
+
+@triton.jit
+def add_row(mean, m2, value, step):
+    """Welford's update, elementwise: every element of the tile has seen ``step`` values before ``value``."""
+    delta = value - mean
+    mean = mean + delta * (1.0 / (step + 1.0))
+    return mean, m2 + delta * (value - mean)
+
+
+@triton.jit
+def store_partial(partials, index, part, parts, c, C, value):
+    """``value`` of channels ``c`` as ``partials[index, part, c]``, of a contiguous ``[.., parts, C]``."""
+    tl.store(partials + (index * parts + part).to(tl.int64) * C + c, value, mask=c < C)

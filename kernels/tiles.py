@@ -1,0 +1,262 @@
+"""Every tile of every kernel: the defaults by kernel, taps and architecture (:data:`ROWS`), and the candidates that tuning measures.
+
+Tiles for a new GPU are rows at the top of :data:`ROWS`, with that GPU's family; launchers, tuner and cross-compiler all read them here. A
+convolution of several taps (3x3) is the library's in the default plan, so that its rows only show where a measured plan or
+``use_plan("fused")`` says so: measure them there. Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+EPILOGUE_BYTES = 24 * 1024  # shared memory that epilogues use beside the loop's stages, at most
+STEP_BYTES = 128  # of the reduced dimension, a step: what a warp's widest loads take of a row
+REGISTERS = 224  # of a thread's 255, so that addresses and masks find room
+
+
+class Arch(NamedTuple):
+    """What tiles must know of a device: its ``family`` (``"sm_80"`` for 8.x, ``"sm_90"``, ``"sm_100"``, ``"sm_120"``, ``"gfx9"``), the
+    bytes of shared memory that a block may take, and the threads of a warp."""
+
+    family: str
+    shared: int
+    warp: int
+
+
+#: where no device says otherwise
+DEFAULT_ARCH = Arch("sm_80", 163 * 1024, 32)
+
+
+@functools.cache
+def arch_of_gpu(device: torch.device) -> Arch:
+    """The architecture of a GPU that is here; :data:`DEFAULT_ARCH` for a device that is none."""
+    if device.type != "cuda":
+        return DEFAULT_ARCH
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        # gfx90a, gfx942, gfx950: one family of matrix instructions
+        return Arch(properties.gcnArchName[:4], properties.shared_memory_per_block, properties.warp_size)
+    return Arch(f"sm_{properties.major}0", properties.shared_memory_per_block_optin, properties.warp_size)
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. (Triton's own is a wrapper for constexprs that takes microseconds on the host.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def block(size: int, smallest: int, largest: int) -> int:
+    """The power of two that covers ``size``, within limits that are powers of two."""
+    return max(smallest, min(largest, next_power_of_2(size)))
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """The tile of a convolution: BLOCK_M rows, BLOCK_N columns, BLOCK_K of the reduced dimension a step; warps of 32 threads.
+
+    Raises ValueError for what is no tile: blocks are powers of two from 16 on, warps powers of two up to 16, stages at least 1.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        values = (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps, self.num_stages)
+        powers = all(type(v) is int and v > 0 for v in values) and all(v & (v - 1) == 0 for v in values[:4])
+        if not powers or min(values[:3]) < 16 or self.num_warps > 16:
+            raise ValueError(
+                f"{self} is no tile: blocks are powers of two from 16 on, num_warps a power of two up to 16, num_stages at least 1"
+            )
+
+    def __str__(self) -> str:
+        blocks = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}"
+        return f"{blocks}, {self.num_warps} warps, {self.num_stages} stages"
+
+
+class ConvSize(NamedTuple):
+    """What decides a convolution's tile. ``rows`` are pixels: of the output, or for dgrad of one residue of the input; ``channels`` and
+    ``outputs`` are those of one group; ``taps`` is R * S, for dgrad times the number of residues (1 is the plain product); ``pending``: the
+    gradient is read from two maps."""
+
+    rows: int
+    channels: int
+    outputs: int
+    taps: int
+    itemsize: int
+    pending: bool = False
+
+
+class Row(NamedTuple):
+    """The tile of a kernel: ``block_m`` x ``block_n`` at most, ``few_n`` columns where there are few rows (FEW_ROWS), ``pending_n`` where
+    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most."""
+
+    kernel: str
+    taps: str
+    family: str
+    block_m: int
+    block_n: int
+    few_n: int
+    pending_n: int
+    eight_from: int
+    max_warps: int = 8
+
+
+FEW_ROWS = 128 * 128  # below, a tile of half the columns gives twice as many programs
+
+# The first row that fits counts: "one" is the plain product, "many" everything else, "any" every architecture.
+#
+# Forward and dgrad of several taps stay at four warps, measured plans included: they run one flattened loop over (channel, tap) with its
+# divisions, and convolution templates of that shape have been miscompiled at eight warps by Triton (wrong values, no error) in other
+# projects. A row may raise max_warps once tests/backends have passed with it on a GPU of its family.
+ROWS = (
+    # 128 x 128 where there are columns enough: the prologue is repeated for every tile of columns
+    Row("forward", "one", "any", 128, 128, 64, 128, eight_from=128 * 128),
+    Row("forward", "many", "any", 128, 64, 64, 64, eight_from=128 * 128, max_warps=4),
+    # the epilogue's x, base and sums live beside the accumulator, which at 128 x 128 leaves no registers
+    Row("dgrad", "one", "any", 128, 64, 64, 64, eight_from=128 * 64),
+    Row("dgrad", "many", "any", 64, 64, 64, 64, eight_from=128 * 64, max_warps=4),
+    # BLOCK_M of C by BLOCK_N of K, at one tap: the matrix instructions of sm_90 and sm_100 want 64 rows at least, and a growth rate is
+    # narrower than that; a pending gradient is two maps, for which 128 columns leave no registers
+    Row("wgrad", "any", "any", 128, 128, 128, 64, eight_from=64 * 128),
+)
+
+
+def row(kernel: str, taps: int, arch: Arch) -> Row:
+    """The row of :data:`ROWS` for a kernel (forward, dgrad, wgrad) with so many taps. ValueError for another kernel."""
+    for found in ROWS:
+        if (
+            found.kernel == kernel
+            and found.taps in ("any", "one" if taps == 1 else "many")
+            and found.family in ("any", arch.family)
+        ):
+            return found
+    raise ValueError(f"no tile for kernel {kernel!r}, {taps} taps on {arch.family}: expected forward, dgrad or wgrad")
+
+
+def stages(bytes_per_stage: int, arch: Arch) -> int:
+    """How many steps of a loop can be in flight in shared memory, three at most. It changes no result."""
+    # warps of 64 are AMD's, where the newest step waits in registers, if it is small enough for them
+    waiting = int(arch.warp == 64 and 2 * bytes_per_stage <= arch.shared)
+    return max(1, min(3, (arch.shared - EPILOGUE_BYTES) // bytes_per_stage + waiting))
+
+
+class _Product(NamedTuple):
+    """A convolution as a product of m x k by k x n: how many maps are loaded for a tile of each operand, and how many float32 tiles live
+    beside the accumulator in the epilogue."""
+
+    m: int
+    n: int
+    k: int
+    maps: tuple[int, int]
+    epilogue: int
+
+
+def _product(kernel: str, size: ConvSize) -> _Product:
+    gradients = 2 if size.pending else 1
+    if kernel == "forward":
+        return _Product(size.rows, size.outputs, size.channels, (1, 1), 1)
+    if kernel == "dgrad":
+        return _Product(size.rows, size.channels, size.outputs, (gradients, 1), 2)
+    return _Product(size.channels, size.outputs, size.rows, (1, gradients), 0)
+
+
+def conv_config(kernel: str, size: ConvSize, arch: Arch) -> ConvConfig:
+    """The default tile of a convolution's kernel: forward, dgrad or wgrad."""
+    found, product = row(kernel, size.taps, arch), _product(kernel, size)
+    largest_n = found.few_n if size.rows < FEW_ROWS else found.block_n
+    largest_n = min(largest_n, found.pending_n) if size.pending else largest_n
+    block_m, block_n = block(product.m, 16, found.block_m), block(product.n, 16, largest_n)
+    block_k = block(product.k, 16, STEP_BYTES // size.itemsize)
+    warps = min(found.max_warps, 8 if block_m * block_n >= found.eight_from else 4)
+    return ConvConfig(
+        block_m, block_n, block_k, warps, stages(_step(product, block_m, block_n, block_k, size.itemsize), arch)
+    )
+
+
+def _step(product: _Product, block_m: int, block_n: int, block_k: int, itemsize: int) -> int:
+    """The bytes that a step of the loop loads."""
+    return (product.maps[0] * block_m + product.maps[1] * block_n) * block_k * itemsize
+
+
+def forward_config(size: ConvSize, arch: Arch) -> ConvConfig:
+    """The default tile of a convolution."""
+    return conv_config("forward", size, arch)
+
+
+def dgrad_config(size: ConvSize, arch: Arch) -> ConvConfig:
+    """The default tile of an input gradient."""
+    return conv_config("dgrad", size, arch)
+
+
+def wgrad_config(size: ConvSize, arch: Arch) -> ConvConfig:
+    """The default tile of a weight gradient."""
+    return conv_config("wgrad", size, arch)
+
+
+def check(kernel: str, taps: int, arch: Arch, config: ConvConfig) -> ConvConfig:
+    """``config`` itself; ValueError where its warps are more than the kernel's row allows."""
+    most = row(kernel, taps, arch).max_warps
+    if config.num_warps > most:
+        raise ValueError(f"{kernel} of {taps} taps runs with {most} warps at most on {arch.family}, found {config}")
+    return config
+
+
+# BLOCK_M, BLOCK_N, warps
+CANDIDATES = (
+    (64, 32, 4), (64, 64, 4), (64, 128, 4), (64, 256, 8), (128, 32, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8),
+    (128, 256, 8), (256, 64, 8), (256, 128, 8),
+)  # fmt: skip
+
+
+def conv_candidates(kernel: str, size: ConvSize, arch: Arch) -> list[ConvConfig]:
+    """The tiles that are worth a measurement beside :func:`conv_config`.
+
+    Left out is what needs more registers or shared memory than there are, or more warps than its row allows, and what computes a quarter
+    more outside the result than the best.
+    """
+    product, most = _product(kernel, size), row(kernel, size.taps, arch).max_warps
+
+    def waste(config: ConvConfig) -> float:
+        padded = cdiv(product.m, config.BLOCK_M) * config.BLOCK_M * cdiv(product.n, config.BLOCK_N) * config.BLOCK_N
+        return padded / (product.m * product.n)
+
+    found = []
+    for block_m, block_n, warps in CANDIDATES:
+        block_k = block(product.k, 16, STEP_BYTES // size.itemsize)
+        step = _step(product, block_m, block_n, block_k, size.itemsize)
+        registers = (block_m * block_n * (1 + product.epilogue) + step // 4) // (32 * warps)
+        if registers <= REGISTERS and step <= arch.shared and warps <= most:
+            found.append(ConvConfig(block_m, block_n, block_k, warps, stages(step, arch)))
+    least = min(map(waste, found), default=0.0)
+    return [config for config in found if waste(config) <= 1.25 * least]
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """A program of a pass walks ``chunk`` rows of ``BLOCK_C`` channels in tiles of ``BLOCK_M`` rows."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    chunk: int
+    num_warps: int = 4
+
+
+def pass_config(rows: int, channels: int, tile: int = 2048) -> PassConfig:
+    """Tiles of ``tile`` values (16 a thread: two 128-bit loads a map in 16-bit storage), whole cache lines of channels, and rows per
+    program such that thousands of programs are left: enough for any GPU, few enough that partials stay below a hundredth of the traffic.
+    """
+    block_c = block(channels, 8, 128)
+    block_m = block(rows, 1, tile // block_c)
+    tiles = cdiv(rows, block_m) * cdiv(channels, block_c)
+    return PassConfig(block_m, block_c, block_m * max(1, min(32, tiles // 4096)))

@@ -1,0 +1,291 @@
+"""What the C++ backend promises beyond the contract: its activations are the package's, its shortcuts do not show where numbers are
+infinite, huge or far from zero, and what it cannot do raises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres import activations
+from fusedres.backends import cpp, eager
+from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
+from fusedres.specs import Geometry, Pool
+from fusedres.testing import assert_parity
+
+_C = pytest.importorskip("fusedres._C")
+
+POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
+THREE = Geometry((1, 1), (1, 1), (1, 1), 1)
+#: large enough for Winograd's algorithm, whole panels and a rest of channels
+WINOGRAD = [(2, 64, 14, 14, 64), (1, 128, 9, 17, 80), (1, 1024, 16, 16, 64)]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def normal(*shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
+    return channels_last(x) if len(shape) == 4 else x
+
+
+def weight_of(k: int, c: int, size: int = 3) -> Tensor:
+    return channels_last(normal(k, c, size, size, seed=1) / (c * size * size) ** 0.5)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+def test_the_extension_computes_every_activation_of_the_package() -> None:
+    assert set(_C.activations()) == set(activations.KINDS)
+
+
+@pytest.mark.parametrize("number", [-1, len(_C.activations())])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "add_act_forward",
+        "add_act_backward",
+        "dgrad_epilogue",
+        "pool_forward",
+        "pool_backward",
+        "conv_forward",
+        "conv_forward_out",
+        "conv_dgrad",
+        "conv_wgrad",
+    ],
+)
+def test_an_unknown_activation_raises(operator: str, number: int) -> None:
+    ops = torch.ops.fusedres_cpp
+    x, weight, index = normal(1, 8, 4, 4), weight_of(8, 8), channels_last(torch.zeros(1, 8, 2, 2, dtype=torch.uint8))
+    act, none, point = (number, 0.0), (0, 0.0), [1, 1, 1, 1, 1, 1]
+    small, scale_shift, window = normal(1, 8, 2, 2), torch.ones(2, 8), [2, 2, 2, 2, 0, 0]
+    calls = {
+        "add_act_forward": lambda: ops.add_act_forward(x, None, None, None, *act, x.clone(), None),
+        "add_act_backward": lambda: ops.add_act_backward(
+            x, x, None, None, *act, x.clone(), None, None, None, None, None
+        ),
+        "dgrad_epilogue": lambda: ops.dgrad_epilogue(
+            x, x, scale_shift, None, *act, x.clone(), None, False, False, None
+        ),
+        "pool_forward": lambda: ops.pool_forward(x, None, *act, window, small, index, None),
+        "pool_backward": lambda: ops.pool_backward(
+            small, index, x, None, None, *act, window, None, torch.ones(3, 8), x.clone()
+        ),
+        "conv_forward": lambda: ops.conv_forward(
+            x, scale_shift, *act, weight, None, point, x.clone(), None, None, None, None, *none
+        ),
+        "conv_forward_out": lambda: ops.conv_forward(
+            x, scale_shift, *none, weight, None, point, x.clone(), None, None, None, None, *act
+        ),
+        "conv_dgrad": lambda: ops.conv_dgrad(
+            x, None, None, weight, point, x.clone(), x, scale_shift, *act, None, None, False, False, None
+        ),
+        "conv_wgrad": lambda: ops.conv_wgrad(x, None, None, x, scale_shift, *act, point, weight.clone()),
+    }
+    with pytest.raises(RuntimeError, match=f"no activation has the number {number}"):
+        calls[operator]()
+
+
+# ---- Winograd's algorithm, where numbers are not ordinary ------------------------------------------------------------
+
+
+def assert_same_kinds(ours: Tensor, eager: Tensor) -> None:
+    """What is infinite, with which sign, and what is NaN is the same; what is finite is close."""
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours.isinf(), eager.isinf())
+    assert torch.equal(ours[ours.isinf()], eager[eager.isinf()])
+    finite = eager.isfinite()
+    atol = 1e-5 * eager[finite].abs().max().item()
+    torch.testing.assert_close(ours[finite], eager[finite], rtol=1e-4, atol=atol)
+
+
+def poked(x: Tensor, value: float, border: bool = True) -> Tensor:
+    """``x`` with ``value`` at some pixels of one channel each: in the middle and, with ``border``, at an edge and in a corner."""
+    x = x.clone()
+    x[0, 3, x.shape[2] // 2, x.shape[3] // 2] = value
+    if not border:
+        return x
+    x[-1, 5, 0, 3] = -value
+    x[-1, -1, -1, -1] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38, 3e38], ids=str)
+@pytest.mark.parametrize("n, c, h, w, k", WINOGRAD)
+def test_a_pixel_that_is_not_ordinary_reaches_the_outputs_that_it_reaches_directly(
+    n: int, c: int, h: int, w: int, k: int, value: float
+) -> None:
+    x, weight = poked(normal(n, c, h, w), value), weight_of(k, c)
+    ours = cpp.BACKEND.conv_forward(LazyMap(x), weight, None, THREE)
+    assert_same_kinds(ours, F.conv2d(x, weight, padding=1))
+
+
+@pytest.mark.parametrize("n, c, h, w, k", WINOGRAD)
+def test_an_infinite_pixel_is_infinite_behind_the_epilogue(n: int, c: int, h: int, w: int, k: int) -> None:
+    x, weight, residual = poked(normal(n, c, h, w), torch.inf), weight_of(k, c), normal(n, k, h, w, seed=2)
+    scale_shift = normal(2, k, seed=3)
+    epilogue = Epilogue(scale_shift=scale_shift, residual=LazyMap(residual), act="relu")
+    ours = cpp.BACKEND.conv_forward(LazyMap(x), weight, None, THREE, epilogue)
+    assert_same_kinds(ours, eager.BACKEND.conv_forward(LazyMap(x), weight, None, THREE, epilogue))
+
+
+@pytest.mark.parametrize("value", [1e37, 1e38], ids=str)
+def test_a_map_and_a_weight_of_huge_numbers_do_not_overflow(value: float) -> None:
+    weight = torch.zeros(64, 64, 3, 3)
+    weight[torch.arange(64), torch.arange(64), 1, 1] = 1.0
+    x = normal(2, 64, 14, 14).clamp(-1.5, 1.5) * value
+    ours = cpp.BACKEND.conv_forward(LazyMap(x), channels_last(weight), None, THREE)
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, x, rtol=1e-5, atol=0 if value == 1e38 else 1e-5 * value)
+    small, huge = normal(2, 64, 14, 14) * 1e-30, weight_of(64, 64).clamp(-1, 1) * value * 3
+    ours = cpp.BACKEND.conv_forward(LazyMap(small), huge, None, THREE)
+    torch.testing.assert_close(ours, F.conv2d(small, huge, padding=1), rtol=1e-4, atol=1e-5 * value * 1e-30)
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["fresh", "accumulate"])
+@pytest.mark.parametrize("value", [float("inf"), 3e38], ids=str)
+@pytest.mark.parametrize("n, c, h, w, k", WINOGRAD)
+def test_gradients_of_what_is_not_ordinary(
+    n: int, c: int, h: int, w: int, k: int, value: float, accumulate: bool
+) -> None:
+    # at the border a weight's gradient meets the padding's zeros, and zero times infinity is NaN
+    x, grad, weight = normal(n, c, h, w), poked(normal(n, k, h, w, seed=2), value, border=False), weight_of(k, c)
+    results = []
+    for backend in (cpp.BACKEND, eager.BACKEND):
+        target = GradTarget(dx=x.clone(), accumulate=True) if accumulate else GradTarget()
+        results.append(backend.conv_backward(LazyGrad(grad), LazyMap(x), weight, THREE, target))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and theirs is not None
+        assert_same_kinds(ours, theirs)
+
+
+# ---- a mean far above the deviation ----------------------------------------------------------------------------------
+
+#: 10,000 for deviations of one: a float tells apart 1,000 steps there
+FAR = 1e4
+POOL = Pool("max", (3, 3), (1, 1), (1, 1))
+DRAWS = 5
+
+
+def moments(x: Tensor) -> Tensor:
+    mean = x.mean((0, 2, 3), keepdim=True)
+    return torch.stack([mean.flatten(), (x - mean).square().sum((0, 2, 3))])
+
+
+@pytest.mark.parametrize(
+    "producer", ["statistics", "add_act", "max pool", "conv 1x1", "conv 3x3", "conv 3x3 of few pixels"]
+)
+def test_statistics_far_from_zero_are_as_precise_as_eager(producer: str) -> None:
+    ours, theirs, truth = [], [], []
+    for seed in range(DRAWS):
+        x, stats = normal(4, 64, 14, 14, seed=seed, mean=FAR), torch.empty(2, 64)
+        if producer == "statistics":
+            cpp.BACKEND.statistics(x, stats)
+        elif producer == "add_act":
+            residual = LazyMap(normal(4, 64, 14, 14, seed=99))
+            x = cpp.BACKEND.add_act_forward(LazyMap(x), residual, stats=stats)
+        elif producer == "max pool":
+            x, _ = cpp.BACKEND.pool_forward(LazyMap(x), POOL, stats=stats)
+        else:
+            size, geometry = (1, POINT) if "1x1" in producer else (3, THREE)
+            shape = (1, 64, 5, 5) if "few" in producer else (4, 64, 14, 14)
+            bias = torch.full((64,), FAR)
+            x = cpp.BACKEND.conv_forward(
+                LazyMap(normal(*shape, seed=seed)), weight_of(64, 64, size), bias, geometry, Epilogue(stats=stats)
+            )
+        ours.append(stats)
+        theirs.append(moments(x))
+        truth.append(moments(x.double()))
+    for row, name in enumerate(("mean", "M2")):
+        assert_parity(*([v[row] for v in values] for values in (ours, theirs, truth)), name)
+
+
+@pytest.mark.parametrize("channels", [8, 64])
+@pytest.mark.parametrize("producer", ["add_act", "dgrad_epilogue", "dgrad 1x1", "dgrad 3x3"])
+def test_sums_far_from_zero_are_as_precise_as_eager(producer: str, channels: int) -> None:
+    ours, theirs, truth = [], [], []
+    for seed in range(DRAWS):
+        shape = (4, channels, 28, 28)
+        raw, grad = normal(*shape, seed=seed, mean=FAR), normal(*shape, seed=50 + seed, mean=1.0)
+        mean_invstd = torch.stack([raw.double().mean((0, 2, 3)), torch.ones(channels)]).float()
+        x, sums = LazyMap(raw, None, "none", mean_invstd), torch.empty(2, channels)
+        da, exact = grad, grad.double()
+        if producer == "add_act":
+            cpp.BACKEND.add_act_backward(grad, x, sums=sums)
+        elif producer == "dgrad_epilogue":
+            cpp.BACKEND.dgrad_epilogue(grad.clone(), x, GradTarget(sums=sums))
+        else:
+            size, geometry = (1, POINT) if "1x1" in producer else (3, THREE)
+            weight = weight_of(channels, channels, size)
+            cpp.BACKEND.conv_backward(LazyGrad(grad), x, weight, geometry, GradTarget(sums=sums), need_dw=False)
+            da, exact = (
+                torch.nn.grad.conv2d_input(shape, weight.to(g.dtype), g, padding=size // 2) for g in (grad, exact)
+            )
+        ours.append(sums)
+        for values, dz in ((theirs, da), (truth, exact)):
+            xhat = raw.to(dz.dtype) - mean_invstd[0].to(dz.dtype).view(1, -1, 1, 1)
+            values.append(torch.stack([dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))]))
+    for row, name in enumerate(("sum of dz", "sum of dz * xhat")):
+        assert_parity(*([v[row] for v in values] for values in (ours, theirs, truth)), name)
+
+
+# ---- what it cannot do -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cpp.BACKEND.conv_forward(LazyMap(x), weight, None, POINT)",
+        "cpp.BACKEND.conv_backward(LazyGrad(x), LazyMap(x), weight, POINT)",
+        "cpp.BACKEND.statistics(wide, stats)",
+    ],
+    ids=["forward", "backward", "pass"],
+)
+def test_too_little_memory_raises(call: str) -> None:
+    done = run_python(
+        f"""
+        import resource
+        import torch
+        from fusedres.backends import cpp
+        from fusedres.operands import LazyGrad, LazyMap
+        from fusedres.specs import Geometry
+        POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
+        torch.set_num_threads(1)
+        x = torch.zeros(4, 4096, 8, 8).contiguous(memory_format=torch.channels_last)
+        weight = torch.zeros(4096, 4096, 1, 1)
+        wide, stats = torch.zeros(4, 1 << 20, 1, 1), torch.zeros(2, 1 << 20)
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (10 << 20), size + (10 << 20)))
+        try:
+            {call}
+        except RuntimeError as error:
+            print("raised:", error)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert "raised:" in done.stdout and "memory" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_unknown_capability_raises() -> None:
+    done = run_python("import fusedres._C as c; c.cpu_capability()", FUSEDRES_CPU_CAPABILITY="sse9")
+    assert done.returncode != 0 and "FUSEDRES_CPU_CAPABILITY=sse9 is not known" in done.stderr

@@ -1,0 +1,249 @@
+"""What the C++ extension promises beyond the contract, as a library of kernels: the same bits on any number of threads, every value of 16
+bits, weights in any layout, the convolutions that it takes itself, and arguments that do not fit said in words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from contract import CONVOLUTIONS, LARGER, Config, Convolution, configs
+from support import Draw, dtype_name
+from torch import Tensor
+
+from fusedres.backends import cpp, eager
+from fusedres.operands import FRESH, Epilogue, GradTarget, LazyMap
+from fusedres.specs import Pool
+from fusedres.testing import assert_parity
+
+pytestmark = pytest.mark.skipif(cpp.cpu_capability() is None, reason="the C++ extension is not built")
+
+BACKEND = cpp.BACKEND
+STEM = Pool("max", (3, 3), (2, 2), (1, 1))
+OWN = {"pad": (0, 0)}
+halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+needs_bfloat16 = pytest.mark.skipif(
+    cpp.cpu_capability() != "avx512_bf16",
+    reason="this process multiplies no bfloat16 itself (CPU capability avx512_bf16)",
+)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+def with_threads(run: Callable[[], list[Tensor]]) -> None:
+    """Assert that ``run`` gives the same bits on one thread and on three."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = run()
+        torch.set_num_threads(3)
+        several = run()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(single, several, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 20, 20), (3, 5, 31, 33), (8, 2048, 5, 5)], ids=str)
+def test_the_number_of_threads_changes_no_bit_of_a_pass(shape):
+    def run() -> list[Tensor]:
+        draw = Draw(torch.float32, **OWN)
+        x, grad, coeff = draw.lazy(*shape, act="relu"), draw.map(*shape), draw.vectors(3, shape[1])
+        plain = x._replace(act="none")
+        stats, sums, more, pooled, again = (draw.room(2, shape[1]) for _ in range(5))
+        y = BACKEND.add_act_forward(plain, LazyMap(grad), "relu", stats=stats)
+        residual = LazyMap(y, mean_invstd=x.mean_invstd)
+        dz = BACKEND.add_act_backward(grad, plain, residual, "relu", sums=sums, residual_sums=more)
+        z, index = BACKEND.pool_forward(x, STEM, stats=pooled)
+        BACKEND.pool_backward(z, index, x, STEM, sums=again)
+        dx = BACKEND.pool_backward(z, index, x, STEM, coeff=coeff)
+        return [stats, sums, more, pooled, again, y, dz, z, dx]
+
+    with_threads(run)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1x1 of many channels",
+        "even sizes",
+        "odd sizes, tiles across images",
+        "channels beyond one chunk",
+        "few pixels, 3x3",
+    ],
+)
+def test_the_number_of_threads_changes_no_bit_of_a_convolution(name, dtype):
+    case = LARGER[name]
+
+    def run() -> list[Tensor]:
+        draw = Draw(dtype)
+        x, grad, weight = draw.lazy(*case.shape, act="relu"), draw.gradient(*case.out), case.draw_weight(draw)
+        stats, sums = draw.room(2, case.outputs), draw.room(2, case.shape[1])
+        y = BACKEND.conv_forward(x, weight, None, case.geometry, Epilogue(stats=stats))
+        return [y, stats, sums, *BACKEND.conv_backward(grad, x, weight, case.geometry, GradTarget(sums=sums))]
+
+    with_threads(run)
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def routes(case: Convolution, dtype: torch.dtype) -> set[str]:
+    draw = Draw(dtype, device="meta")
+    x, weight = draw.lazy(*case.shape), case.draw_weight(draw)
+    forward = BACKEND.routes("conv_forward", x, weight, None, case.geometry)
+    backward = BACKEND.routes("conv_backward", draw.gradient(*case.out), x, weight, case.geometry, FRESH)
+    return {*forward.values(), *backward.values()}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS.cases.values(), ids=CONVOLUTIONS.cases)
+def test_float32_convolutions_without_groups_are_its_own(case):
+    assert routes(case, torch.float32) == {"fused" if case.geometry.groups == 1 else "library"}
+    assert routes(case, torch.float64) == routes(case, torch.float16) == {"library"}
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("case", CONVOLUTIONS.cases.values(), ids=CONVOLUTIONS.cases)
+def test_bfloat16_convolutions_of_even_channels_are_its_own(case):
+    """It is multiplied in pairs of channels."""
+    even = case.shape[1] % 2 == case.outputs % 2 == 0
+    assert routes(case, torch.bfloat16) == {"fused" if even and case.geometry.groups == 1 else "library"}
+
+
+@needs_bfloat16
+def test_odd_channels_in_bfloat16_are_refused_by_the_operator():
+    draw = Draw(torch.bfloat16)
+    x, weight, out = draw.map(2, 13, 4, 4), draw.weight(5, 13, 1, 1), draw.hole(2, 5, 4, 4)
+    with pytest.raises(RuntimeError, match=r"even numbers of channels, found 13 and 5"):
+        torch.ops.fusedres_cpp.conv_forward(
+            x, None, 0, 0.0, weight, None, [1, 1, 0, 0, 1, 1], out, None, None, None, None, 0, 0.0
+        )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["3x3 strided", "growth rate"], ids=["direct", "winograd"])
+def test_a_weight_may_have_any_layout_and_its_gradient_has_it_too(name, layout):
+    case = LARGER[name]
+
+    def run(layout: torch.memory_format) -> tuple[Tensor, Tensor, Tensor]:
+        draw = Draw(torch.float32)
+        x, grad = draw.lazy(*case.shape, act="relu"), draw.gradient(*case.out)
+        weight = draw.weight(*case.weight).contiguous(memory_format=layout)
+        _, dw = BACKEND.conv_backward(grad, x, weight, case.geometry)
+        return weight, BACKEND.conv_forward(x, weight, None, case.geometry), dw
+
+    weight, y, dw = run(layout)
+    _, wanted, _ = run(torch.preserve_format)
+    assert torch.equal(y, wanted) and dw.stride() == weight.stride()
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", configs(["cpp"]), ids=str)
+def test_both_calls_of_the_pool_backward_may_be_one(config: Config):
+    draw = config.draw(**OWN)
+    x, grad, coeff = draw.lazy(2, 16, 6, 6, act="relu"), draw.map(2, 16, 3, 3), draw.vectors(3, 16)
+    _, index = BACKEND.pool_forward(x, STEM)
+    sums, both = draw.room(2, 16), draw.room(2, 16)
+    BACKEND.pool_backward(grad, index, x, STEM, sums=sums)
+    dx = BACKEND.pool_backward(grad, index, x, STEM, sums=both, coeff=coeff)
+    assert torch.equal(dx, BACKEND.pool_backward(grad, index, x, STEM, coeff=coeff)) and torch.equal(sums, both)
+
+
+def test_statistics_where_the_mean_drifts():
+    """Every block has another mean: what is merged outweighs what is inside."""
+    x = torch.randn(1, 16, 200, 40) + torch.linspace(-1e3, 1e3, 200).view(1, 1, -1, 1)
+    x = x.to(memory_format=torch.channels_last)
+    stats, theirs, truth = torch.empty(2, 16), torch.empty(2, 16), torch.empty(2, 16, dtype=torch.float64)
+    BACKEND.statistics(x, stats)
+    eager.BACKEND.statistics(x, theirs)
+    eager.BACKEND.statistics(x.double(), truth)
+    assert_parity(stats[1], theirs[1], truth[1], "M2")
+
+
+@halves
+def test_every_half_precision_value_survives_a_copy(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = every.view(1, 16, 64, 64).contiguous(memory_format=torch.channels_last)
+    y, nan = BACKEND.materialize(LazyMap(x)), x.isnan()
+    assert torch.equal(y.isnan(), nan)
+    assert torch.equal(y.view(torch.int16)[~nan], x.view(torch.int16)[~nan])
+
+
+@halves
+def test_rounding_to_half_precision_is_to_nearest_even(dtype):
+    # sums of neighbours reach every kind of tie, subnormals and overflow included
+    bits = torch.arange(0, 2**15, 1, dtype=torch.int32).to(torch.int16).view(dtype)
+    bits = bits[bits.isfinite()][: 2**15 // 64 * 62]
+    x = bits[: bits.numel() // 64 * 64].view(1, 64, -1, 1).contiguous(memory_format=torch.channels_last)
+    for factor in (0.5, 0.75, 1.0009765625, 1.5, 3.0):
+        scale_shift = torch.stack([torch.full((64,), factor), torch.zeros(64)])
+        y = BACKEND.add_act_forward(LazyMap(x, scale_shift))
+        assert torch.equal(y, (x.float() * factor).to(dtype)), factor
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_say_what_is_wrong():
+    x, stats = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last), torch.empty(2, 8)
+    lazy = LazyMap(x)
+    for call, message in (
+        (lambda: BACKEND.statistics(x.contiguous(), stats), "channels_last"),
+        (lambda: BACKEND.statistics(x, torch.empty(2, 7)), r"stats must be \[2, 8\]"),
+        (lambda: BACKEND.statistics(x, stats.double()), "stats must be float32"),
+        (lambda: BACKEND.add_act_forward(lazy, LazyMap(x[:, :4])), "residual must have the shape"),
+        (lambda: BACKEND.add_act_forward(lazy, LazyMap(x.double())), "residual must have the dtype"),
+        (lambda: BACKEND.dgrad_epilogue(x, lazy, GradTarget(scaled=True)), "scale of scale_shift"),
+        (lambda: BACKEND.add_act_backward(x, lazy, sums=stats), "without the mean_invstd"),
+        (lambda: BACKEND.pool_forward(lazy, Pool("max", (3, 3), (1, 1), (2, 2))), "half of the window"),
+        (lambda: BACKEND.pool_forward(lazy, Pool("mean", (3, 3), (1, 1), (0, 0))), "side by side"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def test_a_device_and_a_dtype_that_it_does_not_serve_are_named():
+    assert "not on cuda" in BACKEND.supports(torch.device("cuda"), torch.float32)
+    assert "not torch.int32" in BACKEND.supports(torch.device("cpu"), torch.int32)
+
+
+def test_operators_follow_their_schemas():
+    draw, ops = Draw(torch.float32), torch.ops.fusedres_cpp
+    silu = cpp._code("silu")
+    for operator, args in (
+        (ops.statistics, (draw.map(2, 8, 5, 5), draw.room(2, 8))),
+        (
+            ops.add_act_forward,
+            (*_map(draw), draw.map(2, 8, 5, 5), None, *silu, draw.filled(2, 8, 5, 5), draw.room(2, 8)),
+        ),
+        (
+            ops.dgrad_epilogue,
+            (draw.filled(2, 8, 5, 5), *_map(draw), draw.mean_invstd(8), 1, 0.0, draw.filled(2, 8, 5, 5))
+            + (draw.map(2, 8, 5, 5), False, True, draw.room(2, 8)),
+        ),
+    ):
+        torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def _map(draw: Draw) -> tuple[Tensor, Tensor]:
+    return draw.map(2, 8, 5, 5), draw.scale_shift(8)
+
+
+def test_the_capability_is_chosen_by_the_environment():
+    def ask(value: str) -> subprocess.CompletedProcess:
+        code = "from fusedres.backends import cpp; print(cpp.cpu_capability())"
+        env = os.environ | {"FUSEDRES_CPU_CAPABILITY": value}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+    for name in cpp._C.cpu_capabilities():
+        assert ask(name).stdout.strip() == name
+    wrong = ask("sse9")
+    assert wrong.returncode != 0 and "expected default, avx2, avx512 or avx512_bf16" in wrong.stderr

@@ -1,0 +1,73 @@
+"""The tiles of the kernels: allowed, fitting, and chosen by the rows of one table."""
+
+from __future__ import annotations
+
+import pytest
+
+from fusedres.kernels import tiles
+from fusedres.kernels.tiles import Arch, ConvConfig, ConvSize
+
+H100 = Arch("sm_90", 227 * 1024, 32)
+ARCHITECTURES = (tiles.DEFAULT_ARCH, H100, Arch("sm_100", 227 * 1024, 32), Arch("gfx9", 64 * 1024, 64))
+SIZES = [
+    ConvSize(rows, channels, outputs, taps, itemsize, pending)
+    for rows in (10, 10**4, 10**6)
+    for channels, outputs in ((3, 64), (64, 256), (600, 12), (1024, 1024))
+    for taps in (1, 9)
+    for itemsize in (2, 4)
+    for pending in (False, True)
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.family)
+@pytest.mark.parametrize("kernel", ["forward", "dgrad", "wgrad"])
+def test_every_tile_is_allowed_and_fits(kernel, arch):
+    for size in SIZES:
+        default = tiles.conv_config(kernel, size, arch)
+        for tile in (default, *tiles.conv_candidates(kernel, size, arch)):
+            assert tiles.check(kernel, size.taps, arch, tile) is tile
+            maps = 2 if size.pending and kernel != "forward" else 1
+            smaller = min(tile.BLOCK_M, tile.BLOCK_N)
+            step = (tile.BLOCK_M + tile.BLOCK_N + (maps - 1) * smaller) * tile.BLOCK_K * size.itemsize
+            assert step * (tile.num_stages - (arch.warp == 64)) <= arch.shared
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dgrad"])
+def test_several_taps_have_four_warps_at_most(kernel):
+    """By default, among the candidates, and for a tile that is given."""
+    for size in (s for s in SIZES if s.taps > 1):
+        for tile in (tiles.conv_config(kernel, size, H100), *tiles.conv_candidates(kernel, size, H100)):
+            assert tile.num_warps <= 4
+    eight = ConvConfig(128, 64, 64, 8, 3)
+    assert tiles.check(kernel, 1, H100, eight) is eight and tiles.check("wgrad", 9, H100, eight) is eight
+    with pytest.raises(ValueError, match="4 warps at most"):
+        tiles.check(kernel, 9, H100, eight)
+
+
+def test_a_row_for_a_new_gpu_is_all_it_takes(monkeypatch):
+    row = tiles.Row("forward", "many", "sm_90", 64, 32, 32, 32, eight_from=2**30, max_warps=2)
+    monkeypatch.setattr(tiles, "ROWS", (row, *tiles.ROWS))
+    size = ConvSize(10**6, 256, 256, 9, 2)
+    found = tiles.forward_config(size, H100)
+    assert (found.BLOCK_M, found.BLOCK_N, found.num_warps) == (64, 32, 2)
+    assert tiles.forward_config(size, tiles.DEFAULT_ARCH).BLOCK_M == 128
+
+
+BAD_TILES = {
+    "no power of two": (48, 16, 16, 4, 2),
+    "below a matrix instruction": (64, 8, 16, 4, 2),
+    "too many warps": (64, 64, 64, 32, 2),
+    "no stage": (64, 64, 64, 4, 0),
+    "no integer": (64, 64, 64, 4.0, 2),
+}
+
+
+@pytest.mark.parametrize("values", BAD_TILES.values(), ids=BAD_TILES)
+def test_what_is_no_tile_is_refused(values):
+    with pytest.raises(ValueError, match="no tile"):
+        ConvConfig(*values)
+
+
+def test_an_unknown_kernel_has_no_tiles():
+    with pytest.raises(ValueError, match="forward, dgrad or wgrad"):
+        tiles.row("backward", 9, H100)
