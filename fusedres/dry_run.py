@@ -122,7 +122,7 @@ def follow(block: nn.Module, state: BlockState) -> Followed | None:
             return None
         maps: _Maps = {}
         found = [_follow_part(block, state, part, record, backend, maps) for part, record in made]
-    except Unsupported:
+    except (Unsupported, ValueError):  # as a call with the same maps would find now
         return None
     recorded = all(record.recorded for _, record in made)
     return Followed(
@@ -155,6 +155,7 @@ def _follow_part(
         maps.append(block_maps[key])
     x, source = (*maps, None)[:2]
     assert x is not None
+    spec.check(x, source)
     own, routes = list(known.values()), _Routes()
     noting, recording = _Noting(backend, routes), contextlib.nullcontext()
     if backend.tuner is not None:

@@ -102,8 +102,8 @@ def concat(
 
 
 def dense_block(x: Tensor, layers: tuple[Layer, ...]) -> Tensor:
-    """x and the outputs of all ``layers``, each reading everything before it, side by side in one buffer. Raises as
-    :func:`residual_block`."""
+    """x and the outputs of all ``layers``, each reading everything before it, side by side in one buffer. Backward reads that buffer again:
+    whoever changes the result in place copies it before, or autograd raises. Raises as :func:`residual_block`."""
     return _run(Dense(tuple(layers)), x)
 
 

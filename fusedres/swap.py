@@ -89,6 +89,8 @@ def _fused_forward(original: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, FusedBlock):  # a bound forward that somebody kept, of a module that was reverted since
+            return type(self).forward(self, *args, **kwargs)
         plain = super(FusedBlock, self).forward  # type: ignore[misc]
         if torch.compiler.is_compiling():
             return plain(*args, **kwargs)

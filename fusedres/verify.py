@@ -48,7 +48,11 @@ def _signature(module: nn.Module, widths: set[int]) -> tuple[Any, ...]:
     if isinstance(module, _NormBase):
         return cls, module.eps, module.momentum, module.affine, module.track_running_stats
     held = {name: value for name, value in module.__dict__.items() if name not in ("training", KEY) and is_plain(value)}
-    return cls, *((name, "a width" if value in widths else value) for name, value in sorted(held.items()))
+    # by what they print, since slices, alone or in tuples, are no keys on every Python
+    return cls, *(
+        (name, "a width" if type(value) is int and value in widths else repr(value))
+        for name, value in sorted(held.items())
+    )
 
 
 #: what may be a number of channels, and not a stride or a number of groups

@@ -200,9 +200,9 @@ class Definition(Backend):
     def bn_coefficients(self, norm: Norm, stats: Any, count: int) -> tuple[Tensor, Tensor]:
         mean, variance = stats[0], stats[1] / count
         if norm.running_mean is not None:
-            norm.running_mean.mul_(1 - norm.momentum).add_(norm.momentum * mean)
+            norm.running_mean.data.mul_(1 - norm.momentum).add_(norm.momentum * mean)
             unbiased = stats[1] / max(count - 1, 1)
-            norm.running_var.mul_(1 - norm.momentum).add_(norm.momentum * unbiased)
+            norm.running_var.data.mul_(1 - norm.momentum).add_(norm.momentum * unbiased)
         return self._coefficients(norm, mean, variance)
 
     def bn_frozen(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

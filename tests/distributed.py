@@ -190,7 +190,8 @@ def synchronised(rank: int, world: int, name: str) -> dict:
     with fusedres.use_backend(chosen), counted() as calls:
         found = training_step(model, x)
     blocks = [m for m in model.modules() if isinstance(m, FusedBlock) and kind_key(m) != "sync_norm"]
-    outcomes = [ran(m) for m in blocks]
+    # a Sequential that only hands maps over has none where its children were called one by one
+    outcomes = [ran(m) for m in blocks if m._fusedres.outcome is not None or kind_key(m) != "sequential"]
     found["inference"] = model.eval()(x).detach()
     return {"results": found, "calls": calls, "outcomes": outcomes, "fired": fired}
 

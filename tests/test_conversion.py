@@ -305,6 +305,14 @@ def test_a_thousand_steps_do_not_grow_the_process(training):
     assert steps(1000) - before < 2**20
 
 
+def fused_node(y: Tensor) -> torch.autograd.graph.Node:
+    """The node of the block behind ``y``: behind the copy with which a map leaves for code that is not ours."""
+    node = y.grad_fn
+    while not isinstance(node, torch.autograd.function.BackwardCFunction):
+        node = node.next_functions[0][0]
+    return node
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_graph_dies_with_its_output(block):
     module = getattr(fusedres.convert(small()), block)
@@ -313,7 +321,7 @@ def test_a_graph_dies_with_its_output(block):
     gc.disable()  # by reference counts alone: no cycle may wait for the collector
     try:
         y = module(x)
-        graph, output = weakref.ref(y.grad_fn), weakref.ref(y)
+        graph, output = weakref.ref(fused_node(y)), weakref.ref(y)
         assert graph() is not None
         del y
         assert output() is None and graph() is None
@@ -386,30 +394,24 @@ def penalised(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [x.grad, *(p.grad for p in module.parameters())]
 
 
+NEEDS_CPP = pytest.mark.skipif(FUSED != "cpp", reason="needs the C++ extension")
 CHANNELS = {"stem": 3, "basic": 8, "bottleneck": 12, "dense": 12, "transition": 22}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_double_backward_on_the_eager_backend_equals_autograd(block, training):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=NEEDS_CPP)])
+def test_double_backward_equals_autograd_on_every_backend(block, training, backend):
     plain, model = (getattr(m.train(training), block) for m in pair(torch.float64))
     x = torch.randn(2, CHANNELS[block], 7, 6, dtype=torch.float64)
-    with fusedres.use_backend("eager"):
+    with fusedres.use_backend(backend):
         ours = penalised(model, x)
     theirs = penalised(plain, x)
-    assert ran(model) == "eager"
+    assert ran(model) == backend
     for mine, other, name in zip(ours, theirs, ["input", *dict(model.named_parameters())], strict=True):
         assert (mine is None) == (other is None), name
         if mine is not None:
             torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
-
-
-@pytest.mark.skipif(FUSED != "cpp", reason="needs the C++ extension")
-@pytest.mark.parametrize("block", BLOCKS)
-def test_double_backward_elsewhere_is_a_clear_error(block):
-    model = getattr(fusedres.convert(small()), block)
-    with pytest.raises(RuntimeError, match='(?s)cpp.*create_graph=True.*use_backend."eager"'):
-        penalised(model, torch.randn(2, CHANNELS[block], 7, 6))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])

@@ -198,7 +198,9 @@ def test_other_blocks_in_three_dimensions_are_left_alone():
     transition = nn.Sequential(nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 1), nn.AvgPool3d(2))
     model = nn.Sequential(Residual(4), row, transition)
     types = [type(m) for m in model.modules()]
-    assert [type(m) for m in fusedres.convert(model).modules()] == types and not fusedres.report(model)
+    assert [type(m) for m in fusedres.convert(model).modules()] == types
+    assert [(row.path, row.fused) for row in fusedres.report(model)] == [("0", False)]
+    assert "three dimensions" in fusedres.report(model)[0].detail
 
 
 def test_dropout_in_layers_leaves_them_to_their_modules():

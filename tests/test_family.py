@@ -390,7 +390,7 @@ def counting() -> Iterator[type[Counting]]:
 
 def test_the_next_blocks_statistics_are_carried(counting):
     """The first BatchNorm of a pre-activation block takes the statistics that the block before has reduced with its sum."""
-    model = fusedres.convert(nn.Sequential(PreActBasicBlock(5, 5), PreActBasicBlock(5, 5)))
+    model = fusedres.convert(nn.Sequential(PreActBasicBlock(5, 5), PreActBasicBlock(5, 5)), verify=False)
     model(torch.randn(2, 5, 4, 4))
     # the first block reduces its input by a pass of its own; the second finds what the addition has left
     assert counting.calls == 1

@@ -72,7 +72,8 @@ def test_a_dense_blocks_training_peak_is_the_formulas(first, recompute):
         model(x).backward(grad)
 
     kept, working = (0, max(2 * mid, first)) if recompute else (LAYERS * mid, max(mid, first))
-    assert peak(step) == last + kept + read + working
+    copied = last  # the output, as it leaves for code that is not ours; a fused neighbour would read the buffer itself
+    assert peak(step) == last + kept + read + working + copied
     assert fusedres.report(model)[0].fused
 
 

@@ -72,10 +72,11 @@ def blocks(model: nn.Module) -> list[FusedBlock]:
 
 
 def outcomes(model: nn.Module) -> set[str | None]:
-    """What the blocks' last calls ran on."""
-    found = blocks(model)
-    assert found, "nothing was converted"
-    return {None if block._fusedres.outcome is None else str(block._fusedres.outcome) for block in found}
+    """What the blocks' last calls ran on; a Sequential that only hands maps over has no outcome where its children were called."""
+    states = [block._fusedres for block in blocks(model)]
+    assert states, "nothing was converted"
+    ran = [state.outcome for state in states if state.outcome is not None or state.kind.key != "sequential"]
+    return {None if outcome is None else str(outcome) for outcome in ran}
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -599,11 +600,11 @@ def test_modules_added_or_replaced_after_conversion_are_used(change, called):
     for m in (plain, model):
         torch.manual_seed(1)
         change(m)
-    for _ in range(2):
+    for again in (False, True):
+        if again:  # with the newcomers converted, too
+            fusedres.convert(model)
         plain.zero_grad(), model.zero_grad()
         assert_same(run_training(model, x), run_training(plain, x))
-        # again with the newcomers converted, too
-        fusedres.convert(model)
     found = outcomes(model) - {FUSED}
     if change is replace_norm:  # its block cannot fuse what stands there now
         assert len(found) == 1 and found.pop().startswith("original modules: found ")

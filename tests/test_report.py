@@ -185,3 +185,103 @@ def test_a_split_block_reports_the_sum_of_its_pieces():
     map_bytes = 4 * 2 * 64 * 8 * 8
     assert row.kept == pytest.approx(4 * map_bytes, rel=0.05)
     assert row.eager_kept == pytest.approx(4 * map_bytes, rel=0.05)
+
+
+class Aside(nn.Module):
+    """A block whose shortcut runs in a piece of its own, between two pieces of its main path that are narrower than its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+        self.conv2, self.bn2 = nn.Conv2d(5, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.downsample = nn.Sequential(nn.Conv2d(8, 8, 1, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+    def main(self, x: Tensor) -> Tensor:
+        return self.bn2(torch.relu(self.conv2(self.bn1(torch.relu(self.conv1(x))))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x) + self.downsample(x)
+
+
+class AsideFirst(Aside):
+    """The same with its shortcut first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.downsample(x)
+        return self.main(x) + shortcut
+
+
+@pytest.mark.parametrize("cls", [Aside, AsideFirst])
+def test_pieces_are_followed_in_the_order_in_which_they_ran(cls):
+    block = fusedres.convert(cls())
+    block(torch.randn(SHAPE)).sum().backward()
+    records = block._fusedres.records
+    (row,) = fusedres.report(block)
+    assert row.fused and len(records) == 3 and row.kept > 0
+    wide = [record.shapes[0][1] for record in records]
+    assert wide == ([5, 8, 8] if cls is Aside else [8, 5, 8])
+
+
+class Beside(nn.Module):
+    """A block that puts its input behind a row, which it calls as one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((torch.relu(self.row(x)), x), 1)
+
+
+WITHOUT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "residual": (BLOCKS["basic"], "conv2"),
+    "residual-row": (BLOCKS["projection"], "downsample.1"),
+    "general": (Beside, "row.1"),
+    "general-whole-row": (Beside, "row"),
+    "dense": (BLOCKS["dense"], "denselayer2.conv1"),
+    "dense-activation": (BLOCKS["dense"], "denselayer2.relu1"),
+    "transition": (BLOCKS["transition"], "conv"),
+    "highway": (lambda: fusedres.nn.HighwayBlock(8), "gate"),
+    "highway-norm": (lambda: fusedres.nn.HighwayBlock(8, gate_norm=True), "gate_bn"),
+    "block-of-ours": (lambda: fusedres.nn.BasicBlock(8, 8), "bn1"),
+    "stem": (lambda: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=3), "bn1"),
+    "head": (lambda: densenet.DenseNet(4, (2, 2), 8, num_classes=3), "features"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_a_block_that_has_lost_a_module_is_reported_and_raises_as_the_original(name):
+    build, path = WITHOUT[name]
+    model = fusedres.convert(build())
+    x = torch.randn(2, 3 if name in ("stem", "head") else 8, 32, 32)
+    model(x)
+    assert next(row for row in fusedres.report(model) if row.path == "").fused
+    above, _, child = path.rpartition(".")
+    parent, lost = model.get_submodule(above), model.get_submodule(path)
+    delattr(parent, child)
+    row = next(row for row in fusedres.report(model) if row.path == "")
+    assert not row.fused and row.kept is None
+    if isinstance(parent, nn.Sequential):
+        return  # a row without it is a shorter row
+    with pytest.raises(AttributeError, match=child):
+        model(x)
+    parent.add_module(child, lost)
+    model(x)
+    assert next(row for row in fusedres.report(model) if row.path == "").fused
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Conv2d(9, 8, 3, padding=1, bias=False),
+        nn.Conv2d(8, 8, 3, 2, 1, bias=False),
+        nn.Conv2d(8, 9, 3, padding=1, bias=False),
+    ],
+    ids=["channels", "size", "norm"],
+)
+def test_a_block_that_no_longer_fits_its_last_call_has_neither_bytes_nor_plans(other):
+    block = fusedres.convert(BLOCKS["basic"]())
+    block(torch.randn(SHAPE)).sum().backward()
+    block.conv2 = other
+    (row,) = fusedres.report(block)
+    assert row.kept is None and row.routes == ()

@@ -14,6 +14,7 @@ Memory, in maps of one channel (M values), for C_0 channels in, C_L out, and lay
 layer reads. Kept for backward: the buffer and each bottleneck's raw output, once.
 
     forward    C_L + sum_l m_l                      kept; C_L + max_l m_l with ``recompute`` and without gradients
+               + C_L                                where the output leaves for code that is not ours, as a copy
     backward   C_{L-1}                              the one gradient buffer
                + max(max_l m_l, C_0)                the gradient of a bottleneck's output, and of x once those are gone
 

@@ -46,6 +46,8 @@ class Volumes(Wrapped):
     def call(self, primitive: str, *args: Any, **kwargs: Any) -> Any:
         if primitive in _C_SIZED:
             return super().call(primitive, *args, **kwargs)
+        if primitive in _CONVOLUTIONS:
+            return _CONVOLUTIONS[primitive](self, *args, **kwargs)
         if primitive not in _ROW_PASSES:
             raise NotImplementedError(f"{primitive} is not there for maps of three dimensions")
         flat = {name: _flat(value) for name, value in kwargs.items()}
@@ -55,31 +57,40 @@ class Volumes(Wrapped):
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         return result.view(first.shape)
 
-    def conv_forward(
-        self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue = PLAIN
-    ) -> Tensor:
-        if not _is_pointwise(weight, geometry):
-            return library_conv.conv_forward(self, x, weight, bias, geometry, epilogue)
-        y = self.inner.conv_forward(_flat(x), _flat(weight), bias, _flat(geometry), _flat(epilogue))
-        return y.view(x.raw.shape[0], weight.shape[0], *x.raw.shape[2:]) if epilogue.out is None else epilogue.out
 
-    def conv_backward(
-        self,
-        grad: LazyGrad,
-        x: LazyMap,
-        weight: Tensor,
-        geometry: Geometry,
-        target: GradTarget | None = FRESH,
-        need_dw: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if not _is_pointwise(weight, geometry):
-            return library_conv.conv_backward(self, grad, x, weight, geometry, target, need_dw)
-        dx, dweight = self.inner.conv_backward(
-            _flat(grad), _flat(x), _flat(weight), _flat(geometry), _flat(target), need_dw
-        )
-        if dx is not None:
-            dx = dx.view(x.raw.shape)
-        return dx, None if dweight is None else dweight.view(weight.shape)
+def _forward(
+    volumes: Volumes,
+    x: LazyMap,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    epilogue: Epilogue = PLAIN,
+) -> Tensor:
+    if not _is_pointwise(weight, geometry):
+        return library_conv.conv_forward(volumes, x, weight, bias, geometry, epilogue)
+    y = volumes.inner.conv_forward(_flat(x), _flat(weight), bias, _flat(geometry), _flat(epilogue))
+    return y.view(x.raw.shape[0], weight.shape[0], *x.raw.shape[2:]) if epilogue.out is None else epilogue.out
+
+
+def _backward(
+    volumes: Volumes,
+    grad: LazyGrad,
+    x: LazyMap,
+    weight: Tensor,
+    geometry: Geometry,
+    target: GradTarget | None = FRESH,
+    need_dw: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    if not _is_pointwise(weight, geometry):
+        return library_conv.conv_backward(volumes, grad, x, weight, geometry, target, need_dw)
+    flat = _flat(weight)
+    dx, dweight = volumes.inner.conv_backward(_flat(grad), _flat(x), flat, _flat(geometry), _flat(target), need_dw)
+    if dx is not None:
+        dx = dx.view(x.raw.shape)
+    return dx, None if dweight is None else dweight.view(weight.shape)
+
+
+_CONVOLUTIONS = {"conv_forward": _forward, "conv_backward": _backward}
 
 
 def for_maps(backend: Backend, dims: int) -> Backend:

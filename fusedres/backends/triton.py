@@ -96,8 +96,8 @@ def is_guessed_fused(op: str, x: Tensor, weight: Tensor, geometry: Geometry) -> 
 
 _PROBE = """
 #include <Python.h>
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "fusedres_probe", NULL, -1, NULL};
-PyMODINIT_FUNC PyInit_fusedres_probe(void) { return PyModule_Create(&module); }
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "launcherprobe", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_launcherprobe(void) { return PyModule_Create(&module); }
 """
 
 
@@ -109,7 +109,7 @@ def build_fault() -> str | None:
     the result in its cache.
     """
     try:
-        build.compile_module_from_src(_PROBE, "fusedres_probe")
+        build.compile_module_from_src(_PROBE, "launcherprobe")
     # no compiler is a RuntimeError, no Python.h the compiler's CalledProcessError, an unwritable cache an OSError
     except Exception as error:
         return f"Triton cannot build its launcher here (it needs a C compiler and Python's headers): {error}"

@@ -12,6 +12,7 @@ from ..errors import Unsupported
 from ..recognition import Flow, Form, Fused, Part, Plain, Program, Slot, follow, form_of, program, read_flows
 from .base import Kind, Original, Ran, note, note_unfused, run_part
 from .handover import Handover, enter, suggests_channels_last
+from .residual import behind_sum
 from .state import BlockState
 
 #: a block that is called in more forms than this runs its original modules in the others
@@ -153,7 +154,10 @@ class _Call:
         x = self._map(action.x)
         source = None if action.source is None else self._map(action.source)
         piece = action.piece
-        self.results.append(run_part(self.kind, self.block, self.state, piece.part, piece.original, x, source))
+        ran = run_part(
+            self.kind, self.block, self.state, piece.part, piece.original, x, source, stays_nchw=behind_sum(piece)
+        )
+        self.results.append(ran)
         return self.results[-1].y
 
     def _map(self, slot: int) -> Handover:
@@ -172,8 +176,21 @@ class _Call:
         y = action.call(
             *self._filled(action.args, take), **{name: self._filled(v, take) for name, v in action.kwargs.items()}
         )
-        owes = action.keeps_layout and any(self.values[slot].owes_nchw for slot in action.reads)
+        owes = action.keeps_layout and self._owes_behind(action, y)
         return Handover(_as_eager(y) if owes else y, owes_nchw=owes and not _is_contiguous(y))
+
+    def _owes_behind(self, action: Plain, y: Any) -> bool:
+        """Whether eager's result of a call that keeps the layout would be contiguous: arithmetic has the format of its first operand, a
+        concatenation is channels_last where all of its maps are, a convolution where its weight is."""
+        if isinstance(action.call, nn.Conv2d) and suggests_channels_last(action.call.weight):
+            return False
+        read: list[Handover] = [self.values[slot] for slot in action.reads]
+        if isinstance(y, Tensor):
+            operands = (value for value in read if isinstance(value.x, Tensor) and value.x.shape == y.shape)
+            first = next(operands, None)
+            if first is not None:
+                return first.owes_nchw
+        return any(value.owes_nchw for value in read)
 
     def _raw(self, slot: int) -> Any:
         value: Handover = self.values[slot]

@@ -28,12 +28,16 @@ class StemKind(Kind):
 
     @staticmethod
     def stem(block: Any) -> list[nn.Module]:
-        """What runs as one."""
-        return [block.conv1, block.bn1, block.relu, block.maxpool]
+        """What runs as one, as far as it is there."""
+        found = map(block._modules.get, ("conv1", "bn1", "relu", "maxpool"))
+        return [module for module in found if module is not None]
 
     def read(self, block: Any, state: BlockState) -> Part:
         check_family(block, self.key)
-        return stem_part(self.stem(block))
+        stem = self.stem(block)
+        if len(stem) < 4:
+            raise Unsupported("a module of its stem is missing")
+        return stem_part(stem)
 
     def parts(self, found: Part) -> list[Part]:
         return [found]
@@ -73,8 +77,8 @@ class HeadKind(Kind):
 
     def read(self, block: Any, state: BlockState) -> _Head:
         check_family(block, self.key)
-        features = block.features
-        if original_class(features).forward is not nn.Sequential.forward or not len(features):
+        features = block._modules.get("features")
+        if features is None or original_class(features).forward is not nn.Sequential.forward or not len(features):
             raise Unsupported(f"its features are a {type(features).__name__}, not a Sequential")
         return _Head(last_norm(features))
 
@@ -82,7 +86,9 @@ class HeadKind(Kind):
         return list(found.parts.values()) or [found.part((1, 1))]
 
     def inside(self, block: Any, state: BlockState) -> list[nn.Module]:
-        features = block.features
+        features = block._modules.get("features")
+        if features is None:
+            return [block]
         is_row = isinstance(features, nn.Sequential) and len(features) > 0
         return [block, features, features[-1]] if is_row else [block, features]
 

@@ -10,7 +10,7 @@ from ..autograd.residual import Residual
 from ..errors import Unsupported
 from ..recognition import BlockGraph, Layout, Part, Piece, child_of, highway_part, layout, norm_types, read
 from ..specs import BlockSpec
-from .base import Kind, Original, Ran, behind_convolutions, note, run_part
+from .base import Kind, Original, Ran, StaysNchw, behind_convolutions, note, run_part
 from .handover import Handover, suggests_channels_last
 from .state import BlockState
 
@@ -29,14 +29,19 @@ class SinglePart(Kind):
         return ran.y
 
 
-def _behind_sum(spec: BlockSpec, x: bool, source: bool, shortcut_left: bool) -> bool:
+def behind_sum(piece: Piece) -> StaysNchw:
     """What convolutions, and a sum behind them, make of the memory format: a sum has that of its first operand."""
-    residual = cast(Residual, spec)
-    if residual.shortcut is None:
-        return behind_convolutions(spec, x, source)
-    unit = residual.shortcut.unit
-    units = residual.units if not shortcut_left else () if unit is None else (unit,)
-    return (source if shortcut_left else x) and not any(suggests_channels_last(u.conv.weight) for u in units)
+    if piece.shortcut is None:
+        return behind_convolutions
+    shortcut_left = piece.shortcut_left
+
+    def stays_nchw(spec: BlockSpec, x: bool, source: bool) -> bool:
+        residual = cast(Residual, spec)
+        unit = None if residual.shortcut is None else residual.shortcut.unit
+        units = residual.units if not shortcut_left else () if unit is None else (unit,)
+        return (source if shortcut_left else x) and not any(suggests_channels_last(u.conv.weight) for u in units)
+
+    return stays_nchw
 
 
 class ResidualKind(Kind):
@@ -63,11 +68,9 @@ class ResidualKind(Kind):
     def run(
         self, block: Any, state: BlockState, found: Layout, original: Original, given: Handover, place: Tensor | None
     ) -> Handover:
-        def stays_nchw(spec: BlockSpec, x: bool, source: bool) -> bool:
-            return _behind_sum(spec, x, source, self.graph(block, state).shortcut_left)
-
         if len(found.pieces) == 1:
-            ran = run_part(self, block, state, found.pieces[0].part, original, given, None, place, stays_nchw)
+            (piece,) = found.pieces
+            ran = run_part(self, block, state, piece.part, original, given, None, place, behind_sum(piece))
             note(state, [ran])
             return ran.y
         results: list[Ran] = []
@@ -77,7 +80,9 @@ class ResidualKind(Kind):
                 maps = (given.leave(),) if source is None else (given.leave(), source.leave())
                 return Handover(piece.original(*maps))
             into = place if piece is found.last else None
-            results.append(run_part(self, block, state, piece.part, piece.original, given, source, into, stays_nchw))
+            results.append(
+                run_part(self, block, state, piece.part, piece.original, given, source, into, behind_sum(piece))
+            )
             return results[-1].y
 
         y = found.run(given, run_piece)

@@ -18,12 +18,14 @@ from ..swap import original_class
 
 
 class Family(NamedTuple):
-    """The ``kind`` of block that a class of a library becomes; ``methods``: those that the fused forward stands for."""
+    """The ``kind`` of block that a class of a library becomes; ``methods``: those that the fused forward stands for; ``children``: those
+    that a dense layer calls one after the other."""
 
     kind: str
     file: str
     name: str
     methods: tuple[str, ...] = ("forward",)
+    children: tuple[str, ...] = ()
 
     @property
     def cls(self) -> type[nn.Module] | None:
@@ -38,13 +40,13 @@ FAMILIES = (
     Family("head", "torchvision.models.densenet", "DenseNet"),
     Family("dense", "timm.models.densenet", "DenseBlock"),
 )
-#: dense layers, whose children have the names below
+_IN_LAYERS = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
+_IN_TIMMS = ("norm1", "conv1", "norm2", "conv2")
 _DENSE_LAYERS = (
-    Family("dense layer", "torchvision.models.densenet", "_DenseLayer", _LAYER),
-    Family("dense layer", "timm.models.densenet", "DenseLayer", ("forward", *_LAYER[2:], "bottleneck_fn")),
-    Family("dense layer", "fusedres.nn", "DenseLayer"),
+    Family("dense layer", "torchvision.models.densenet", "_DenseLayer", _LAYER, _IN_LAYERS),
+    Family("dense layer", "timm.models.densenet", "DenseLayer", ("forward", *_LAYER[2:], "bottleneck_fn"), _IN_TIMMS),
+    Family("dense layer", "fusedres.nn", "DenseLayer", children=_IN_LAYERS),
 )
-DENSE_NAMES = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
 #: timm's BatchNorms with a dropout and an activation inside
 _NORM_ACTS = (
     Family("norm", "timm.layers.norm_act", "BatchNormAct2d"),
@@ -94,9 +96,10 @@ def check_family(block: nn.Module, kind: str) -> None:
         raise Unsupported(f"the forward of {original_class(block).__name__} has been replaced")
 
 
-def is_dense_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is a dense layer whose children are named :data:`DENSE_NAMES`."""
-    return _first(module, _DENSE_LAYERS) is not None
+def in_dense_layer(module: nn.Module) -> tuple[str, ...] | None:
+    """The names of the children that a dense layer calls one after the other, None where ``module`` is none that is known."""
+    family = _first(module, _DENSE_LAYERS)
+    return None if family is None else family.children
 
 
 def norm_act(module: Any) -> tuple[nn.Module, nn.Module] | None:

@@ -115,10 +115,12 @@ class Flow:
         return tuple((node.op, str(node.target)) for node in self.nodes)
 
     def inside(self, block: nn.Module) -> list[nn.Module]:
-        """The modules of ``block`` that the flow goes through, and those of its calls that pieces are made of."""
-        called = (child_of(block, node.target) for node in self.nodes if node.op == "module")
-        found = [block.get_submodule(path) for path in self.through]
-        for module in called:
+        """The modules of ``block`` that the flow goes through, and those of its calls that pieces are made of, of those that it still
+        has."""
+        modules = dict(block.named_modules(remove_duplicate=False))
+        found = [modules[path] for path in self.through if path in modules]
+        for node in self.nodes:
+            module = modules.get(node.target) if node.op == "module" else None
             if isinstance(module, (*CONVOLUTIONS, *norm_types())):
                 found += module.modules()
         return found
@@ -170,11 +172,11 @@ def follow(block: nn.Module, form: Form, training: bool) -> Flow:
         raise Refused("a module inside has not been initialised yet; fusedres.convert reads it after its first call")
     try:
         return _follow(block, form, training, True)
-    except Refused as reason:
+    except Unsupported as reason:
         try:
             return _follow(block, form, training, False)
-        except Refused:
-            raise reason from None
+        except Unsupported:
+            raise (reason if isinstance(reason, Refused) else Refused(str(reason))) from None
 
 
 def read_flows(block: nn.Module, likely: Sequence[Form] = _LIKELY) -> Flows:

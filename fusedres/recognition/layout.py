@@ -20,7 +20,8 @@ Value = TypeVar("Value")
 @dataclass(frozen=True)
 class Layout:
     """A block in pieces: ``head``, then ``aside`` for what the shortcut reads and ``body`` from the same map, whose last piece joins
-    them, then ``tail``. ``main_first``: whether the body runs up to its last piece before what stands aside."""
+    them, then ``tail``. ``main_first``: whether the body runs up to its last piece before what stands aside. ``pieces``: all of them, in
+    the order in which they run."""
 
     head: tuple[Piece, ...] = ()
     aside: tuple[Piece, ...] = ()
@@ -30,7 +31,9 @@ class Layout:
     pieces: tuple[Piece, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pieces", (*self.head, *self.aside, *self.body, *self.tail))
+        body, join = self.body[:-1], self.body[-1:]
+        middle = (*body, *self.aside) if self.main_first else (*self.aside, *body)
+        object.__setattr__(self, "pieces", (*self.head, *middle, *join, *self.tail))
 
     @property
     def last(self) -> Piece:
@@ -111,7 +114,7 @@ def _split_shortcut(found: list[Op]) -> tuple[list[Op], tuple[Op, ...]]:
     return found[:k], tuple(found[k:])
 
 
-def _residual(before: list[Op], main: list[Op], other: list[Op], after: list[Op], main_first: bool | None) -> Layout:
+def _residual(before: list[Op], main: list[Op], other: list[Op], after: list[Op], graph: BlockGraph) -> Layout:
     early, taken = _split_shortcut(other)
     act, tail = None, after
     if after and after[0].kind == "act":
@@ -119,14 +122,15 @@ def _residual(before: list[Op], main: list[Op], other: list[Op], after: list[Op]
         act_of(act)  # one that is not fused leaves the block alone
     if _projects_activated(before, main, early, taken) and not tail:
         (piece,) = pieces_of([*before, *main])
-        return Layout(body=(replace(piece, shortcut=taken, activated=True, act=act),))
+        piece = replace(piece, shortcut=taken, activated=True, act=act, shortcut_left=graph.shortcut_left)
+        return Layout(body=(piece,))
     body = list(pieces_of(main))
     # an activation in front of the addition stays with its row, and the addition is a piece of its own
     join = body.pop() if body and body[-1].fused and body[-1].last_act == "none" else Piece(())
-    body.append(replace(join, shortcut=taken, act=act))
-    if main_first is None and _acts_by_itself(early) and _acts_by_itself(main):
+    body.append(replace(join, shortcut=taken, act=act, shortcut_left=graph.shortcut_left))
+    if graph.main_first is None and _acts_by_itself(early) and _acts_by_itself(main):
         raise Unsupported("the steps of its shortcut and of its main path alternate")
-    return Layout(pieces_of(before), pieces_of(early), tuple(body), pieces_of(tail), main_first is not False)
+    return Layout(pieces_of(before), pieces_of(early), tuple(body), pieces_of(tail), graph.main_first is not False)
 
 
 def _acts_by_itself(found: Iterable[Op]) -> bool:
@@ -188,7 +192,7 @@ def layout(block: nn.Module, graph: BlockGraph, training: bool | None = None) ->
         _account(laid, [], row, other, after)
     else:
         row, other, after = [*before, *main], ops(block, graph.shortcut), ops(block, graph.after)
-        laid = _residual(before, main, other, after, graph.main_first)
+        laid = _residual(before, main, other, after, graph)
         _account(laid, before, main, other, after)
     _check_norms([*row, *after], other)
     if not any(norm is not None for piece in laid.pieces for _, norm in piece.units) and not any(

@@ -20,6 +20,7 @@ from .graph import BlockGraph, check_graph
 from .modules import (
     CONVOLUTIONS,
     activation,
+    child_of,
     class_of,
     conv,
     hooked,
@@ -85,14 +86,18 @@ def norm_part(batch_norm: nn.Module) -> Part:
 
 
 def _highway(block: Any, dtype: Dtype) -> tuple[Residual, list[nn.Module]]:
-    plain(block.sigmoid, nn.Sigmoid)
-    norms = [module for module in (block.bn1, block.gate_bn) if module is not None]
-    gate = Unit(conv(block.gate, dtype), None if block.gate_bn is None else norm(block.gate_bn, "none"))
-    act = activation(block.relu)
+    found: list[Any] = [child_of(block, name) for name in ("conv1", "bn1", "relu", "gate", "sigmoid")]
+    conv1, bn1, relu, gate_conv, sigmoid = found
+    # a gate without a BatchNorm has None there, which is no child
+    gate_bn: Any = None if "gate_bn" in block.__dict__ else child_of(block, "gate_bn")
+    plain(sigmoid, nn.Sigmoid)
+    norms = [module for module in (bn1, gate_bn) if module is not None]
+    gate = Unit(conv(gate_conv, dtype), None if gate_bn is None else norm(gate_bn, "none"))
+    act = activation(relu)
     if act not in ("none", "relu"):
-        found = type(block.relu).__name__
-        raise Unsupported(f"a highway's candidate is fused with ReLU or nothing behind it, found {found}")
-    candidate = Unit(conv(block.conv1, dtype), norm(block.bn1, act))
+        name = type(relu).__name__
+        raise Unsupported(f"a highway's candidate is fused with ReLU or nothing behind it, found {name}")
+    candidate = Unit(conv(conv1, dtype), norm(bn1, act))
     return Residual((candidate,), shortcut=Shortcut(unit=gate, gated=True)), norms
 
 
@@ -110,9 +115,10 @@ def dense_layer(layer: nn.Module, graph: BlockGraph | None = None) -> list[Op]:
     if graph is not None:
         check_graph(layer, graph)
         return ops(layer, graph.main)
-    if not families.is_dense_layer(layer):
+    names = families.in_dense_layer(layer)
+    if names is None:
         raise Unsupported(f"a {type(layer).__name__} among its layers")
-    found = ops(layer, tuple(name for name in families.DENSE_NAMES if name in layer._modules))
+    found = ops(layer, names)
     drop_rate: Any = layer.drop_rate
     if layer.training and drop_rate > 0:
         drop = functools.partial(nn.functional.dropout, p=drop_rate, training=True)

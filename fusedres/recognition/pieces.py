@@ -32,6 +32,7 @@ def in_a_row(x: Tensor, steps: Iterable[Op]) -> Tensor:
 class Piece:
     """A stretch of a block: ``row``, the ops of the main path in it, with ``shortcut`` what is added behind them (None: nothing), and
     ``act`` the activation behind that. ``activated``: the shortcut reads the map behind the first BatchNorm, not the input.
+    ``shortcut_left``: the shortcut is the first operand of the sum, whose memory format the sum has.
 
     Where it runs fused, the row is ``first``, a BatchNorm, and ``units``, convolutions with their BatchNorms.
     """
@@ -42,6 +43,7 @@ class Piece:
     shortcut: tuple[Op, ...] | None = None
     activated: bool = False
     act: Op | None = None
+    shortcut_left: bool = False
 
     def __post_init__(self) -> None:
         if self.fused and self.row != self._taken:
@@ -72,7 +74,8 @@ class Piece:
         if self.activated:
             x = in_a_row(x, self.row[:1])
         y = in_a_row(x, self.row[1:] if self.activated else self.row)
-        y = y + in_a_row(x if source is None else source, self.shortcut)
+        beside = in_a_row(x if source is None else source, self.shortcut)
+        y = beside + y if self.shortcut_left else y + beside
         return y if self.act is None else in_a_row(y, (self.act,))
 
     @functools.cached_property

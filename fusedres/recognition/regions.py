@@ -233,10 +233,11 @@ class _Regions:
             return
         for stretch in taken:
             del self.stretches[id(stretch.result)]
+        shortcut_left = bool(sides) and main.result is right
         nodes = [*(n for s in taken for n in s.nodes), node, *([] if act is None else [act.node])]
         source = other if beside is None else beside.x
         shortcut = () if beside is None else beside.piece.row
-        piece = replace(main.piece, shortcut=shortcut, act=None if act is None else act.op)
+        piece = replace(main.piece, shortcut=shortcut, act=None if act is None else act.op, shortcut_left=shortcut_left)
         found = _Stretch(piece, nodes, main.x, None if source is main.x else source)
         self.stretches[id(found.result)] = found
 

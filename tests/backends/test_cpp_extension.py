@@ -202,7 +202,7 @@ def test_wrong_arguments_say_what_is_wrong():
         (lambda: BACKEND.add_act_forward(lazy, LazyMap(x[:, :4])), "residual must have the shape"),
         (lambda: BACKEND.add_act_forward(lazy, LazyMap(x.double())), "residual must have the dtype"),
         (lambda: BACKEND.dgrad_epilogue(x, lazy, GradTarget(scaled=True)), "scale of scale_shift"),
-        (lambda: BACKEND.add_act_backward(x, lazy, sums=stats), "without the mean_invstd"),
+        (lambda: BACKEND.add_act_backward(x, lazy, sums=stats), "without mean_invstd"),
         (lambda: BACKEND.pool_forward(lazy, Pool("max", (3, 3), (1, 1), (2, 2))), "half of the window"),
         (lambda: BACKEND.pool_forward(lazy, Pool("mean", (3, 3), (1, 1), (0, 0))), "side by side"),
     ):

@@ -289,6 +289,16 @@ def test_a_slice_computes_as_a_slice_of_the_original(name, cut):
     assert_same_step(model, plain, draw())
 
 
+def test_a_class_whose_source_cannot_be_read_is_left_alone():
+    names = {"nn": nn, "torch": torch, "Block": Block}
+    body = "def forward(self, x):\n  return x + self.bn1(self.conv1(x))"
+    exec(body, names)
+    plain, model = pair(lambda: type("Unread", (Block,), {"forward": names["forward"]})())
+    assert_same_step(model, plain, draw())
+    assert kind_key(model) is None
+    assert "cannot be read" in str(fusedres.report(model))
+
+
 def test_a_new_instance_of_the_class_of_a_block_is_an_original():
     plain, model = pair(Block)
     made = type(model)(8).to(DTYPE)
@@ -298,6 +308,19 @@ def test_a_new_instance_of_the_class_of_a_block_is_an_original():
     again = fusedres.convert(pickle.loads(pickle.dumps(made)))
     again(draw())
     assert_fused(again, FUSED)
+
+
+@each_kind
+def test_a_forward_that_somebody_kept_is_the_original_after_a_revert(kind):
+    plain, model = pair(KINDS[kind])
+    kept = model.forward
+    model.forward = lambda *args, **kwargs: kept(*args, **kwargs) * 2
+    plain_forward = plain.forward
+    plain.forward = lambda *args, **kwargs: plain_forward(*args, **kwargs) * 2
+    assert_same_step(model, plain, draw())
+    fusedres.revert(model)
+    assert not is_converted(model)
+    assert_same_step(model, plain, draw())
 
 
 def test_features_wrapped_in_another_module_compute_the_same():
@@ -620,6 +643,91 @@ def test_outputs_and_gradients_are_in_the_memory_format_of_the_original(kind, fo
     with torch.no_grad():
         x = draw().contiguous(memory_format=x_format)
         assert model.eval()(x).stride() == plain.eval()(x).stride()
+
+
+class Mixed(nn.Module):
+    """A block of two paths, on one of which a norm stands whose output is in a memory format of its own: an InstanceNorm's is never
+    channels_last. ``join`` adds them."""
+
+    def __init__(self, norm: nn.Module, join: Callable[[Tensor, Tensor], Tensor], behind: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), norm
+        self.behind = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)) if behind else None
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.join = join
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        y = self.norm(self.conv1(x))
+        if self.behind is not None:
+            y = self.behind(y)
+        return self.join(y, self.bn2(self.conv2(x))) * scale
+
+
+def norm_first(y: Tensor, shortcut: Tensor) -> Tensor:
+    return y + shortcut
+
+
+def norm_last(y: Tensor, shortcut: Tensor) -> Tensor:
+    return shortcut + y
+
+
+class Twice(nn.Module):
+    """A block that adds its input twice, to what a convolution has made and to the sum; ``last`` stands behind, a convolution alone."""
+
+    def __init__(self, flipped: bool, last: bool) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2, self.flipped = nn.BatchNorm2d(8), flipped
+        self.last = nn.Conv2d(8, 8, 3, padding=1) if last else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = torch.relu(self.bn1(x))
+        y = self.bn2(self.conv1(s))
+        y = s + y if self.flipped else y + s
+        y = s + y if self.flipped else y + s
+        return y if self.last is None else self.last(y)
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("last", [False, True], ids=["sum", "convolution"])
+@pytest.mark.parametrize("flipped", [False, True], ids=["input-last", "input-first"])
+def test_what_runs_between_pieces_is_in_the_memory_format_of_the_original(flipped, last, formats):
+    x_format, weight_format = FORMATS[formats]
+    plain, model = (m.to(memory_format=weight_format) for m in pair(lambda: Twice(flipped, last)))
+    x = draw().contiguous(memory_format=x_format)
+    ours, theirs = model(x), plain(x)
+    assert kind_key(model) == "general"
+    assert_fused(model, FUSED)
+    assert ours.stride() == theirs.stride()
+    assert_parity(ours, theirs, theirs)
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("behind", [False, True], ids=["alone", "convolution-behind"])
+@pytest.mark.parametrize("join", [norm_first, norm_last])
+@pytest.mark.parametrize("norm", [lambda: nn.InstanceNorm2d(8), lambda: nn.GroupNorm(2, 8)], ids=["instance", "group"])
+def test_a_sum_has_the_memory_format_of_its_first_operand(norm, join, behind, formats):
+    x_format, weight_format = FORMATS[formats]
+    plain, model = (m.to(memory_format=weight_format) for m in pair(lambda: Mixed(norm(), join, behind)))
+    x = draw().contiguous(memory_format=x_format)
+    ours, theirs = model(x), plain(x)
+    assert kind_key(model) == "general"
+    assert_fused(model, FUSED)
+    assert ours.stride() == theirs.stride()
+    assert_parity(ours, theirs, theirs)
+    with torch.no_grad():
+        assert model.eval()(x).stride() == plain.eval()(x).stride()
+
+
+@pytest.mark.parametrize("join", [norm_first, norm_last])
+def test_a_sum_that_runs_unfused_has_the_memory_format_of_its_first_operand(join):
+    plain, model = pair(lambda: Mixed(nn.InstanceNorm2d(8), join))
+    x = draw().contiguous(memory_format=torch.channels_last)
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # which leaves float64 alone, and no piece of a general block is known to take
+        assert model(x).stride() == plain(x).stride()
+    assert not state_of(model).outcome.fused
 
 
 class Dropping(Layer):
