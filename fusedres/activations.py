@@ -1,6 +1,6 @@
 """The activations that fused blocks compute, each known by a name: what descriptions hold and primitives take as ``act``.
 
-    none, relu, relu6, leaky_relu:SLOPE, hardswish, silu, gelu (by erf), gelu_tanh
+    none, relu, relu6, leaky_relu:SLOPE, hardswish, silu, gelu (by erf), gelu_tanh, mish
 
 One row of the table below says what an activation computes in plain PyTorch and which modules and functions it stands for. The kernels have
 one row each of their own: ``kernels/activations.py`` and ``csrc/cpu/activation.h`` with ``activation-inl.h``. A kind that one of them
@@ -103,6 +103,11 @@ _TABLE: dict[str, _Row] = {
         lambda dy, z, slope: _aten.gelu_backward(dy, z, approximate="tanh"),
         (_Form((nn.GELU,), ("approximate",)), _Form((F.gelu,), ("approximate",), {"approximate": "none"})),
         fits=lambda given: given["approximate"] == "tanh",
+    ),
+    "mish": _Row(
+        lambda z, slope: F.mish(z),
+        lambda dy, z, slope: _aten.mish_backward(dy, z),
+        (_Form((nn.Mish,)), _Form((F.mish,), ("inplace",))),
     ),
 }
 KINDS = tuple(_TABLE)

@@ -19,6 +19,16 @@ def sigmoid(x):
 
 
 @triton.jit
+def tanh_of_softplus(x):
+    """tanh(log(1 + exp(x))), and one minus that without cancellation: with e = exp(-|x|) fractions of e that never overflow."""
+    e = tl.exp(-tl.abs(x))
+    grown = tl.where(x < 0.0, e * (e + 2.0), 1.0 + 2.0 * e)
+    rest = tl.where(x < 0.0, 2.0, 2.0 * e * e)
+    whole = 1.0 / (grown + rest)
+    return grown * whole, rest * whole
+
+
+@triton.jit
 def activate(z, ACT: tl.constexpr):
     """The activation of ``z``: NaN stays (a plain maximum would drop it)."""
     if ACT.kind == "none":
@@ -40,6 +50,9 @@ def activate(z, ACT: tl.constexpr):
         # (1 + tanh(u)) / 2 is the sigmoid of 2 u
         below, _ = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
         z = z * below
+    elif ACT.kind == "mish":
+        gate, _ = tanh_of_softplus(z)
+        z = z * gate
     else:
         tl.static_assert(False, "kernels/activations.py has no value for this kind of activation")
     return z
@@ -67,6 +80,10 @@ def gradient(dz, z, ACT: tl.constexpr):
     elif ACT.kind == "gelu_tanh":
         below, above = sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
         dz = dz * (below + z * below * above * (1.5957691216057308 * (1.0 + 0.134145 * z * z)))
+    elif ACT.kind == "mish":
+        gate, rest = tanh_of_softplus(z)
+        below, _ = sigmoid(z)
+        dz = dz * (gate + z * below * (rest * (1.0 + gate)))
     else:
         tl.static_assert(False, "kernels/activations.py has no derivative for this kind of activation")
     return dz

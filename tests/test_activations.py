@@ -10,6 +10,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import fusedres
 from fusedres import activations, functional
 from fusedres.backends import select
 from fusedres.blocks import parts_of
-from fusedres.errors import Unsupported
+from fusedres.errors import BackendError, Unsupported
 from fusedres.functional import Conv, Geometry, Norm, Pool, Unit
 from fusedres.operands import Epilogue, LazyGrad, LazyMap
 from fusedres.specs import instances
@@ -43,6 +44,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "silu": lambda: nn.SiLU(inplace=True),
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "mish": nn.Mish,
 }
 KINKS = {"relu6": (0.0, 6.0), "leaky_relu:0.1": (0.0,), "leaky_relu:-0.5": (0.0,), "hardswish": (-3.0, 3.0)}
 SHAPE = (2, 5, 7, 6)
@@ -362,6 +364,7 @@ CALLS = {
     "silu in place": "F.silu({}, inplace=True)",
     "hardswish": "F.hardswish({})",
     "gelu": "F.gelu({})",
+    "mish": "F.mish({})",
     "gelu by tanh": "F.gelu({}, approximate='tanh')",
 }
 
@@ -397,7 +400,7 @@ def test_a_function_in_place_on_the_input_is_seen_by_what_reads_it_later(name, t
 
 
 @pytest.mark.parametrize(
-    "act", [nn.Mish(), nn.Hardtanh(), nn.ELU(), nn.PReLU(), nn.Sigmoid()], ids=lambda a: type(a).__name__
+    "act", [nn.Softplus(), nn.Hardtanh(), nn.ELU(), nn.PReLU(), nn.Sigmoid()], ids=lambda a: type(a).__name__
 )  # fmt: skip
 def test_other_activations_leave_the_block_alone_and_report_says_so(act):
     block = fusedres.nn.BasicBlock(5, 5)
@@ -529,3 +532,32 @@ def test_torchvisions_rows_run_fused_with_their_activation(name):
     rows = fusedres.report(fused)
     assert all(described.fused or "depthwise" in described.detail for described in rows), str(rows)
     assert acts_inside(fused) >= {"relu6" if name == "mobilenet_v2" else "silu" if "efficient" in name else "hardswish"}
+
+
+# ---- what happens without a row ---------------------------------------------------------------------------------------
+
+
+def test_without_its_row_python_raises(monkeypatch):
+    monkeypatch.delitem(activations._TABLE, "mish")
+    activations.parse.cache_clear()
+    try:
+        for call in (activations.parse, lambda act: activations.value(torch.ones(1), act)):
+            with pytest.raises(ValueError, match="unknown activation 'mish'"):
+                call("mish")
+    finally:
+        activations.parse.cache_clear()
+
+
+def test_without_its_row_the_extension_raises(monkeypatch):
+    served("cpp", torch.float32)
+    from fusedres.backends import cpp
+
+    known = [name for name in cpp._C.activations() if name != "mish"]
+    monkeypatch.setattr(cpp, "_C", types.SimpleNamespace(activations=lambda: known))
+    cpp._code.cache_clear()
+    x = torch.ones(1, 8, 2, 2).to(memory_format=torch.channels_last)
+    try:
+        with pytest.raises(BackendError, match="no activation 'mish'"):
+            cpp.BACKEND.add_act_forward(LazyMap(x), None, "mish")
+    finally:
+        cpp._code.cache_clear()

@@ -139,6 +139,28 @@ struct GeluTanh {
   }
 };
 
+// tanh(log(1 + exp(x))), and one minus that without cancellation: fractions of exp(-|x|), which never overflows.
+template <class V>
+struct TanhOfSoftplus {
+  V value, rest;
+  explicit TanhOfSoftplus(V x) {
+    const V e = exp_of_negative(-magnitude(x));
+    const V grown = x < V{} ? e * (e + 2) : 1 + 2 * e, left = x < V{} ? V{} + 2 : 2 * e * e;
+    const V whole = 1 / (grown + left);
+    value = grown * whole;
+    rest = left * whole;
+  }
+};
+
+template <class V>
+struct Mish {
+  V value(V z) const { return z * TanhOfSoftplus<V>(z).value; }
+  V gradient(V dy, V z) const {
+    const TanhOfSoftplus<V> t(z);
+    return dy * (t.value + z * Sigmoid<V>(z).value * (t.rest * (1 + t.value)));
+  }
+};
+
 // f(the activation), which is_other().
 template <class A, class F>
 inline void with_activation(const Activation& act, F&& f) {
@@ -152,6 +174,7 @@ inline void with_activation(const Activation& act, F&& f) {
     case Act::silu: return f(Silu<V>{});
     case Act::gelu: return f(Gelu<V>{});
     case Act::gelu_tanh: return f(GeluTanh<V, A>{});
+    case Act::mish: return f(Mish<V>{});
   }
 }
 

@@ -8,7 +8,7 @@ namespace fusedres {
 // One row per activation. Its place is the number by which operators are told of it, its name what Python calls it
 // (_C.activations()); its value and gradient are in activation-inl.h.
 #define FUSEDRES_ACTIVATIONS(row) \
-  row(none) row(relu) row(leaky_relu) row(relu6) row(hardswish) row(silu) row(gelu) row(gelu_tanh)
+  row(none) row(relu) row(leaky_relu) row(relu6) row(hardswish) row(silu) row(gelu) row(gelu_tanh) row(mish)
 
 #define FUSEDRES_ROW(name) name,
 enum class Act : int64_t { FUSEDRES_ACTIVATIONS(FUSEDRES_ROW) };
