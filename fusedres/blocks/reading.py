@@ -7,53 +7,57 @@ inside an object is looked at again at every call: dtype, device and shape of te
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..recognition import BlockGraph, Flow, watched
-from ..swap import KEY
+from ..recognition import BlockGraph, Flow, classes_of, watched
 from .state import BlockState
 
+_own = operator.attrgetter("__dict__")
 _contents = operator.itemgetter(
     "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )  # fmt: skip
 
 
+class _Seen:
+    """Every object that a reading of ``modules`` and ``graphs`` depends on. Asked at every call, so that what it is found by is kept: the
+    classes of the modules, and the dictionaries in them, which are among the objects themselves."""
+
+    def __init__(self, modules: list[nn.Module], graphs: tuple[BlockGraph | Flow, ...]) -> None:
+        self._modules, self._graphs = modules, graphs
+        self._classes = classes_of(modules)
+        self._mappings = [mapping for m in modules for mapping in (m.__dict__, *_contents(m.__dict__))]
+        self.then = self._now()
+
+    def _now(self) -> list[object]:
+        found: list[object] = [*map(type, self._modules), *map(_own, self._modules), *watched(self._classes)]
+        found += itertools.chain.from_iterable(map(dict.values, self._mappings))
+        for graph in self._graphs:
+            found += graph.outside()
+        return found
+
+    def holds(self) -> bool:
+        """Whether all of them are the very same still."""
+        now = self._now()
+        return len(now) == len(self.then) and all(map(operator.is_, now, self.then))
+
+
 @dataclass(frozen=True)
 class Reading:
-    """``found``, or why there is nothing, and ``seen``, what it depends on: all that :func:`_seen` finds of ``modules`` and ``graphs``."""
+    """``found``, or why there is nothing, and ``seen``, what it depends on."""
 
-    modules: list[nn.Module]
-    graphs: tuple[BlockGraph | Flow, ...]
-    seen: list[object]
+    seen: _Seen
     found: Any
 
     def holds(self) -> bool:
         """Whether nothing has changed since."""
-        now = _seen(self.modules, self.graphs)
-        return len(now) == len(self.seen) and all(map(operator.is_, now, self.seen))
-
-
-def _seen(modules: list[nn.Module], graphs: Iterable[BlockGraph | Flow]) -> list[object]:
-    """Every object that a reading of ``modules`` depends on."""
-    found: list[object] = [*map(type, modules), *watched(modules)]
-    for module in modules:
-        own = module.__dict__
-        if KEY in own:
-            found += [value for name, value in own.items() if name != KEY]
-        else:
-            found += own.values()
-        for contents in _contents(own):
-            if contents:
-                found += contents.values()
-    for graph in graphs:
-        found += graph.outside()
-    return found
+        return self.seen.holds()
 
 
 def recall(
@@ -82,12 +86,12 @@ def _read(
     try:
         modules = inside()
         depends = graphs()
-        seen = _seen(modules, depends)
+        seen = _Seen(modules, depends)
         found = read()
     except Unsupported as reason:
-        seen, found = _seen(modules, depends), reason.anew()
-    reading = Reading(modules, depends, seen, found)
+        seen, found = _Seen(modules, depends), reason.anew()
+    reading = Reading(seen, found)
     # weights that were computed (torch.func.functional_call) would be kept with their graph
-    if not any(isinstance(o, Tensor) and o.grad_fn is not None for o in seen):
+    if not any(isinstance(o, Tensor) and o.grad_fn is not None for o in seen.then):
         state.reading = reading
     return reading

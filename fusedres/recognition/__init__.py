@@ -21,7 +21,7 @@ Every function raises :class:`fusedres.errors.Unsupported` with the reason where
     program(module, flow) -> Program                     what it runs as
     read_layers(row) -> dict[str, Graphs]                those of the dense layers at the end of a Sequential; empty: none
     BlockGraph(main, shortcut, shared, after)            may be made by hand, for a module whose forward is ours
-    graph.outside(), watched(modules) -> list            the code and the values behind a reading, to be compared by identity with before
+    graph.outside(), watched(classes_of(modules)) -> list   the code and the values behind a reading, to be compared by identity with before
     check_graph(block, graph, training=None)             raises where ``block`` is no longer what was read, or a hook waits inside
     check_family(block, kind)                            raises where a block that was told by its class has another forward
     layout(block, graph, training=None) -> Layout        a residual block or row in pieces; ``Layout.run(x, run_piece)`` goes through them
@@ -54,7 +54,7 @@ from .lowering import (
     stem_part,
     transition_part,
 )
-from .modules import Hooked, child_of, global_hooks, hooked, norm_types, plain, shape_behind, watched
+from .modules import Hooked, child_of, classes_of, global_hooks, hooked, norm_types, plain, shape_behind, watched
 from .ops import Op, ops
 from .part import Part
 from .pieces import Piece
@@ -85,6 +85,7 @@ __all__ = [
     "check_family",
     "check_graph",
     "child_of",
+    "classes_of",
     "conv_runs",
     "dense_layer",
     "dense_part",

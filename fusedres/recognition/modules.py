@@ -85,11 +85,15 @@ def _getter(cls: type) -> Callable[[type], tuple[Any, ...]]:
     return operator.attrgetter(*names, *names)  # of one name alone it would give the function, and not a tuple
 
 
-def watched(modules: list[nn.Module]) -> list[Any]:
-    """The code by which ``modules`` compute, to be compared with what it was: one that has changed is another function."""
+def classes_of(modules: list[nn.Module]) -> list[type]:
+    """The classes by which ``modules`` compute, each once."""
+    return [class_of(module) for module in {type(m): m for m in modules}.values()]
+
+
+def watched(classes: list[type]) -> list[Any]:
+    """The code by which modules of ``classes`` compute, to be compared with what it was: one that has changed is another function."""
     found: list[Any] = []
-    for module in {type(m): m for m in modules}.values():
-        cls = class_of(module)
+    for cls in classes:
         found += _getter(cls)(cls)
     return found
 
