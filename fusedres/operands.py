@@ -39,6 +39,11 @@ class LazyMap(NamedTuple):
         """Whether the values are those of ``raw``."""
         return self.scale_shift is None and self.act == "none"
 
+    @property
+    def before_act(self) -> LazyMap:
+        """The map in front of its activation."""
+        return LazyMap(self.raw, self.scale_shift, "none", self.mean_invstd)
+
 
 class LazyGrad(NamedTuple):
     """The gradient of a convolution's output: ``p * grad + q * raw + r`` with the rows p, q, r of ``coeff`` (``[3, C]``), or ``grad``

@@ -286,7 +286,7 @@ class Residual(BlockSpec):
     ) -> Tensor:
         """The last pass: ``act(h + residual)``, or h behind its own activation."""
         act = h.act if self.shortcut is None else self.act
-        return backend.add_act_forward(h._replace(act="none"), residual, act, out=out, stats=stats)
+        return backend.add_act_forward(h.before_act, residual, act, out=out, stats=stats)
 
     def forward(
         self, backend: Backend, x: Tensor, source: Tensor | None, stats: Tensor | None, out: Tensor | None

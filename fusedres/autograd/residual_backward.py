@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,15 +35,20 @@ class OfUnit(NamedTuple):
     norm_bias: Any = None
 
 
-def flatten(of_units: Sequence[OfUnit]) -> list[Any]:
-    """The input's two values, then four for each unit."""
-    return [*of_units[0][2:], *(value for of_unit in of_units[1:] for value in of_unit)]
+def flatten(of_units: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The input's two values, then four for each unit, of tuples in the order of :class:`OfUnit`."""
+    return [*of_units[0][2:], *itertools.chain.from_iterable(of_units[1:])]
 
 
 def split(flat: Sequence[Any]) -> list[OfUnit]:
-    """The inverse of :func:`flatten`."""
-    size = len(OfUnit._fields)
-    return [OfUnit(None, None, *flat[:2]), *(OfUnit(*flat[i : i + size]) for i in range(2, len(flat), size))]
+    """The inverse of :func:`flatten`, as :class:`OfUnit`."""
+    values = iter(flat[2:])
+    by_unit = zip(*[values] * len(OfUnit._fields), strict=True)
+    return [OfUnit(None, None, *flat[:2]), *itertools.starmap(OfUnit, by_unit)]
+
+
+#: in the place of a map that backward needs nothing of, the fields of a LazyMap
+_NOTHING = (None,) * len(LazyMap._fields)
 
 
 class Kept(NamedTuple):
@@ -56,12 +62,8 @@ class Kept(NamedTuple):
     @classmethod
     def of(cls, maps: Iterable[LazyMap | None], side: LazyMap | None) -> Kept:
         """Of the maps of a forward."""
-        every = [*maps, side]
-        return cls(
-            [None if m is None else m.raw for m in every],
-            [None if m is None else m.scale_shift for m in every],
-            [None if m is None else m.mean_invstd for m in every],
-        )
+        raws, scale_shifts, _, mean_invstds = zip(*[m or _NOTHING for m in (*maps, side)], strict=True)
+        return cls(list(raws), list(scale_shifts), list(mean_invstds))
 
     def flatten(self) -> list[Tensor | None]:
         """For ``save_for_backward``."""
@@ -209,7 +211,7 @@ class ResidualBackward:
         else:
             dz = dside = self._add_act_backward(grad, sums, side_sums)
         if side_sums is not None and sums is None and not spec.gated:
-            lazy = self.lazy(side)._replace(act="none")
+            lazy = self.lazy(side).before_act
             backend.add_act_backward(dz, lazy, sums=side_sums)
         # the shortcut's first: the order of collectives is that of autograd, the reverse of the forward's
         if side_sums is not None:
@@ -224,12 +226,11 @@ class ResidualBackward:
         residual: LazyMap | None = None
         # the residual's values are needed for the activation's derivative and for the sums of its own BatchNorm
         if shortcut is not None and (act != "none" or side_sums is not None):
-            residual = self.operand(side) if shortcut.unit is None else self.lazy(side)
-            residual = residual._replace(act="none")
+            residual = (self.operand(side) if shortcut.unit is None else self.lazy(side)).before_act
         both = sums is not None and side_sums is not None
         return self.backend.add_act_backward(
             grad,
-            self.lazy(n)._replace(act="none"),
+            self.lazy(n).before_act,
             residual,
             act,
             sums=sums,
@@ -295,16 +296,16 @@ class ResidualBackward:
     def _target(self, i: int, aside: Tensor | None, owned: bool) -> GradTarget:
         """Where the input gradient of unit i goes; the first unit's to the shortcut's: in place where that is ``owned`` by this backward
         and nobody reads it any more."""
-        target = GradTarget(sums=self.room(i - 1))
+        sums = self.room(i - 1)
         if i > 1:
-            return target
-        target = target._replace(scaled=self.norms[0] is not None)
-        if aside is None:
-            return target
-        return target._replace(dx=aside, accumulate=True) if owned else target._replace(base=aside)
+            return GradTarget(sums=sums)
+        scaled = self.norms[0] is not None
+        if aside is not None and owned:
+            return GradTarget(dx=aside, accumulate=True, scaled=scaled, sums=sums)
+        return GradTarget(base=aside, scaled=scaled, sums=sums)
 
     def _flat_grads(self) -> list[Tensor | None]:
-        return flatten([OfUnit(**grads) for grads in self.grads])
+        return flatten([tuple(map(grads.get, OfUnit._fields)) for grads in self.grads])
 
     def input_grad(self, g: Tensor, pending: bool) -> Tensor | None:
         """The gradient of x from what has gathered: without units under BN_0, behind them with only BN_0's correction pending."""

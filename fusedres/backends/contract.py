@@ -220,7 +220,7 @@ class Backend(ABC):
 
     def materialize(self, x: LazyMap, *, out: Tensor | None = None, stats: Reduction | None = None) -> Tensor:
         """``x`` as a stored map; a copy where it is plain. Reads raw, writes out."""
-        return self.add_act_forward(x._replace(act="none"), None, x.act, out=out, stats=stats)
+        return self.add_act_forward(x.before_act, None, x.act, out=out, stats=stats)
 
 
 #: the names of the primitives: everything that a backend must have, but for ``supports``

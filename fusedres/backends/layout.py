@@ -17,7 +17,9 @@ def format_of(dims: int) -> torch.memory_format:
 
 def as_map(x: Tensor) -> Tensor:
     """``x`` in channels_last (itself where it is already, or is a channel slice of a map)."""
-    return x if is_slice(x) else x.contiguous(memory_format=format_of(x.dim()))
+    found = format_of(x.dim())
+    # the first is one question, and answers it nearly always
+    return x if x.is_contiguous(memory_format=found) or is_slice(x) else x.contiguous(memory_format=found)
 
 
 def is_slice(x: Tensor) -> bool:

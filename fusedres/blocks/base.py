@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -210,6 +211,9 @@ class Ran(NamedTuple):
     record: CallRecord | None
 
 
+_shape, _needs_grad = operator.attrgetter("shape"), operator.attrgetter("requires_grad")
+
+
 @functools.cache
 def _on(backend: str) -> Outcome:
     return Outcome(backend)
@@ -261,8 +265,8 @@ def run_part(
         torch.is_grad_enabled(),
         prepared.device,
         prepared.dtype,
-        tuple(m.shape for m in maps),
-        tuple(m.requires_grad for m in maps),
+        tuple(map(_shape, maps)),
+        tuple(map(_needs_grad, maps)),
         (id(x),) if source is None else (id(x), id(source.x)),
         owes,
     )

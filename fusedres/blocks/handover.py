@@ -62,6 +62,10 @@ def suggests_channels_last(x: Tensor) -> bool:
     """Whether torch's convolutions take ``x``, a map or a weight, for channels_last and return their output so: its strides grow from the
     channels over the pixels to the batch; where sizes of 1 leave it open it is taken for contiguous."""
     shape, strides = x.shape, x.stride()
+    if len(shape) == 4:
+        n, c, h, w = shape
+        if c > 1 and strides == (h * w * c, 1, w * c, c):  # what it is nearly always, and clear
+            return True
     if strides[-1] < (strides[1] * shape[1] if shape[1] > 1 else strides[1]) or strides[1] == 0:
         return False
     least = 0
