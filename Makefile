@@ -59,4 +59,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info fusedres/*.so .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build demo trial *.egg-info fusedres/*.so .benchmarks .hypothesis .pytest_cache .ruff_cache

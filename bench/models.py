@@ -37,9 +37,10 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres import testing
+from fusedres.trial import memory
+from fusedres.trial.timing import Step, captured, in_turns, seconds_per_call
 
-from . import environment, memory
-from .timing import captured, seconds_per_call
+from . import environment
 
 MIB = 2**20
 
@@ -173,9 +174,7 @@ class Entry:
     contender: Contender
     model: nn.Module | None = None
     step: Callable[[], None] | None = None
-    timed: Callable[[], None] | None = None
-    calls: int = 1
-    seconds: list[float] = field(default_factory=list)
+    timed: Step | None = None
     record: dict = field(default_factory=dict)
 
 
@@ -191,9 +190,9 @@ def prepare(entry: Entry, base: nn.Module, images: Tensor, labels: Tensor, mode:
             torch.cuda.synchronize(device)
         if entry.contender.compiles and not settings.compiler_caches:
             entry.record["compile_s"] = time.perf_counter() - start
-        entry.timed = captured(entry.step) if settings.cuda_graphs else entry.step
-    entry.timed()
-    entry.calls = max(1, math.ceil(settings.seconds_per_round / seconds_per_call(entry.timed, 1, device)))
+        call = captured(entry.step) if settings.cuda_graphs else entry.step
+    call()
+    entry.timed = Step(call, max(1, math.ceil(settings.seconds_per_round / seconds_per_call(call, 1, device))))
 
 
 def measure_memory(entry: Entry, images: Tensor, labels: Tensor, mode: str, settings: Settings) -> None:
@@ -241,10 +240,11 @@ def fused_blocks(model: nn.Module) -> str | None:
 
 def finish(entry: Entry, eager: Entry | None) -> None:
     """The record's speeds from the times of the rounds."""
-    entry.record["images_per_s"] = entry.record["batch"] / statistics.median(entry.seconds)
-    entry.record["rounds"] = len(entry.seconds)
+    seconds = entry.timed.seconds
+    entry.record["images_per_s"] = entry.record["batch"] / statistics.median(seconds)
+    entry.record["rounds"] = len(seconds)
     if eager is not None:
-        ratios = [theirs / mine for theirs, mine in zip(eager.seconds, entry.seconds, strict=True)]
+        ratios = [theirs / mine for theirs, mine in zip(eager.timed.seconds, seconds, strict=True)]
         entry.record["ratio_to_eager"] = statistics.median(ratios)
         entry.record["ratio_range"] = [min(ratios), max(ratios)]
 
@@ -317,12 +317,12 @@ def run_case(
             with contextlib.suppress(NotOffered):
                 running += [entry] if attempt(entry, prepare, base, images, labels, mode, settings) else []
                 entries.append(entry)
-    for i in range(settings.rounds):
-        advance(f"{name} {mode}: round {i + 1} of {settings.rounds}")
-        # each round starts with another contender: nobody always runs in the wake of the same one
-        start = i % max(1, len(running))
-        for entry in running[start:] + running[:start]:
-            entry.seconds.append(seconds_per_call(entry.timed, entry.calls, settings.device))
+    in_turns(
+        [entry.timed for entry in running],
+        settings.rounds,
+        settings.device,
+        lambda i: advance(f"{name} {mode}: round {i + 1} of {settings.rounds}"),
+    )
     eager = next((e for e in running if e.name == "eager"), None)
     for entry in entries:
         advance(f"{name} {mode}: memory and parity of {entry.name}")

@@ -39,7 +39,11 @@ class Layer(NamedTuple):
 
 #: from the top to the bottom
 LAYERS = (
-    Layer("aids", (Room("doctor", ("doctor", "__main__")), Room("testing", ("testing", "testing.*")))),
+    Layer("commands", (Room("__main__", ("__main__",)),)),
+    Layer(
+        "aids",
+        (Room("doctor", ("doctor",)), Room("trial", ("trial", "trial.*")), Room("testing", ("testing", "testing.*"))),
+    ),
     Layer("entrance", (Room("fusedres", ("",)),)),
     Layer(
         "for users",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusedres doctor [--json]``."""
+"""The command line: ``python -m fusedres doctor [--json]`` and ``python -m fusedres try MODEL``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 
 from . import doctor
+from .trial import command as trial
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,7 +17,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     diagnosis = commands.add_parser("doctor", help="versions, devices, and which backend serves which device and why")
     diagnosis.add_argument("--json", action="store_true", help="print JSON")
+    trying = commands.add_parser(
+        "try", help="what fusedres makes of a model: what runs fused, parity, speed and memory beside eager"
+    )
+    trial.add_arguments(trying)
     args = parser.parse_args(arguments)
+    if args.command == "try":
+        return trial.main(args)
     found = doctor.diagnose()
     print(json.dumps(found, indent=1) if args.json else doctor.render(found))
     return 0

@@ -119,7 +119,7 @@ def _step(model: nn.Module, form: Form, maps: list[Tensor]) -> Results:
     maps = [x.clone().requires_grad_() for x in maps]
     args, kwargs = arguments(form, iter(maps))
     model.zero_grad(set_to_none=True)
-    found: Results = dict(_flat(model(*args, **kwargs), "the output"))
+    found: Results = dict(named_tensors(model(*args, **kwargs), "the output"))
     generator = torch.Generator().manual_seed(1)
     ys = [*found.values()]
     torch.autograd.backward(ys, [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in ys])
@@ -280,16 +280,16 @@ class Verification(list[Difference]):
         return "\n".join([f"{len(wrong)} of {len(self)} results are not as right as eager's", *lines])
 
 
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors in ``value``, by name."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _flat(item, f"{name}[{key!r}]")
+            yield from named_tensors(item, f"{name}[{key!r}]")
     elif isinstance(value, tuple | list):
         for i, item in enumerate(value):
-            yield from _flat(item, f"{name}[{i}]")
+            yield from named_tensors(item, f"{name}[{i}]")
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -305,7 +305,7 @@ def _run(model: nn.Module, example: tuple[Any, ...], seed: int) -> dict[str, Res
     """Outputs, gradients and buffers of one call, with random numbers from ``seed``."""
     torch.manual_seed(seed)
     example = _mapped(example, lambda t: t.detach().clone().requires_grad_())
-    outputs = dict(_flat(model(*example), "output"))
+    outputs = dict(named_tensors(model(*example), "output"))
     generator = torch.Generator().manual_seed(seed)
     gradients = {
         y: torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
@@ -314,7 +314,7 @@ def _run(model: nn.Module, example: tuple[Any, ...], seed: int) -> dict[str, Res
     }
     if gradients:
         torch.autograd.backward([*gradients], [*gradients.values()])
-    leaves = [*_flat(example, "input"), *model.named_parameters()]
+    leaves = [*named_tensors(example, "input"), *model.named_parameters()]
     found = {
         "outputs": outputs,
         "gradients": {f"gradient of {name}": t.grad for name, t in leaves if t.grad is not None},

@@ -12,8 +12,9 @@ pytest.importorskip("torchvision")
 pytest.importorskip("rich")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
-from bench import memory, models, report, roofline, sweep  # noqa: E402
+from bench import models, report, roofline, sweep  # noqa: E402
 from fusedres.testing import networks  # noqa: E402
+from fusedres.trial import memory  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 

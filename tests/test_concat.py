@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from bench import memory
 from fusedres import functional
 from fusedres.backends.layout import as_map, is_slice
 from fusedres.nn import BasicBlock, Concat, ConvBNAct, DenseBlock, HighwayBlock, PlainBlock, PreActBasicBlock
 from fusedres.testing import assert_fused, assert_parity, randomize
+from fusedres.trial import memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),

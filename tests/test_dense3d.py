@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
-from bench import memory
 from fusedres import functional
 from fusedres.backends import select
 from fusedres.backends.contract import Wrapped
 from fusedres.operands import Epilogue
 from fusedres.testing import assert_fused, compare
+from fusedres.trial import memory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),

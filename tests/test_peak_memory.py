@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fusedres
-from bench import memory
 from fusedres.backends import select
+from fusedres.trial import memory
 
 torchvision = pytest.importorskip("torchvision")
 ROOT = Path(__file__).parents[1]

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+
+
+@dataclass
+class Step:
+    """What is timed: ``call``, so many ``calls`` back to back in a round, and the ``seconds`` of one of them in each round so far."""
+
+    call: Callable[[], None]
+    calls: int = 1
+    seconds: list[float] = field(default_factory=list)
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
@@ -32,3 +42,13 @@ def seconds_per_call(step: Callable[[], None], calls: int, device: torch.device)
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / calls
+
+
+def in_turns(steps: Sequence[Step], rounds: int, device: torch.device, advance: Callable[[int], None]) -> None:
+    """Time every step once in each of ``rounds``, so that what happens on the machine happens to all; ``advance`` hears of each round.
+    A round starts with another step: nobody always runs in the wake of the same one."""
+    for i in range(rounds):
+        advance(i)
+        start = i % max(1, len(steps))
+        for step in (*steps[start:], *steps[:start]):
+            step.seconds.append(seconds_per_call(step.call, step.calls, device))
