@@ -51,9 +51,12 @@ ifdef SYSTEM
 	mkdir -p $(VENV)
 	$(BIN)/python -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
 else
+	@echo "setting up $(VENV), once: 1 of 3, the environment"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	@echo "2 of 3: PyTorch and what builds the extension, a minute or two of downloads"
 	$(BIN)/pip install --quiet $(TORCH) "setuptools>=77,<82" wheel ninja
+	@echo "3 of 3: the C++ kernels, compiled for every instruction set, a minute or two; tools for tests and benchmarks"
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,bench]"
 endif
 	touch $@

@@ -3,6 +3,7 @@
 python -m bench.models --help           whole models: contenders interleaved in one run, a table and JSON records
 python -m bench.report --help           those records as a picture and a Markdown page
 python -m bench.demo --help             the main job on photographs: convert, check every gradient, measure, report
+python -m bench.sweep --help            many models at many sizes against eager
 python -m bench.roofline --help         primitive by primitive against the machine's limits
 python -m bench.cross_compile --help    how the Triton kernels compile, without a GPU
 python -m bench.gpu --help              everything that needs a GPU, in one command

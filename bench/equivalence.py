@@ -18,6 +18,8 @@ a test fails or a block of the converted model did not run fused.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -40,6 +41,7 @@ import fusedres
 from fusedres.swap import FusedBlock
 
 from . import environment, models, report
+from .progress import progress
 
 #: of all tests of a run together
 LEVEL = 0.05
@@ -343,16 +345,11 @@ def draw(runs: Sequence[Run]) -> Figure:
 
 def measure(names: Sequence[str], seeds: int, settings: Settings, digits: Digits, console: Console) -> list[Run]:
     """All runs, the three arms of a seed one after the other."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     runs = []
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(names) * seeds * len(ARMS) * settings.epochs)
-        for name in names:
-            for seed in range(seeds):
-                for arm in ARMS:
-                    progress.update(task, description=f"{name}, seed {seed}, {arm}")
-                    runs.append(train(name, arm, seed, digits, settings, lambda: progress.advance(task)))
-        progress.update(task, description="trained")
+    with progress(console, len(names) * seeds * len(ARMS) * settings.epochs) as advance:
+        for name, seed, arm in itertools.product(names, range(seeds), ARMS):
+            begin = functools.partial(advance, f"{name}, seed {seed}, {arm}")
+            runs.append(train(name, arm, seed, digits, settings, begin))
     return runs
 
 

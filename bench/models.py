@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -41,6 +40,7 @@ from fusedres.trial import memory
 from fusedres.trial.timing import Step, captured, in_turns, seconds_per_call
 
 from . import environment
+from .progress import progress
 
 MIB = 2**20
 
@@ -353,19 +353,12 @@ def run(
     keep: Callable[[list[dict]], None] = lambda records: None,
 ) -> list[dict]:
     """The records of all models and modes, with progress on the console; ``keep`` gets those so far after each case."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     records = []
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(models) * len(modes) * (2 * len(contenders) + settings.rounds))
-
-        def advance(what: str) -> None:
-            progress.update(task, description=what, advance=1)
-
+    with progress(console, len(models) * len(modes) * (2 * len(contenders) + settings.rounds)) as advance:
         for model in models:
             for mode in modes:
                 records += run_case(model, mode, contenders, settings, where, images, advance)
                 keep(records)
-        progress.update(task, description="measured", completed=progress.tasks[0].total)
     return records
 
 
