@@ -52,13 +52,14 @@ class Run:
 @dataclass(frozen=True)
 class Stage:
     """A command, not started with less than ``least`` seconds left and stopped after ``most``; ``tuned`` ones follow the
-    measured plans, the others those that hold where nothing was measured."""
+    measured plans, the others those that hold where nothing was measured. A rehearsal's kernels are ``interpreted``."""
 
     name: str
     command: Callable[[Run], list[str]]
     least: float = 20.0
     most: float = 150.0
     tuned: bool = False
+    interpreted: bool = True
 
 
 @dataclass
@@ -116,6 +117,12 @@ def whole_models(
     return Stage(name, command, least, most=240.0 if "compile" in contenders else 120.0, tuned=tuned)
 
 
+def host_time(run: Run) -> list[str]:
+    """A step's time on the host beside that of eager's operators."""
+    sizes = ["--models", "resnet50", "--modes", "infer", "--rounds", "1"] if run.dry else []
+    return ["-m", "bench.host", "--json", str(run.out / "host.json"), *sizes]
+
+
 def primitives(model: str, mode: str) -> Stage:
     """Every primitive of a step against its floor."""
 
@@ -134,6 +141,8 @@ STAGES = (
     Stage("tests", tests("test_gpu.py", "same_bits"), least=30.0, most=150.0),
     Stage("ceilings", own("ceilings"), most=30.0),
     Stage("compile", own("compile"), most=90.0),
+    # of this machine's processor, over the stub of the driver
+    Stage("host", host_time, most=60.0, interpreted=False),
     whole_models("eager fused", 256, graphs=False, name="models-256"),
     whole_models("eager fused", 256, graphs=True, name="models-256-graphs"),
     *(primitives(model, mode) for model in MODELS for mode in ("train", "infer")),
@@ -273,7 +282,7 @@ def perform(stage: Stage, run: Run, left: float) -> Outcome:
         return Outcome(stage.name, "left out", 0.0, shown, "no time left")
     folder = run.out / ("plans" if stage.tuned else "no-plans")
     variables = os.environ | {"FUSEDRES_CACHE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
-    if run.dry:
+    if run.dry and stage.interpreted:
         # the kernels' stages; whole models would take the interpreter minutes, and run as they do on a CPU
         variables |= {"TRITON_INTERPRET": "1"}
     log = run.out / f"{stage.name}.log"

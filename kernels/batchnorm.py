@@ -9,25 +9,27 @@ float32 read) instead of reading them from a launch of its own.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import vector
-from .launch import SIZES, launch
-from .layout import vectors
+from .launch import SIZES, Prepared, arch_of, prepare
+from .layout import Form, form, form_of, vectors_form
 from .operands import Norm
 from .reduce import Reduction, merge_blocks, merge_warps, merged_moments, merged_sum
-from .tiles import cdiv
+from .tiles import Arch, cdiv
 
 BLOCK_C = 256
 
 
 @triton.jit(do_not_specialize=SIZES)
 def coefficients_kernel(
-    mean, m2, partials, tiles, stride, tile_rows, rows, weight, bias, running_mean, running_var, scale, shift,
-    out_mean, out_invstd, C, count, unbiased_count, momentum, eps, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    mean, m2, partials, weight, bias, running_mean, running_var, scale, shift, out_mean, out_invstd, momentum,
+    tiles, stride, tile_rows, rows, C, count, unbiased_count, eps, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """From the (mean, M2) or their partials, updating the running statistics if given; without both from the running
     statistics."""
@@ -65,7 +67,7 @@ def blend(running, c, inside, value, momentum):
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    sums, sums_stride, partials, tiles, stride, rounded, weight, mean, invstd, p, q, r, C, count,
+    sums, sums_xhat, partials, rounded, weight, mean, invstd, p, q, r, tiles, stride, C, count,
     TRAINING: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """p = gamma * invstd, q = -p * invstd * mean(dz * xhat), r = -p * mean(dz) - q * mean. With partials the sums are
@@ -74,12 +76,12 @@ def gradient_kernel(
     inside = c < C
     if partials is None:
         sum_dz = vector(sums, c, inside, 0.0)
-        sum_dz_xhat = vector(sums + sums_stride, c, inside, 0.0)
+        sum_dz_xhat = vector(sums_xhat, c, inside, 0.0)
     else:
         sum_dz = merged_sum(partials, C, c, inside, 0, tiles, BLOCK_T, BLOCK_C)
         sum_dz_xhat = merged_sum(partials + stride, C, c, inside, 0, tiles, BLOCK_T, BLOCK_C)
         tl.store(sums + c, sum_dz, mask=inside)
-        tl.store(sums + sums_stride + c, sum_dz_xhat, mask=inside)
+        tl.store(sums_xhat + c, sum_dz_xhat, mask=inside)
         if rounded is not None:
             tl.store(rounded + c, sum_dz.to(rounded.dtype.element_ty), mask=inside)
             tl.store(rounded + C + c, sum_dz_xhat.to(rounded.dtype.element_ty), mask=inside)
@@ -100,11 +102,64 @@ def gradient_kernel(
     tl.store(r + c, constant, mask=inside)
 
 
+class _Merging:
+    """How a C-sized kernel merges what it reads, where that is left to it; else only the block of channels."""
+
+    def __init__(self, partials: Form | None, channels: int) -> None:
+        self.tiles = self.stride = 0
+        self.block_t, self.block_c, self.warps = 1, BLOCK_C, 4
+        if partials is not None:
+            self.tiles, self.stride = partials.shape[1], partials.stride[0]
+            self.block_t, self.block_c = merge_blocks(self.tiles, channels)
+            self.warps = merge_warps(self.block_t, self.block_c)
+
+
+class _Parameters(NamedTuple):
+    """The forms of a BatchNorm's tensors."""
+
+    weight: Form | None
+    bias: Form | None
+    running_mean: Form | None
+    running_var: Form | None
+
+
+def _parameters(norm: Norm) -> _Parameters:
+    return _Parameters(form(norm.weight), form(norm.bias), form(norm.running_mean), form(norm.running_var))
+
+
+@prepare
+def _coefficients(
+    stats: Form | None,
+    partials: Form | None,
+    own: _Parameters,
+    tile_rows: int,
+    rows: int,
+    count: int,
+    eps: float,
+    like: Form,
+    arch: Arch,
+) -> tuple[Form, Prepared]:
+    """``like``: what has the channels last. The form of what is written, twice, and the launch."""
+    channels = like.shape[-1]
+    merging = _Merging(partials, channels)
+    out = vectors_form(2, channels, like)
+    return out, Prepared(
+        coefficients_kernel, (cdiv(channels, merging.block_c),), arch,
+        {
+            "mean m2": stats, "partials": partials, "weight": own.weight, "bias": own.bias, "running_mean": own.running_mean,
+            "running_var": own.running_var, "scale shift": out, "out_mean out_invstd": out,
+        },
+        late=("momentum",), tiles=merging.tiles, stride=merging.stride, tile_rows=tile_rows, rows=rows, C=channels,
+        count=float(count), unbiased_count=float(max(count - 1, 1)), eps=eps, BLOCK_T=merging.block_t,
+        BLOCK_C=merging.block_c, num_warps=merging.warps,
+    )  # fmt: skip
+
+
 def bn_coefficients(norm: Norm, stats: Tensor | Reduction, count: int) -> tuple[Tensor, Tensor]:
     """``(scale_shift, mean_invstd)`` from ``stats``; updates the running statistics in place where there are any."""
-    merging = _Merging(stats, stats.shape[-1])
-    mean, m2 = (None, None) if merging.partials is not None else vectors(stats)
-    return _coefficients(norm, merging, mean, m2, count, stats.shape[-1], stats.device)
+    if isinstance(stats, Reduction):
+        return _write_coefficients(norm, None, stats.reduced, stats.tile_rows, stats.rows, count)
+    return _write_coefficients(norm, stats, None, 0, 0, count)
 
 
 def bn_frozen(norm: Norm) -> tuple[Tensor, Tensor]:
@@ -112,46 +167,49 @@ def bn_frozen(norm: Norm) -> tuple[Tensor, Tensor]:
     ValueError where there are none."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a BatchNorm without running statistics is no frozen one")
-    channels, device = norm.running_mean.shape[0], norm.running_mean.device
-    return _coefficients(norm, _Merging(None, channels), None, None, 1, channels, device)
+    return _write_coefficients(norm, None, None, 0, 0, 1)
 
 
-def _coefficients(
-    norm: Norm,
-    merging: _Merging,
-    mean: Tensor | None,
-    m2: Tensor | None,
-    count: int,
-    channels: int,
-    device: torch.device,
+def _write_coefficients(
+    norm: Norm, stats: Tensor | None, partials: Tensor | None, tile_rows: int, rows: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    scale_shift, mean_invstd = torch.empty(2, 2, channels, dtype=torch.float32, device=device).unbind(0)
-    scale, shift = scale_shift.unbind(0)
-    out_mean, out_invstd = mean_invstd.unbind(0)
+    like = next(t for t in (partials, stats, norm.running_mean) if t is not None)
+    out, launch = _coefficients(
+        form(stats), form(partials), _parameters(norm), tile_rows, rows, count, float(norm.eps), form_of(like),
+        arch_of(like.device),
+    )  # fmt: skip
+    scale_shift, mean_invstd = out.new(), out.new()
     launch(
-        coefficients_kernel, (cdiv(channels, merging.block_c),), device,
-        mean=mean, m2=m2, partials=merging.partials, tiles=merging.tiles, stride=merging.stride,
-        tile_rows=merging.tile_rows, rows=merging.rows, weight=norm.weight, bias=norm.bias,
-        running_mean=norm.running_mean, running_var=norm.running_var, scale=scale, shift=shift, out_mean=out_mean,
-        out_invstd=out_invstd, C=channels, count=float(count), unbiased_count=float(max(count - 1, 1)),
-        momentum=float(norm.momentum), eps=float(norm.eps), BLOCK_T=merging.block_t, BLOCK_C=merging.block_c,
-        num_warps=merging.warps,
+        stats, partials, norm.weight, norm.bias, norm.running_mean, norm.running_var, scale_shift, mean_invstd,
+        late=(float(norm.momentum),),
     )  # fmt: skip
     return scale_shift, mean_invstd
 
 
-class _Merging:
-    """How a C-sized kernel merges what it reads, where that is left to it; else only the block of channels."""
-
-    def __init__(self, reduced: Tensor | Reduction | None, channels: int) -> None:
-        self.partials: Tensor | None = None
-        self.tiles = self.stride = self.tile_rows = self.rows = 0
-        self.block_t, self.block_c, self.warps = 1, BLOCK_C, 4
-        if isinstance(reduced, Reduction):
-            self.partials, self.tile_rows, self.rows = reduced.partials, reduced.tile_rows, reduced.rows
-            self.tiles, self.stride = self.partials.shape[1], self.partials.stride(0)
-            self.block_t, self.block_c = merge_blocks(self.tiles, channels)
-            self.warps = merge_warps(self.block_t, self.block_c)
+@prepare
+def _gradient(
+    sums: Form,
+    partials: Form | None,
+    rounded: Form | None,
+    weight: Form | None,
+    mean_invstd: Form,
+    coeff: Form,
+    count: int,
+    training: bool,
+    accumulate: bool,
+    arch: Arch,
+) -> Prepared:
+    channels = coeff.shape[1]
+    merging = _Merging(partials, channels)
+    return Prepared(
+        gradient_kernel, (cdiv(channels, merging.block_c),), arch,
+        {
+            "sums sums_xhat": sums, "partials": partials, "rounded": rounded, "weight": weight, "mean invstd": mean_invstd,
+            "p q r": coeff,
+        },
+        tiles=merging.tiles, stride=merging.stride, C=channels, count=float(count), TRAINING=training,
+        ACCUMULATE=accumulate, BLOCK_T=merging.block_t, BLOCK_C=merging.block_c, num_warps=merging.warps,
+    )  # fmt: skip
 
 
 def bn_backward(
@@ -163,18 +221,16 @@ def bn_backward(
     accumulate: bool = False,
 ) -> None:
     """``coeff`` (p, q, r) from ``sums``; with ``accumulate`` q and r are added to and p is left alone."""
-    channels, weight = coeff.shape[1], norm.weight
-    merging, values, rounded = _Merging(sums, channels), sums, None
+    weight, partials, rounded = norm.weight, None, None
     if isinstance(sums, Reduction):
-        values = sums.values[torch.float32] = torch.empty(2, channels, dtype=torch.float32, device=coeff.device)
+        partials = sums.reduced
+        values = sums.values[torch.float32] = torch.empty(sums.shape, dtype=torch.float32, device=coeff.device)
         if weight is not None and weight.dtype != torch.float32:
-            rounded = sums.values[weight.dtype] = torch.empty_like(values, dtype=weight.dtype)
-    mean, invstd = mean_invstd.unbind(0)
-    p, q, r = coeff.unbind(0)
-    launch(
-        gradient_kernel, (cdiv(channels, merging.block_c),), coeff.device,
-        sums=values, sums_stride=values.stride(0), partials=merging.partials, tiles=merging.tiles,
-        stride=merging.stride, rounded=rounded, weight=weight, mean=mean, invstd=invstd, p=p, q=q, r=r, C=channels,
-        count=float(count), TRAINING=norm.training, ACCUMULATE=accumulate, BLOCK_T=merging.block_t,
-        BLOCK_C=merging.block_c, num_warps=merging.warps,
+            rounded = sums.values[weight.dtype] = torch.empty(sums.shape, dtype=weight.dtype, device=coeff.device)
+    else:
+        values = sums
+    launch = _gradient(
+        form_of(values), form(partials), form(rounded), form(weight), form_of(mean_invstd), form_of(coeff), count, norm.training,
+        accumulate, arch_of(coeff.device),
     )  # fmt: skip
+    launch(values, partials, rounded, weight, mean_invstd, coeff)

@@ -20,11 +20,24 @@ from torch import Tensor
 
 from .activations import gradient
 from .device import normalize, vector
-from .launch import SIZES, arch_of, launch
-from .layout import align, aligned, check_scaled, empty_map, is_wide, offsets, pitch_or_zero, vectors, xhat_vectors
-from .operands import Geometry, GradTarget, LazyGrad, LazyMap
+from .launch import SIZES, Prepared, arch_of, prepare
+from .layout import (
+    Form,
+    align,
+    aligned,
+    check_scaled,
+    empty_map,
+    form,
+    form_of,
+    is_wide,
+    mean_invstd_form,
+    offsets,
+    partials_form,
+    pitch_or_zero,
+)
+from .operands import Activation, Geometry, GradTarget, LazyGrad, LazyMap
 from .reduce import merge
-from .tiles import ConvConfig, ConvSize, cdiv, check, dgrad_config
+from .tiles import Arch, ConvConfig, ConvSize, cdiv, check, dgrad_config
 
 
 @triton.jit
@@ -39,8 +52,8 @@ def first_tap(phase, EXTENT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.co
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_dgrad_kernel(
-    grad, grad_pitch, raw, raw_pitch, p, q, r, weight, x, x_pitch, scale, shift, mean, invstd,
-    base, base_pitch, dx, dx_pitch, partials,
+    grad, raw, p, q, r, weight, x, scale, shift, mean, invstd, base, dx, partials,
+    grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch,
     N, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STEP_R: tl.constexpr,
     STEP_S: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -123,6 +136,62 @@ def conv_dgrad_kernel(
     tl.store(dx + offsets(row, dx_pitch, c, ALIGN_C, WIDE), acc.to(dx.dtype.element_ty), mask=mask)
 
 
+@prepare
+def _dgrad(
+    grad: Form,
+    raw: Form | None,
+    coeff: Form | None,
+    weight: Form,
+    x: Form,
+    scale_shift: Form | None,
+    mean_invstd: Form | None,
+    base: Form | None,
+    dx: Form,
+    reduces: bool,
+    scaled: bool,
+    geometry: Geometry,
+    act: Activation,
+    config: ConvConfig | None,
+    arch: Arch,
+) -> tuple[Prepared, Form | None, bool]:
+    """The launch, the form of its partials (None: nothing is reduced), and whether it reads x. ValueError where x lacks what is asked for
+    of it."""
+    check_scaled(scale_shift, scaled)
+    batch, all_channels, height, width = x.shape
+    all_outputs, channels, *kernel = weight.shape
+    outputs, residues = all_outputs // geometry.groups, geometry.stride[0] * geometry.stride[1]
+    # residue (0, 0) has the most pixels
+    rows = batch * cdiv(height, geometry.stride[0]) * cdiv(width, geometry.stride[1])
+    taps = kernel[0] * kernel[1] * residues
+    if config is None:
+        config = dgrad_config(ConvSize(rows, channels, outputs, taps, x.dtype.itemsize, raw is not None), arch)
+    check("dgrad", taps, arch, config)
+    tiles = cdiv(rows, config.BLOCK_M)
+    partials = partials_form(2, residues * tiles, all_channels, x) if reduces else None
+    # without a mask and sums the epilogue needs nothing of x
+    operand = x if act.kind != "none" or reduces else None
+    grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch = map(pitch_or_zero, (grad, raw, operand, base, dx))
+    launch = Prepared(
+        conv_dgrad_kernel, (tiles * cdiv(channels, config.BLOCK_N), geometry.groups, residues), arch,
+        {
+            "grad": grad, "raw": raw, "p q r": coeff, "weight": weight, "x": operand, "scale shift": scale_shift,
+            "mean invstd": mean_invstd_form(mean_invstd, reduces), "base": base, "dx": dx, "partials": partials,
+        },
+        grad_pitch=grad_pitch, raw_pitch=raw_pitch, x_pitch=x_pitch, base_pitch=base_pitch, dx_pitch=dx_pitch, N=batch,
+        H=height, W=width, HO=grad.shape[2], WO=grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0],
+        S=kernel[1], STEP_R=_tap_step(geometry, 0), STEP_S=_tap_step(geometry, 1), ACT=act, SCALED=scaled,
+        ALIGN_C=align(channels, x_pitch, base_pitch, dx_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch),
+        WIDE=is_wide(grad, raw, x, base, dx), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return launch, partials, operand is not None
+
+
+def _tap_step(geometry: Geometry, dimension: int) -> int:
+    """The distance of the taps that an input pixel meets."""
+    return geometry.stride[dimension] // math.gcd(geometry.stride[dimension], geometry.dilation[dimension])
+
+
 def conv_dgrad(
     grad: LazyGrad,
     x: LazyMap,
@@ -134,47 +203,21 @@ def conv_dgrad(
     """``dx = [base | dx if accumulate | 0] + (scale if scaled else 1) * dz`` and dz's sums, in tiles of ``config`` (default:
     :func:`~.tiles.dgrad_config`), with dz the gradient of x's ``scale * raw + shift``. ValueError for a tile that is not allowed, and
     where x lacks what sums or a scaled gradient need."""
-    device, itemsize = x.raw.device, x.raw.element_size()
-    batch, all_channels, height, width = x.raw.shape
-    all_outputs, channels, *kernel = weight.shape
-    dx = empty_map(x.raw.shape, x.raw) if target.dx is None else target.dx
+    below, sums = x.raw, target.sums
+    dx = empty_map(below) if target.dx is None else target.dx
     base = dx if target.accumulate else target.base
     raw = None if grad.coeff is None else grad.raw
     weight = weight.contiguous(memory_format=torch.channels_last)
-    outputs, residues = all_outputs // geometry.groups, geometry.stride[0] * geometry.stride[1]
-    # residue (0, 0) has the most pixels
-    rows = batch * cdiv(height, geometry.stride[0]) * cdiv(width, geometry.stride[1])
-    taps, arch = kernel[0] * kernel[1] * residues, arch_of(device)
-    if config is None:
-        config = dgrad_config(ConvSize(rows, channels, outputs, taps, itemsize, raw is not None), arch)
-    check("dgrad", taps, arch, config)
-    tiles = cdiv(rows, config.BLOCK_M)
-    partials = None
-    if target.sums is not None:
-        partials = torch.empty(2, residues * tiles, all_channels, dtype=torch.float32, device=device)
-    p, q, r = (None, None, None) if grad.coeff is None else grad.coeff.unbind(0)
-    scale, shift = vectors(x.scale_shift)
-    mean, invstd = xhat_vectors(x, target.sums)
-    check_scaled(x, target.scaled)
-    # without a mask and sums the epilogue needs nothing of x
-    operand = x.raw if x.act.kind != "none" or target.sums is not None else None
-    grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch = map(pitch_or_zero, (grad.grad, raw, operand, base, dx))
-    launch(
-        conv_dgrad_kernel, (tiles * cdiv(channels, config.BLOCK_N), geometry.groups, residues), device,
-        grad=grad.grad, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, weight=weight, x=operand,
-        x_pitch=x_pitch, scale=scale, shift=shift, mean=mean, invstd=invstd, base=base, base_pitch=base_pitch, dx=dx,
-        dx_pitch=dx_pitch, partials=partials, N=batch, H=height, W=width, HO=grad.grad.shape[2],
-        WO=grad.grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1],
-        STEP_R=_tap_step(geometry, 0), STEP_S=_tap_step(geometry, 1), ACT=x.act, SCALED=target.scaled,
-        ALIGN_C=align(channels, x_pitch, base_pitch, dx_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch),
-        WIDE=is_wide(grad.grad, raw, x.raw, base, dx), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-        BLOCK_K=config.BLOCK_K, num_warps=config.num_warps, num_stages=config.num_stages,
+    launch, partial, reads = _dgrad(
+        form_of(grad.grad), form(raw), form(grad.coeff), form_of(weight), form_of(below), form(x.scale_shift),
+        form(x.mean_invstd), form(base), form_of(dx), sums is not None, target.scaled, geometry, x.act, config,
+        arch_of(below.device),
     )  # fmt: skip
-    if target.sums is not None:
-        merge(partials, target.sums)
+    partials = None if partial is None else partial.new()
+    launch(
+        grad.grad, raw, grad.coeff, weight, below if reads else None, x.scale_shift, None if sums is None else x.mean_invstd,
+        base, dx, partials,
+    )  # fmt: skip
+    if partials is not None and sums is not None:
+        merge(partials, sums)
     return dx
-
-
-def _tap_step(geometry: Geometry, dimension: int) -> int:
-    """The distance of the taps that an input pixel meets."""
-    return geometry.stride[dimension] // math.gcd(geometry.stride[dimension], geometry.dilation[dimension])

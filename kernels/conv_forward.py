@@ -12,6 +12,8 @@ Programs that run side by side share their rows of x, the larger operand, and wa
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -19,17 +21,17 @@ from torch import Tensor
 
 from .activations import activate
 from .device import moments_of_rows, normalize, vector
-from .launch import SIZES, arch_of, launch
-from .layout import align, aligned, empty_map, is_wide, offsets, pitch, pitch_or_zero, rows_of, vectors
-from .operands import Epilogue, Geometry, LazyMap
+from .launch import SIZES, Prepared, arch_of, prepare
+from .layout import Form, align, aligned, form, form_of, is_wide, map_form, offsets, partials_form, pitch_or_zero
+from .operands import Activation, Epilogue, Geometry, LazyMap
 from .reduce import merge
-from .tiles import ConvConfig, ConvSize, cdiv, check, forward_config
+from .tiles import Arch, ConvConfig, ConvSize, cdiv, check, forward_config
 
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_forward_kernel(
-    x, x_pitch, scale, shift, weight, bias, out, out_pitch, partials,
-    out_scale, out_shift, residual, residual_pitch, residual_scale, residual_shift,
+    x, scale, shift, weight, bias, out, partials, out_scale, out_shift, residual, residual_scale, residual_shift,
+    x_pitch, out_pitch, residual_pitch,
     rows, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
     OUT_ACT: tl.constexpr, EVEN_C: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -107,6 +109,64 @@ def conv_forward_kernel(
         tl.store(partials + (tiles + tile_m) * all_k + n, m2, mask=in_n)
 
 
+class _Forward(NamedTuple):
+    """A launch with the forms of what it writes; partials (None: nothing is reduced) are each of ``tile_rows`` rows."""
+
+    launch: Prepared
+    out: Form
+    partials: Form | None
+    rows: int
+    tile_rows: int
+
+
+@prepare
+def _forward(
+    x: Form,
+    scale_shift: Form | None,
+    weight: Form,
+    bias: Form | None,
+    given: Form | None,
+    reduces: bool,
+    out_scale_shift: Form | None,
+    residual: Form | None,
+    residual_scale_shift: Form | None,
+    geometry: Geometry,
+    act: Activation,
+    out_act: Activation,
+    config: ConvConfig | None,
+    arch: Arch,
+) -> _Forward:
+    """``given``: the map that is written into, None for one of its own."""
+    batch, _, height, width = x.shape
+    all_outputs, channels, *kernel = weight.shape
+    out_height, out_width = (
+        (size + 2 * geometry.padding[i] - geometry.dilation[i] * (kernel[i] - 1) - 1) // geometry.stride[i] + 1
+        for i, size in enumerate((height, width))
+    )
+    out = map_form((batch, all_outputs, out_height, out_width), x) if given is None else given
+    outputs, rows, taps = all_outputs // geometry.groups, out.rows, kernel[0] * kernel[1]
+    if config is None:
+        config = forward_config(ConvSize(rows, channels, outputs, taps, x.dtype.itemsize), arch)
+    check("forward", taps, arch, config)
+    tiles = cdiv(rows, config.BLOCK_M)
+    partials = partials_form(2, tiles, all_outputs, x) if reduces else None
+    x_pitch, out_pitch, residual_pitch = x.pitch, out.pitch, pitch_or_zero(residual)
+    launch = Prepared(
+        conv_forward_kernel, (tiles * cdiv(outputs, config.BLOCK_N), geometry.groups), arch,
+        {
+            "x": x, "scale shift": scale_shift, "weight": weight, "bias": bias, "out": out, "partials": partials,
+            "out_scale out_shift": out_scale_shift, "residual": residual,
+            "residual_scale residual_shift": residual_scale_shift,
+        },
+        x_pitch=x_pitch, out_pitch=out_pitch, residual_pitch=residual_pitch, rows=rows, H=height, W=width, HO=out_height,
+        WO=out_width, C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=act, OUT_ACT=out_act,
+        EVEN_C=channels % config.BLOCK_K == 0, ALIGN_C=align(channels, x_pitch),
+        ALIGN_K=align(outputs, out_pitch, residual_pitch), WIDE=is_wide(x, out, residual), BLOCK_M=config.BLOCK_M,
+        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return _Forward(launch, out, partials, rows, config.BLOCK_M)
+
+
 def conv_forward(
     x: LazyMap,
     weight: Tensor,
@@ -117,39 +177,18 @@ def conv_forward(
 ) -> Tensor:
     """The convolution of ``x`` with its epilogue, in tiles of ``config`` (default: :func:`~.tiles.forward_config`); returns what was
     written. ``epilogue.stats`` are those of the convolution: not together with a residual. ValueError for a tile that is not allowed."""
-    raw, out, residual = x.raw, epilogue.out, epilogue.residual
-    batch, _, height, width = raw.shape
-    all_outputs, channels, *kernel = weight.shape
-    out_height, out_width = (
-        (size + 2 * geometry.padding[i] - geometry.dilation[i] * (kernel[i] - 1) - 1) // geometry.stride[i] + 1
-        for i, size in enumerate((height, width))
-    )
-    if out is None:
-        out = empty_map((batch, all_outputs, out_height, out_width), raw)
+    raw, out, stats, residual = x.raw, epilogue.out, epilogue.stats, epilogue.residual
+    added, added_scale_shift = (None, None) if residual is None else (residual.raw, residual.scale_shift)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    outputs, rows, taps, arch = all_outputs // geometry.groups, rows_of(out), kernel[0] * kernel[1], arch_of(raw.device)
-    if config is None:
-        config = forward_config(ConvSize(rows, channels, outputs, taps, raw.element_size()), arch)
-    check("forward", taps, arch, config)
-    tiles = cdiv(rows, config.BLOCK_M)
-    partials = None
-    if epilogue.stats is not None:
-        partials = torch.empty(2, tiles, all_outputs, dtype=torch.float32, device=raw.device)
-    scale, shift = vectors(x.scale_shift)
-    out_scale, out_shift = vectors(epilogue.scale_shift)
-    added = None if residual is None else residual.raw
-    residual_scale, residual_shift = vectors(None if residual is None else residual.scale_shift)
-    x_pitch, out_pitch, residual_pitch = pitch(raw), pitch(out), pitch_or_zero(added)
-    launch(
-        conv_forward_kernel, (tiles * cdiv(outputs, config.BLOCK_N), geometry.groups), raw.device,
-        x=raw, x_pitch=x_pitch, scale=scale, shift=shift, weight=weight, bias=bias, out=out, out_pitch=out_pitch,
-        partials=partials, out_scale=out_scale, out_shift=out_shift, residual=added, residual_pitch=residual_pitch,
-        residual_scale=residual_scale, residual_shift=residual_shift, rows=rows, H=height, W=width, HO=out_height,
-        WO=out_width, C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=x.act,
-        OUT_ACT=epilogue.act, EVEN_C=channels % config.BLOCK_K == 0, ALIGN_C=align(channels, x_pitch),
-        ALIGN_K=align(outputs, out_pitch, residual_pitch), WIDE=is_wide(raw, out, added), BLOCK_M=config.BLOCK_M,
-        BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps, num_stages=config.num_stages,
+    run = _forward(
+        form_of(raw), form(x.scale_shift), form_of(weight), form(bias), form(out), stats is not None,
+        form(epilogue.scale_shift), form(added), form(added_scale_shift), geometry, x.act, epilogue.act, config,
+        arch_of(raw.device),
     )  # fmt: skip
-    if epilogue.stats is not None:
-        merge(partials, epilogue.stats, config.BLOCK_M, rows)
+    if out is None:
+        out = run.out.new()
+    partials = None if run.partials is None else run.partials.new()
+    run.launch(raw, x.scale_shift, weight, bias, out, partials, epilogue.scale_shift, added, added_scale_shift)
+    if partials is not None and stats is not None:
+        merge(partials, stats, run.tile_rows, run.rows)
     return out

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from .activations import activate
 from .device import normalize, vector
-from .launch import SIZES, arch_of, launch
-from .layout import align, aligned, is_wide, offsets, pitch, pitch_or_zero, rows_of, vectors
-from .operands import Geometry, LazyGrad, LazyMap
+from .launch import SIZES, Prepared, arch_of, prepare
+from .layout import Form, align, aligned, form, form_of, is_wide, offsets, partials_form, pitch_or_zero
+from .operands import Activation, Geometry, LazyGrad, LazyMap
 from .reduce import merge
-from .tiles import ConvConfig, ConvSize, cdiv, check, wgrad_config
+from .tiles import Arch, ConvConfig, ConvSize, cdiv, check, wgrad_config
 
 PROGRAMS = 512  # about two waves of the largest GPUs; a constant, so that results do not depend on the device
 
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_wgrad_kernel(
-    grad, grad_pitch, raw, raw_pitch, p, q, r, x, x_pitch, scale, shift, out,
+    grad, raw, p, q, r, x, scale, shift, out, grad_pitch, raw_pitch, x_pitch,
     rows, chunk, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
     ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -85,39 +85,63 @@ def conv_wgrad_kernel(
     tl.store(out + tl.program_id(1) * size + at, acc.to(out.dtype.element_ty), mask=in_c[:, None] & in_k[None, :])
 
 
-def conv_wgrad(
-    grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, config: ConvConfig | None = None
-) -> Tensor:
-    """The gradient of ``weight``, in its shape and dtype, channels_last, in tiles of ``config`` (default:
-    :func:`~.tiles.wgrad_config`). ValueError for a tile that is not allowed."""
-    dy, device = grad.grad, x.raw.device
-    all_outputs, channels, *kernel = weight.shape
-    outputs, rows, taps, arch = all_outputs // geometry.groups, rows_of(dy), kernel[0] * kernel[1], arch_of(device)
-    raw = None if grad.coeff is None else grad.raw
-    dw = torch.empty_like(weight, memory_format=torch.channels_last)
-    flat = dw.permute(0, 2, 3, 1).view(1, -1)
+@prepare
+def _wgrad(
+    grad: Form,
+    raw: Form | None,
+    coeff: Form | None,
+    x: Form,
+    scale_shift: Form | None,
+    flat: Form,
+    weight: tuple[int, ...],
+    geometry: Geometry,
+    act: Activation,
+    config: ConvConfig | None,
+    arch: Arch,
+) -> tuple[Prepared, Form | None]:
+    """``flat``: the result as ``[1, values]``, which is of the shape ``weight``. The launch, and the form of its partials: None where
+    the pixels are not split."""
+    all_outputs, channels, *kernel = weight
+    outputs, rows, taps = all_outputs // geometry.groups, grad.rows, kernel[0] * kernel[1]
     if config is None:
-        size = ConvSize(rows, channels, outputs, taps, x.raw.element_size(), raw is not None)
-        config = wgrad_config(size, arch)
+        config = wgrad_config(ConvSize(rows, channels, outputs, taps, x.dtype.itemsize, raw is not None), arch)
     check("wgrad", taps, arch, config)
     tiles = cdiv(channels, config.BLOCK_M) * cdiv(outputs, config.BLOCK_N) * taps
     # a split has at least 8 steps, or its share of partials costs more than it brings
     splits = max(1, min(PROGRAMS // (tiles * geometry.groups), cdiv(rows, 8 * config.BLOCK_K)))
     chunk = cdiv(cdiv(rows, splits), config.BLOCK_K) * config.BLOCK_K
     splits = cdiv(rows, chunk)
-    partials = torch.empty(1, splits, flat.shape[1], dtype=torch.float32, device=device) if splits > 1 else flat
-    p, q, r = (None, None, None) if grad.coeff is None else grad.coeff.unbind(0)
-    scale, shift = vectors(x.scale_shift)
-    grad_pitch, raw_pitch, x_pitch = pitch(dy), pitch_or_zero(raw), pitch(x.raw)
-    launch(
-        conv_wgrad_kernel, (tiles, splits, geometry.groups), device,
-        grad=dy, grad_pitch=grad_pitch, raw=raw, raw_pitch=raw_pitch, p=p, q=q, r=r, x=x.raw, x_pitch=x_pitch,
-        scale=scale, shift=shift, out=partials, rows=rows, chunk=chunk, H=x.raw.shape[2], W=x.raw.shape[3],
-        HO=dy.shape[2], WO=dy.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1],
-        ACT=x.act, ALIGN_C=align(channels, x_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch),
-        WIDE=is_wide(dy, raw, x.raw), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+    partials = partials_form(1, splits, flat.shape[1], x) if splits > 1 else None
+    grad_pitch, raw_pitch, x_pitch = grad.pitch, pitch_or_zero(raw), x.pitch
+    launch = Prepared(
+        conv_wgrad_kernel, (tiles, splits, geometry.groups), arch,
+        {
+            "grad": grad, "raw": raw, "p q r": coeff, "x": x, "scale shift": scale_shift,
+            "out": flat if partials is None else partials,
+        },
+        grad_pitch=grad_pitch, raw_pitch=raw_pitch, x_pitch=x_pitch, rows=rows, chunk=chunk, H=x.shape[2], W=x.shape[3],
+        HO=grad.shape[2], WO=grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=act,
+        ALIGN_C=align(channels, x_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch), WIDE=is_wide(grad, raw, x),
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
-    if splits > 1:
+    return launch, partials
+
+
+def conv_wgrad(
+    grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, config: ConvConfig | None = None
+) -> Tensor:
+    """The gradient of ``weight``, in its shape and dtype, channels_last, in tiles of ``config`` (default:
+    :func:`~.tiles.wgrad_config`). ValueError for a tile that is not allowed."""
+    below, raw = x.raw, None if grad.coeff is None else grad.raw
+    dw = torch.empty_like(weight, memory_format=torch.channels_last)
+    flat = dw.permute(0, 2, 3, 1).view(1, -1)
+    launch, partial = _wgrad(
+        form_of(grad.grad), form(raw), form(grad.coeff), form_of(below), form(x.scale_shift), form_of(flat), weight.shape,
+        geometry, x.act, config, arch_of(below.device),
+    )  # fmt: skip
+    partials = flat if partial is None else partial.new()
+    launch(grad.grad, raw, grad.coeff, below, x.scale_shift, partials)
+    if partial is not None:
         merge(partials, flat)
     return dw

@@ -9,51 +9,49 @@ backward  reads grad, raw (and residual, base), writes out = base + scale * dz w
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, gradient
 from .device import add_row, moments_of_rows, normalize, store_partial, vector
-from .launch import SIZES, launch
+from .launch import SIZES, Prepared, arch_of, prepare
 from .layout import (
+    Form,
     align,
-    aligned,
     check_scaled,
     empty_map,
+    form,
+    form_of,
     is_wide,
+    mean_invstd_form,
     offsets,
     pitch_or_zero,
-    rows_of,
-    vectors,
-    xhat_vectors,
 )
 from .operands import Activation, GradTarget, LazyGrad, LazyMap, Normalized
+from .passes import Pass, block_of_channels, chunk_of_rows, pass_over, tile_of_rows
 from .reduce import Reduction, merge
-from .tiles import cdiv, pass_config
+from .tiles import Arch
 
 
 @triton.jit(do_not_specialize=SIZES)
 def add_act_forward_kernel(
-    raw, raw_pitch, scale, shift, residual, residual_pitch, residual_scale, residual_shift, out, out_pitch, partials,
+    raw, scale, shift, residual, residual_scale, residual_shift, out, partials, raw_pitch, residual_pitch, out_pitch,
     rows, C, chunk, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels."""
-    C = aligned(C, ALIGN)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < C
+    C, c, inside = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, inside, 1.0), vector(shift, c, inside, 0.0)
     residual_scales, residual_shifts = vector(residual_scale, c, inside, 1.0), vector(residual_shift, c, inside, 0.0)
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, rows)
+    first, last = chunk_of_rows(rows, chunk)
     mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     step = 0.0
     for start in range(first, last, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        mask = (m < last)[:, None] & inside[None, :]
+        m, mask = tile_of_rows(start, last, inside, BLOCK_M)
         z = normalize(tl.load(raw + offsets(m, raw_pitch, c, ALIGN, WIDE), mask=mask, other=0.0), scales, shifts)
         if residual is not None:
             other = tl.load(residual + offsets(m, residual_pitch, c, ALIGN, WIDE), mask=mask, other=0.0)
@@ -77,29 +75,24 @@ def add_act_forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def add_act_backward_kernel(
-    grad, grad_pitch, raw, raw_pitch, scale, shift, mean, invstd,
-    residual, residual_pitch, residual_scale, residual_shift, residual_mean, residual_invstd,
-    base, base_pitch, out, out_pitch, partials,
+    grad, raw, scale, shift, mean, invstd, residual, residual_scale, residual_shift, residual_mean, residual_invstd,
+    base, out, partials, grad_pitch, raw_pitch, residual_pitch, base_pitch, out_pitch,
     rows, C, chunk, ACT: tl.constexpr, SCALED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels. Partials: sum dz,
     sum dz * xhat of raw where it has a mean, and of residual where that has one."""
-    C = aligned(C, ALIGN)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < C
+    C, c, inside = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, inside, 1.0), vector(shift, c, inside, 0.0)
     residual_scales, residual_shifts = vector(residual_scale, c, inside, 1.0), vector(residual_shift, c, inside, 0.0)
     means, invstds = vector(mean, c, inside, 0.0), vector(invstd, c, inside, 0.0)
     residual_means, residual_invstds = vector(residual_mean, c, inside, 0.0), vector(residual_invstd, c, inside, 0.0)
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, rows)
+    first, last = chunk_of_rows(rows, chunk)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_xhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_residual = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        mask = (m < last)[:, None] & inside[None, :]
+        m, mask = tile_of_rows(start, last, inside, BLOCK_M)
         dz = tl.load(grad + offsets(m, grad_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
         x = tl.load(raw + offsets(m, raw_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
         z = normalize(x, scales, shifts)
@@ -130,38 +123,122 @@ def add_act_backward_kernel(
             store_partial(partials, 1, part, parts, c, C, tl.sum(sum_residual, 0))
 
 
+class _Pass(NamedTuple):
+    """A launch with the form of its partials (None: nothing is reduced), each of ``chunk`` rows, and that of what is written."""
+
+    launch: Prepared
+    partials: Form | None
+    rows: int = 0
+    chunk: int = 0
+
+
+@prepare
 def _forward(
-    raw: Tensor,
-    scale_shift: tuple[Tensor | None, Tensor | None],
-    residual: Tensor | None,
-    residual_scale_shift: tuple[Tensor | None, Tensor | None],
+    raw: Form,
+    scale_shift: Form | None,
+    residual: Form | None,
+    residual_scale_shift: Form | None,
+    out: Form | None,
+    reduces: bool,
+    act: Activation | None,
+    arch: Arch,
+) -> _Pass:
+    grid = pass_over(raw.rows, raw.shape[1])
+    partials = grid.partials(2 if reduces else 0, raw)
+    vectors = {"scale shift": scale_shift}, {"residual_scale residual_shift": residual_scale_shift}
+    return _Pass(_over_rows(raw, vectors, residual, out, partials, act, grid, arch), partials, grid.rows, grid.chunk)
+
+
+@prepare
+def _combination(grad: Form, p: Form, q: Form | None, r: Form, raw: Form | None, out: Form, arch: Arch) -> Prepared:
+    vectors = {"scale": p, "shift": r}, {"residual_scale": q, "residual_shift": None}
+    return _over_rows(grad, vectors, raw, out, None, None, pass_over(grad.rows, grad.shape[1]), arch)
+
+
+def _over_rows(
+    raw: Form,
+    vectors: tuple[dict[str, Form | None], dict[str, Form | None]],
+    residual: Form | None,
+    out: Form | None,
+    partials: Form | None,
+    act: Activation | None,
+    grid: Pass,
+    arch: Arch,
+) -> Prepared:
+    """A launch of the forward kernel; without ``act`` there is no activation."""
+    if act is not None and act.kind == "none":
+        act = None  # one kernel for both
+    pitches = [pitch_or_zero(x) for x in (raw, residual, out)]
+    return Prepared(
+        add_act_forward_kernel, grid.grid, arch,
+        {"raw": raw, **vectors[0], "residual": residual, **vectors[1], "out": out, "partials": partials},
+        raw_pitch=pitches[0], residual_pitch=pitches[1], out_pitch=pitches[2], rows=grid.rows, C=grid.channels,
+        chunk=grid.chunk, ACT=act, ALIGN=align(grid.channels, *pitches), WIDE=is_wide(raw, residual, out),
+        BLOCK_M=grid.BLOCK_M, BLOCK_C=grid.BLOCK_C, num_warps=grid.num_warps,
+    )  # fmt: skip
+
+
+@prepare
+def _backward(
+    grad: Form,
+    raw: Form,
+    scale_shift: Form | None,
+    mean_invstd: Form | None,
+    residual: Form | None,
+    residual_scale_shift: Form | None,
+    residual_mean_invstd: Form | None,
+    base: Form | None,
+    out: Form | None,
+    reduces: bool,
+    reduces_residual: bool,
+    scaled: bool,
+    act: Activation,
+    arch: Arch,
+) -> _Pass:
+    """ValueError where an operand lacks what is asked for of it."""
+    check_scaled(scale_shift, scaled)
+    if residual is None and reduces_residual:
+        raise ValueError("residual_sums are asked for without a residual")
+    grid = pass_over(raw.rows, raw.shape[1])
+    reduced = reduces + reduces_residual
+    partials = grid.partials(1 + reduced if reduced else 0, raw)
+    pitches = [pitch_or_zero(t) for t in (grad, raw, residual, base, out)]
+    launch = Prepared(
+        add_act_backward_kernel, grid.grid, arch,
+        {
+            "grad": grad, "raw": raw, "scale shift": scale_shift, "mean invstd": mean_invstd_form(mean_invstd, reduces),
+            "residual": residual, "residual_scale residual_shift": residual_scale_shift,
+            "residual_mean residual_invstd": mean_invstd_form(residual_mean_invstd, reduces_residual), "base": base, "out": out,
+            "partials": partials,
+        },
+        grad_pitch=pitches[0], raw_pitch=pitches[1], residual_pitch=pitches[2], base_pitch=pitches[3], out_pitch=pitches[4],
+        rows=grid.rows, C=grid.channels, chunk=grid.chunk, ACT=act, SCALED=scaled, ALIGN=align(grid.channels, *pitches),
+        WIDE=is_wide(grad, raw, residual, base, out), BLOCK_M=grid.BLOCK_M, BLOCK_C=grid.BLOCK_C, num_warps=grid.num_warps,
+    )  # fmt: skip
+    return _Pass(launch, partials)
+
+
+def _run_forward(
+    x: Normalized,
+    residual: Normalized | None,
     act: Activation | None,
     out: Tensor | None,
     stats: Tensor | Reduction | None,
 ) -> None:
-    """One launch of the forward kernel, and the merge of its statistics; without ``act`` there is no activation."""
-    rows, channels = rows_of(raw), raw.shape[1]
-    config = pass_config(rows, channels)
-    programs = cdiv(rows, config.chunk)
-    partials = None
-    if act is not None and act.kind == "none":
-        act = None  # one kernel for both
-    if stats is not None:
-        partials = torch.empty(2, programs, channels, dtype=torch.float32, device=raw.device)
-    pitches = [pitch_or_zero(x) for x in (raw, residual, out)]
-    launch(
-        add_act_forward_kernel, (programs, cdiv(channels, config.BLOCK_C)), raw.device,
-        raw=raw, raw_pitch=pitches[0], scale=scale_shift[0], shift=scale_shift[1], residual=residual,
-        residual_pitch=pitches[1], residual_scale=residual_scale_shift[0], residual_shift=residual_scale_shift[1],
-        out=out, out_pitch=pitches[2], partials=partials, rows=rows, C=channels, chunk=config.chunk, ACT=act,
-        ALIGN=align(channels, *pitches), WIDE=is_wide(raw, residual, out), BLOCK_M=config.BLOCK_M,
-        BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
+    """One launch of the forward kernel, and the merge of its statistics."""
+    raw = x.raw
+    added, added_scale_shift = (None, None) if residual is None else (residual.raw, residual.scale_shift)
+    run = _forward(
+        form_of(raw), form(x.scale_shift), form(added), form(added_scale_shift), form(out), stats is not None, act,
+        arch_of(raw.device),
     )  # fmt: skip
-    if stats is not None:
-        merge(partials, stats, config.chunk, rows)
+    partials = None if run.partials is None else run.partials.new()
+    run.launch(raw, x.scale_shift, added, added_scale_shift, out, partials)
+    if partials is not None and stats is not None:
+        merge(partials, stats, run.chunk, run.rows)
 
 
-def _backward(
+def _run_backward(
     grad: Tensor,
     x: Normalized,
     residual: Normalized | None,
@@ -175,41 +252,37 @@ def _backward(
 ) -> None:
     """One launch of the backward kernel under the activation ``act``, and the merge of its sums. ValueError where an operand lacks what
     these need."""
-    raw, added = x.raw, None if residual is None else residual.raw
-    rows, channels = rows_of(raw), raw.shape[1]
-    config = pass_config(rows, channels)
-    programs = cdiv(rows, config.chunk)
-    reduced = [s for s in (sums, residual_sums) if s is not None]
-    partials = None
-    if reduced:
-        partials = torch.empty(1 + len(reduced), programs, channels, dtype=torch.float32, device=raw.device)
-    scale, shift = vectors(x.scale_shift)
-    mean, invstd = xhat_vectors(x, sums)
-    check_scaled(x, scaled)
-    residual_scale, residual_shift = vectors(None if residual is None else residual.scale_shift)
-    residual_mean = residual_invstd = None
+    raw = x.raw
+    added = added_scale_shift = added_mean_invstd = None
     if residual is not None:
-        residual_mean, residual_invstd = xhat_vectors(residual, residual_sums)
-    elif residual_sums is not None:
-        raise ValueError("residual_sums are asked for without a residual")
-    pitches = [pitch_or_zero(t) for t in (grad, raw, added, base, out)]
-    launch(
-        add_act_backward_kernel, (programs, cdiv(channels, config.BLOCK_C)), raw.device,
-        grad=grad, grad_pitch=pitches[0], raw=raw, raw_pitch=pitches[1], scale=scale, shift=shift, mean=mean,
-        invstd=invstd, residual=added, residual_pitch=pitches[2], residual_scale=residual_scale,
-        residual_shift=residual_shift, residual_mean=residual_mean, residual_invstd=residual_invstd, base=base,
-        base_pitch=pitches[3], out=out, out_pitch=pitches[4], partials=partials, rows=rows, C=channels,
-        chunk=config.chunk, ACT=act, SCALED=scaled, ALIGN=align(channels, *pitches), WIDE=is_wide(grad, raw, added,
-        base, out), BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
+        added, added_scale_shift, added_mean_invstd = residual.raw, residual.scale_shift, residual.mean_invstd
+    run = _backward(
+        form_of(grad), form_of(raw), form(x.scale_shift), form(x.mean_invstd), form(added), form(added_scale_shift),
+        form(added_mean_invstd), form(base), form(out), sums is not None, residual_sums is not None, scaled, act,
+        arch_of(raw.device),
     )  # fmt: skip
-    for i, target in enumerate(reduced):
-        # each pair is (sum dz, its own sum dz * xhat): the parts 0 and 1 + i
-        merge(partials[:: 1 + i][:2], target)
+    partials = None if run.partials is None else run.partials.new()
+    run.launch(
+        grad, raw, x.scale_shift, None if sums is None else x.mean_invstd, added, added_scale_shift,
+        None if residual_sums is None else added_mean_invstd, base, out, partials,
+    )  # fmt: skip
+    if partials is not None:
+        for i, target in enumerate(s for s in (sums, residual_sums) if s is not None):
+            # each pair is (sum dz, its own sum dz * xhat): the parts 0 and 1 + i
+            merge(partials if partials.shape[0] == 2 else partials[:: 1 + i][:2], target)
+
+
+class _Plain(NamedTuple):
+    """A map that nothing is pending of."""
+
+    raw: Tensor
+    scale_shift: Tensor | None = None
+    mean_invstd: Tensor | None = None
 
 
 def statistics(x: Tensor, stats: Tensor | Reduction) -> None:
     """``stats`` (mean, M2) of the map ``x`` per channel."""
-    _forward(x, (None, None), None, (None, None), None, None, stats)
+    _run_forward(_Plain(x), None, None, None, stats)
 
 
 def add_act_forward(
@@ -221,9 +294,8 @@ def add_act_forward(
     stats: Tensor | Reduction | None = None,
 ) -> Tensor:
     """``out = act(x + residual)``; ``stats`` are those of out. The operands' own activations are not applied."""
-    out = empty_map(x.raw.shape, x.raw) if out is None else out
-    added, scale_shift = (None, None) if residual is None else (residual.raw, residual.scale_shift)
-    _forward(x.raw, vectors(x.scale_shift), added, vectors(scale_shift), act, out, stats)
+    out = empty_map(x.raw) if out is None else out
+    _run_forward(x, residual, act, out, stats)
     return out
 
 
@@ -231,9 +303,13 @@ def apply_grad_coeff(grad: LazyGrad, *, out: Tensor | None = None) -> Tensor:
     """``p * grad + q * raw + r``: an addition whose residual is raw, scaled by q. ValueError for a gradient without coefficients."""
     if grad.coeff is None:
         raise ValueError("there is no coeff to apply")
-    out = empty_map(grad.grad.shape, grad.grad) if out is None else out
+    out = empty_map(grad.grad) if out is None else out
     p, q, r = grad.coeff.unbind(0)
-    _forward(grad.grad, (p, r), grad.raw, (None if grad.raw is None else q, None), None, out, None)
+    q = None if grad.raw is None else q
+    launch = _combination(
+        form_of(grad.grad), form_of(p), form(q), form_of(r), form(grad.raw), form_of(out), arch_of(grad.grad.device)
+    )
+    launch(grad.grad, p, r, grad.raw, q, None, out, None)
     return out
 
 
@@ -247,9 +323,9 @@ def add_act_backward(
     residual_sums: Tensor | Reduction | None = None,
 ) -> Tensor:
     """``dz`` of ``act(x + residual)``, and the sums that its BatchNorms need; ``grad`` itself without an activation."""
-    out = grad if act.kind == "none" else empty_map(x.raw.shape, x.raw)
+    out = grad if act.kind == "none" else empty_map(x.raw)
     if out is not grad or sums is not None or residual_sums is not None:
-        _backward(grad, x, residual, act, out=None if out is grad else out, sums=sums, residual_sums=residual_sums)
+        _run_backward(grad, x, residual, act, out=None if out is grad else out, sums=sums, residual_sums=residual_sums)
     return out
 
 
@@ -257,5 +333,5 @@ def dgrad_epilogue(da: Tensor, x: LazyMap, target: GradTarget) -> Tensor:
     """The pass after a library's input gradient ``da``, in whose place it writes where ``target`` has no dx."""
     dx = da if target.dx is None else target.dx
     base = dx if target.accumulate else target.base
-    _backward(da, x, None, x.act, out=dx, base=base, scaled=target.scaled, sums=target.sums)
+    _run_backward(da, x, None, x.act, out=dx, base=base, scaled=target.scaled, sums=target.sums)
     return dx

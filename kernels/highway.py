@@ -8,37 +8,35 @@ backward  reads grad, raw, gate and carry, writes the gradients of the normalize
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, gradient
 from .device import normalize, store_partial, vector
-from .launch import SIZES, launch
-from .layout import align, aligned, empty_map, is_wide, offsets, pitch, rows_of, vectors, xhat_vectors
-from .operands import LazyMap
+from .launch import SIZES, Prepared, arch_of, prepare
+from .layout import Form, align, empty_map, form, form_of, is_wide, mean_invstd_form, offsets
+from .operands import Activation, LazyMap
+from .passes import block_of_channels, chunk_of_rows, pass_over, tile_of_rows
 from .reduce import Reduction, merge
-from .tiles import cdiv, pass_config
+from .tiles import Arch
 
 
 @triton.jit(do_not_specialize=SIZES)
 def highway_forward_kernel(
-    raw, raw_pitch, scale, shift, gate, gate_pitch, gate_scale, gate_shift, carry, carry_pitch, out, out_pitch,
+    raw, scale, shift, gate, gate_scale, gate_shift, carry, out, raw_pitch, gate_pitch, carry_pitch, out_pitch,
     rows, C, chunk, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels."""
-    C = aligned(C, ALIGN)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < C
+    C, c, inside = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, inside, 1.0), vector(shift, c, inside, 0.0)
     gate_scales, gate_shifts = vector(gate_scale, c, inside, 1.0), vector(gate_shift, c, inside, 0.0)
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, rows)
+    first, last = chunk_of_rows(rows, chunk)
     for start in range(first, last, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        mask = (m < last)[:, None] & inside[None, :]
+        m, mask = tile_of_rows(start, last, inside, BLOCK_M)
         x = tl.load(raw + offsets(m, raw_pitch, c, ALIGN, WIDE), mask=mask, other=0.0)
         h = activate(normalize(x, scales, shifts), ACT)
         g = tl.load(gate + offsets(m, gate_pitch, c, ALIGN, WIDE), mask=mask, other=0.0)
@@ -50,30 +48,26 @@ def highway_forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def highway_backward_kernel(
-    grad, grad_pitch, raw, raw_pitch, scale, shift, mean, invstd,
-    gate, gate_pitch, gate_scale, gate_shift, gate_mean, gate_invstd, carry, carry_pitch,
-    dz, dz_pitch, dgate, dgate_pitch, dcarry, dcarry_pitch, partials, gate_partials,
+    grad, raw, scale, shift, mean, invstd, gate, gate_scale, gate_shift, gate_mean, gate_invstd, carry,
+    dz, dgate, dcarry, partials, gate_partials,
+    grad_pitch, raw_pitch, gate_pitch, carry_pitch, dz_pitch, dgate_pitch, dcarry_pitch,
     rows, C, chunk, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels. Partials: sum dz, sum dz * xhat of raw; those of the gate
     the same of dgate."""
-    C = aligned(C, ALIGN)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < C
+    C, c, inside = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, inside, 1.0), vector(shift, c, inside, 0.0)
     means, invstds = vector(mean, c, inside, 0.0), vector(invstd, c, inside, 0.0)
     gate_scales, gate_shifts = vector(gate_scale, c, inside, 1.0), vector(gate_shift, c, inside, 0.0)
     gate_means, gate_invstds = vector(gate_mean, c, inside, 0.0), vector(gate_invstd, c, inside, 0.0)
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, rows)
+    first, last = chunk_of_rows(rows, chunk)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_xhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_gate = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_gate_xhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        mask = (m < last)[:, None] & inside[None, :]
+        m, mask = tile_of_rows(start, last, inside, BLOCK_M)
         dy = tl.load(grad + offsets(m, grad_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
         x = tl.load(raw + offsets(m, raw_pitch, c, ALIGN, WIDE), mask=mask, other=0.0).to(tl.float32)
         z = normalize(x, scales, shifts)
@@ -101,23 +95,87 @@ def highway_backward_kernel(
         store_partial(gate_partials, 1, part, parts, c, C, tl.sum(sum_gate_xhat, 0))
 
 
+@prepare
+def _forward(
+    raw: Form,
+    scale_shift: Form | None,
+    gate: Form,
+    gate_scale_shift: Form | None,
+    carry: Form,
+    out: Form,
+    act: Activation,
+    arch: Arch,
+) -> Prepared:
+    grid = pass_over(raw.rows, raw.shape[1])
+    maps = (raw, gate, carry, out)
+    pitches = [m.pitch for m in maps]
+    return Prepared(
+        highway_forward_kernel, grid.grid, arch,
+        {
+            "raw": raw, "scale shift": scale_shift, "gate": gate, "gate_scale gate_shift": gate_scale_shift, "carry": carry,
+            "out": out,
+        },
+        raw_pitch=pitches[0], gate_pitch=pitches[1], carry_pitch=pitches[2], out_pitch=pitches[3], rows=grid.rows,
+        C=grid.channels, chunk=grid.chunk, ACT=act, ALIGN=align(grid.channels, *pitches), WIDE=is_wide(*maps),
+        BLOCK_M=grid.BLOCK_M, BLOCK_C=grid.BLOCK_C, num_warps=grid.num_warps,
+    )  # fmt: skip
+
+
 def highway_forward(x: LazyMap, gate: LazyMap, carry: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``t * x + (1 - t) * carry`` with ``t = sigmoid(gate)``."""
     raw = x.raw
-    out = empty_map(raw.shape, raw) if out is None else out
-    rows, channels = rows_of(raw), raw.shape[1]
-    config = pass_config(rows, channels)
-    (scale, shift), (gate_scale, gate_shift) = vectors(x.scale_shift), vectors(gate.scale_shift)
-    maps = (raw, gate.raw, carry, out)
-    pitches = [pitch(m) for m in maps]
-    launch(
-        highway_forward_kernel, (cdiv(rows, config.chunk), cdiv(channels, config.BLOCK_C)), raw.device,
-        raw=raw, raw_pitch=pitches[0], scale=scale, shift=shift, gate=gate.raw, gate_pitch=pitches[1],
-        gate_scale=gate_scale, gate_shift=gate_shift, carry=carry, carry_pitch=pitches[2], out=out,
-        out_pitch=pitches[3], rows=rows, C=channels, chunk=config.chunk, ACT=x.act, ALIGN=align(channels, *pitches),
-        WIDE=is_wide(*maps), BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
+    out = empty_map(raw) if out is None else out
+    launch = _forward(
+        form_of(raw), form(x.scale_shift), form_of(gate.raw), form(gate.scale_shift), form_of(carry), form_of(out), x.act,
+        arch_of(raw.device),
     )  # fmt: skip
+    launch(raw, x.scale_shift, gate.raw, gate.scale_shift, carry, out)
     return out
+
+
+class _Backward(NamedTuple):
+    """A launch with the forms of its partials (None: nothing is reduced)."""
+
+    launch: Prepared
+    partials: Form | None
+    gate_partials: Form | None
+
+
+@prepare
+def _backward(
+    grad: Form,
+    raw: Form,
+    scale_shift: Form | None,
+    mean_invstd: Form | None,
+    gate: Form,
+    gate_scale_shift: Form | None,
+    gate_mean_invstd: Form | None,
+    carry: Form,
+    out: Form,
+    reduces: bool,
+    reduces_gate: bool,
+    act: Activation,
+    arch: Arch,
+) -> _Backward:
+    """``out``: of each of the three gradients."""
+    grid = pass_over(raw.rows, raw.shape[1])
+    partials, gate_partials = grid.partials(2 * reduces, raw), grid.partials(2 * reduces_gate, raw)
+    maps = (grad, raw, gate, carry, out, out, out)
+    pitches = [m.pitch for m in maps]
+    launch = Prepared(
+        highway_backward_kernel, grid.grid, arch,
+        {
+            "grad": grad, "raw": raw, "scale shift": scale_shift, "mean invstd": mean_invstd_form(mean_invstd, reduces),
+            "gate": gate, "gate_scale gate_shift": gate_scale_shift,
+            "gate_mean gate_invstd": mean_invstd_form(gate_mean_invstd, reduces_gate), "carry": carry, "dz": out, "dgate": out,
+            "dcarry": out, "partials": partials, "gate_partials": gate_partials,
+        },
+        grad_pitch=pitches[0], raw_pitch=pitches[1], gate_pitch=pitches[2], carry_pitch=pitches[3], dz_pitch=pitches[4],
+        dgate_pitch=pitches[5], dcarry_pitch=pitches[6], rows=grid.rows, C=grid.channels, chunk=grid.chunk, ACT=act,
+        ALIGN=align(grid.channels, *pitches), WIDE=is_wide(*maps), BLOCK_M=grid.BLOCK_M, BLOCK_C=grid.BLOCK_C,
+        num_warps=grid.num_warps,
+    )  # fmt: skip
+    return _Backward(launch, partials, gate_partials)
 
 
 def highway_backward(
@@ -131,30 +189,18 @@ def highway_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dz, dgate, dcarry)`` of :func:`highway_forward`, and the sums that its BatchNorms need."""
     raw = x.raw
-    rows, channels = rows_of(raw), raw.shape[1]
-    config = pass_config(rows, channels)
-    programs = cdiv(rows, config.chunk)
-    dz, dgate, dcarry = (empty_map(raw.shape, raw) for _ in range(3))
-    partials, gate_partials = (
-        None if s is None else torch.empty(2, programs, channels, dtype=torch.float32, device=raw.device)
-        for s in (sums, gate_sums)
-    )
-    (scale, shift), (gate_scale, gate_shift) = vectors(x.scale_shift), vectors(gate.scale_shift)
-    mean, invstd = xhat_vectors(x, sums)
-    gate_mean, gate_invstd = xhat_vectors(gate, gate_sums)
-    maps = (grad, raw, gate.raw, carry, dz, dgate, dcarry)
-    pitches = [pitch(m) for m in maps]
-    launch(
-        highway_backward_kernel, (programs, cdiv(channels, config.BLOCK_C)), raw.device,
-        grad=grad, grad_pitch=pitches[0], raw=raw, raw_pitch=pitches[1], scale=scale, shift=shift, mean=mean,
-        invstd=invstd, gate=gate.raw, gate_pitch=pitches[2], gate_scale=gate_scale, gate_shift=gate_shift,
-        gate_mean=gate_mean, gate_invstd=gate_invstd, carry=carry, carry_pitch=pitches[3], dz=dz,
-        dz_pitch=pitches[4], dgate=dgate, dgate_pitch=pitches[5], dcarry=dcarry, dcarry_pitch=pitches[6],
-        partials=partials, gate_partials=gate_partials, rows=rows, C=channels, chunk=config.chunk, ACT=x.act,
-        ALIGN=align(channels, *pitches), WIDE=is_wide(*maps), BLOCK_M=config.BLOCK_M, BLOCK_C=config.BLOCK_C,
-        num_warps=config.num_warps,
+    dz, dgate, dcarry = (empty_map(raw) for _ in range(3))
+    run = _backward(
+        form_of(grad), form_of(raw), form(x.scale_shift), form(x.mean_invstd), form_of(gate.raw), form(gate.scale_shift),
+        form(gate.mean_invstd), form_of(carry), form_of(dz), sums is not None, gate_sums is not None, x.act,
+        arch_of(raw.device),
+    )  # fmt: skip
+    partials, gate_partials = (None if f is None else f.new() for f in (run.partials, run.gate_partials))
+    run.launch(
+        grad, raw, x.scale_shift, None if sums is None else x.mean_invstd, gate.raw, gate.scale_shift,
+        None if gate_sums is None else gate.mean_invstd, carry, dz, dgate, dcarry, partials, gate_partials,
     )  # fmt: skip
     for target, found in ((sums, partials), (gate_sums, gate_partials)):
-        if target is not None:
+        if target is not None and found is not None:
             merge(found, target)
     return dz, dgate, dcarry

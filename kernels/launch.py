@@ -1,19 +1,32 @@
-"""Launching a kernel, or recording what would be launched: the one place through which every kernel goes."""
+"""Launching a kernel, or recording what would be launched: the one place through which every kernel goes.
+
+What a launch needs follows, but for the addresses of its tensors, from their forms. Launchers derive it once per form (:func:`prepare`),
+as a :class:`Prepared` launch, which Triton compiles and specialises when it is first called; later calls hand Triton's compiled kernel
+the addresses, and nothing is derived, bound or looked up by Triton again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
+from torch import Tensor
+from triton.runtime import driver
 
+from .layout import Form
 from .tiles import DEFAULT_ARCH, Arch, arch_of_gpu
 
 if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
     from triton.runtime.interpreter import InterpretedFunction
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Arguments that change with the batch or the resolution, and by whose divisibility no access gets wider (channels are what
 # is contiguous): one compilation serves all of them.
@@ -21,6 +34,23 @@ SIZES = ("N", "H", "W", "HO", "WO", "rows", "chunk", "tiles", "tile_rows")
 
 #: whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when this was imported
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+#: the versions of Triton whose compiled kernels are launched as :meth:`Prepared.__call__` does; another's go through its public call
+DIRECT_VERSIONS = ("3.6", "3.7", "3.8")
+
+#: whether kernels that Triton has compiled are launched without its public call
+direct: bool = (
+    not INTERPRETED
+    and ".".join(triton.__version__.split(".")[:2]) in DIRECT_VERSIONS
+    # there a compilation also depends on how much memory is behind a tensor
+    and torch.version.hip is None
+)
+
+# those of nobody: another object in their place, or calls in one of them, is a profiler's
+_ENTER, _EXIT = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+
+#: prepared launches that are kept for each launcher
+KEPT = 4096
 
 
 class Launch(NamedTuple):
@@ -74,25 +104,129 @@ def target_device(device: torch.device) -> torch.device:
 def arch_of(device: torch.device) -> Arch:
     """The architecture of ``device``; where that is no GPU, the one that :func:`record` was told."""
     recording = _state.recording
-    return arch_of_gpu(device) if device.type == "cuda" or recording is None else recording.arch
+    return arch_of_gpu(device) if recording is None or device.type == "cuda" else recording.arch
 
 
-def launch(
-    kernel: triton.JITFunction | InterpretedFunction,
-    grid: tuple[int, ...],
-    device: torch.device,
-    *,
-    num_warps: int,
-    **arguments: object,
-) -> None:
-    """Run ``kernel`` over ``grid`` on ``device``, which need not be the current one; ``num_warps`` counts warps of 32 threads, so that a
-    configuration means the same number of threads everywhere."""
-    arguments["num_warps"] = max(1, num_warps * 32 // arch_of(device).warp)
-    recording = _state.recording
-    if recording is not None:
-        recording.launches.append(Launch(kernel, grid, arguments))
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](**arguments)
-    else:
-        kernel[grid](**arguments)
+# ---- prepared launches -----------------------------------------------------------------------------------------------
+
+_caches: list[Callable[[], None]] = []
+
+
+def prepare(function: Callable[P, T]) -> Callable[P, T]:
+    """A function of forms and other hashable arguments, which is called once for those that it has seen: a launcher's preparation."""
+    cached = functools.lru_cache(KEPT)(function)
+    _caches.append(cached.cache_clear)
+    return cached  # type: ignore[return-value]  # lru_cache's type forgets the parameters
+
+
+def forget() -> None:
+    """Prepare every launch anew: after a change of what preparations read besides their arguments, such as tiles."""
+    for clear in _caches:
+        clear()
+
+
+class Prepared:
+    """A launch of ``kernel`` over ``grid`` of which only the tensors, and numbers named ``late``, are open.
+
+    ``operands``: the forms of the tensors (None: absent), by the names of the kernel's parameters, in the order of its signature, where
+    they come first. Several names are the rows of one tensor. Behind them come the ``late`` numbers, then ``numbers``. ``num_warps``
+    counts warps of 32 threads, so that a configuration means the same number of threads everywhere; ``num_stages`` is Triton's.
+
+    Raises ValueError for tensors on several devices, and for another order than the signature's.
+    """
+
+    def __init__(
+        self,
+        kernel: triton.JITFunction | InterpretedFunction,
+        grid: tuple[int, ...],
+        arch: Arch,
+        operands: Mapping[str, Form | None],
+        *,
+        num_warps: int,
+        num_stages: int | None = None,
+        late: tuple[str, ...] = (),
+        **numbers: object,
+    ) -> None:
+        self.kernel, self.grid, self._numbers, self._late = kernel, grid, numbers, late
+        self._grid = (*grid, 1, 1)[:3]
+        self._options: dict[str, object] = {"num_warps": max(1, num_warps * 32 // arch.warp)}
+        if num_stages is not None:
+            self._options["num_stages"] = num_stages
+        self._names = [names.split() for names in operands]
+        order = [*(name for names in self._names for name in names), *late, *numbers]
+        if order != list(kernel.arg_names):
+            raise ValueError(f"the arguments of {kernel.__name__} are {list(kernel.arg_names)}, found {order}")
+        devices = {form.device for form in operands.values() if form is not None}
+        if len(devices) != 1:
+            raise ValueError(f"the tensors of a launch are on one device, found {', '.join(sorted(map(str, devices)))}")
+        self._device = devices.pop()
+        # where the rows of each operand begin, in bytes behind its address; what is passed in the place of an absent one
+        self._rows: list[tuple[int, ...] | None] = [
+            None
+            if form is None
+            else tuple(i * form.stride[0] * form.dtype.itemsize if i else 0 for i in range(len(names)))
+            for names, form in zip(self._names, operands.values(), strict=True)
+        ]
+        self._absent = [(None,) * len(names) for names in self._names]
+        self._rest = tuple(numbers.values())
+        # what Triton has compiled, by the current device and by which addresses 16 does not divide: that is in its specialisation
+        self._compiled: dict[tuple[int, tuple[bool, ...]], tuple[Callable[..., None], CompiledKernel]] = {}
+
+    def __call__(self, *tensors: Tensor | None, late: tuple[float, ...] = ()) -> None:
+        """Launch on the device of the tensors, which need not be the current one."""
+        if _state.recording is not None:
+            _state.recording.launches.append(Launch(self.kernel, self.grid, self._named(tensors, late)))
+        elif self._device.index is None or INTERPRETED or self._device.index == driver.active.get_current_device():
+            self._run(tensors, late)
+        else:
+            with torch.cuda.device(self._device):
+                self._run(tensors, late)
+
+    def _run(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> None:
+        """Launch on the current device."""
+        if not direct or _is_watched():
+            self.kernel[self.grid](**self._named(tensors, late))
+            return
+        active = driver.active
+        device, together, addresses = active.get_current_device(), 0, []
+        for tensor, rows, absent in zip(tensors, self._rows, self._absent, strict=True):
+            if tensor is None or rows is None:
+                addresses += absent
+            else:
+                at = tensor.data_ptr()
+                for row in rows:
+                    addresses.append(at + row)
+                together |= at
+        odd = tuple([bool(at and at & 15) for at in addresses]) if together & 15 else ()
+        ready = self._compiled.get((device, odd))
+        if ready is None:
+            found = self.kernel[self.grid](**self._named(tensors, late))
+            self._compiled[device, odd] = found.run, found
+            return
+        run, kernel = ready
+        run(
+            *self._grid, active.get_current_stream(device), kernel.function, kernel.packed_metadata, None, None, None, *addresses,
+            *late, *self._rest,
+        )  # fmt: skip
+
+    def _named(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> dict[str, Any]:
+        """Every argument and option by name."""
+        arguments: dict[str, Any] = {}
+        for names, tensor in zip(self._names, tensors, strict=True):
+            if tensor is None or len(names) == 1:
+                arguments |= dict.fromkeys(names, tensor)
+            else:
+                arguments |= zip(names, tensor.unbind(0), strict=True)
+        return arguments | dict(zip(self._late, late, strict=True)) | self._numbers | self._options
+
+
+def _is_watched() -> bool:
+    """Whether a profiler or a debugger wants to see launches as Triton makes them."""
+    runtime = triton.knobs.runtime
+    return bool(
+        runtime.launch_enter_hook is not _ENTER
+        or runtime.launch_exit_hook is not _EXIT
+        or _ENTER.calls
+        or _EXIT.calls
+        or runtime.debug
+    )

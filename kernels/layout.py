@@ -7,17 +7,14 @@ float32 pointer, or None: a kernel compiles to its shorter form where an operand
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .operands import Normalized
-    from .reduce import Reduction
 
 # ---- on the device ---------------------------------------------------------------------------------------------------
 
@@ -39,33 +36,84 @@ def offsets(rows, pitch, c, ALIGN: tl.constexpr, WIDE: tl.constexpr):
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 
-def pitch(x: Tensor) -> int:
-    """The distance of the pixels of the map ``x`` in values. ValueError where x is not a map."""
-    n, c, h, w = x.shape
-    sn, sc, sh, sw = x.stride()
+def _pitch(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    n, c, h, w = shape
+    sn, sc, sh, sw = stride
     # the stride of a dimension of size 1 says nothing
     found = sw if w > 1 else sh if h > 1 else sn if n > 1 else c
     if (c > 1 and sc != 1) or found < c or (h > 1 and sh != w * found) or (n > 1 and sn != h * w * found):
         raise ValueError(
-            "expected a channels_last map or a channel slice of one, "
-            f"found shape {tuple(x.shape)} and strides {x.stride()}"
+            f"expected a channels_last map or a channel slice of one, found shape {tuple(shape)} and strides {tuple(stride)}"
         )
     return found
 
 
-def pitch_or_zero(x: Tensor | None) -> int:
-    """:func:`pitch`, for a map that may be absent."""
-    return 0 if x is None else pitch(x)
+def pitch(x: Tensor) -> int:
+    """The distance of the pixels of the map ``x`` in values. ValueError where x is not a map."""
+    return _pitch(x.shape, x.stride())
 
 
-def rows_of(x: Tensor) -> int:
-    """N*H*W."""
-    return x.shape[0] * x.shape[2] * x.shape[3]
+class Form(NamedTuple):
+    """What a launch depends on of a tensor, besides its address."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def pitch(self) -> int:
+        """The distance of the pixels of a map in values. ValueError for what is no map."""
+        return _pitch(self.shape, self.stride)
+
+    @property
+    def rows(self) -> int:
+        """N*H*W of a map."""
+        return self.shape[0] * self.shape[2] * self.shape[3]
+
+    def new(self) -> Tensor:
+        """An uninitialised tensor of this form."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
-def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised channels_last map."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def form(x: Tensor | None) -> Form | None:
+    """The form of a tensor, None for one that is absent."""
+    return None if x is None else Form(x.shape, x.stride(), x.dtype, x.device)
+
+
+def form_of(x: Tensor) -> Form:
+    """The form of a tensor that is there."""
+    return Form(x.shape, x.stride(), x.dtype, x.device)
+
+
+def vectors_form(rows: int, channels: int, like: Form) -> Form:
+    """Of ``[rows, channels]`` in float32, contiguous, where ``like`` is."""
+    return Form((rows, channels), (channels, 1), torch.float32, like.device)
+
+
+def partials_form(parts: int, tiles: int, channels: int, like: Form) -> Form:
+    """Of ``[parts, tiles, channels]`` in float32, contiguous, where ``like`` is."""
+    return Form((parts, tiles, channels), (tiles * channels, channels, 1), torch.float32, like.device)
+
+
+@functools.lru_cache(1024)
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
+
+
+def map_form(shape: tuple[int, ...], like: Form) -> Form:
+    """Of a channels_last map in the dtype of ``like``, where that is."""
+    return Form(tuple(shape), _channels_last(tuple(shape)), like.dtype, like.device)
+
+
+def empty_map(like: Tensor) -> Tensor:
+    """An uninitialised channels_last map of the shape of ``like``."""
+    return torch.empty_like(like, memory_format=torch.channels_last)
+
+
+def pitch_or_zero(x: Form | None) -> int:
+    """Its pitch, for a map that may be absent."""
+    return 0 if x is None else x.pitch
 
 
 def align(*sizes: int) -> int:
@@ -73,26 +121,21 @@ def align(*sizes: int) -> int:
     return math.gcd(16, *sizes)
 
 
-def is_wide(*maps: Tensor | None) -> bool:
+def is_wide(*maps: Form | None) -> bool:
     """Whether an offset into one of ``maps`` needs 64 bits."""
-    return any(x is not None and rows_of(x) * pitch(x) >= 2**31 for x in maps)
+    return any(x is not None and x.rows * x.pitch >= 2**31 for x in maps)
 
 
-def vectors(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The two rows of a scale and shift, or of a mean and inverse deviation."""
-    return (None, None) if tensor is None else tensor.unbind(0)
-
-
-def xhat_vectors(x: Normalized, sums: Tensor | Reduction | None) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and inverse deviation where ``sums`` of x are reduced. ValueError where x has none."""
-    if sums is None:
-        return None, None
-    if x.mean_invstd is None:
+def mean_invstd_form(mean_invstd: Form | None, reduces: bool) -> Form | None:
+    """Of a map's mean_invstd where sums of it are reduced, else None. ValueError where it has none."""
+    if not reduces:
+        return None
+    if mean_invstd is None:
         raise ValueError("sums are asked for of a map without its mean_invstd")
-    return vectors(x.mean_invstd)
+    return mean_invstd
 
 
-def check_scaled(x: Normalized, scaled: bool) -> None:
-    """ValueError where a gradient is to be scaled by what x has not."""
-    if scaled and x.scale_shift is None:
+def check_scaled(scale_shift: Form | None, scaled: bool) -> None:
+    """ValueError where a gradient is to be scaled by what its map has not."""
+    if scaled and scale_shift is None:
         raise ValueError("a scaled gradient is asked for of a map without its scale_shift")

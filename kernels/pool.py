@@ -10,6 +10,8 @@ backward  a gather: each pixel of x sums the windows that chose it. Reads grad, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,18 +19,19 @@ from torch import Tensor
 
 from .activations import activate, gradient
 from .device import add_row, moments_of_rows, normalize, store_partial, vector
-from .launch import SIZES, launch
-from .layout import align, aligned, empty_map, is_wide, offsets, pitch, pitch_or_zero, rows_of, vectors, xhat_vectors
-from .operands import LazyMap, Pool
+from .launch import SIZES, Prepared, arch_of, prepare
+from .layout import Form, align, empty_map, form, form_of, is_wide, map_form, mean_invstd_form, offsets, pitch_or_zero
+from .operands import Activation, LazyMap, Pool
+from .passes import block_of_channels, chunk_of_rows, pass_over, tile_of_rows
 from .reduce import Reduction, merge
-from .tiles import cdiv, pass_config
+from .tiles import Arch
 
-TILE = 1024  # values of a program's tile: a window's bookkeeping (best value, its position) doubles what a pass holds
+VALUES = 1024  # values of a program's tile: a window's bookkeeping (best value, its position) doubles what a pass holds
 
 
 @triton.jit(do_not_specialize=SIZES)
 def pool_forward_kernel(
-    x, x_pitch, scale, shift, out, out_pitch, index, partials,
+    x, scale, shift, out, index, partials, x_pitch, out_pitch,
     rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -36,18 +39,14 @@ def pool_forward_kernel(
     a mean."""
     KH: tl.constexpr = POOL.kernel[0]
     KW: tl.constexpr = POOL.kernel[1]
-    C = aligned(C, ALIGN)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < C
+    C, c, in_c = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, in_c, 1.0), vector(shift, c, in_c, 0.0)
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, rows)
+    first, last = chunk_of_rows(rows, chunk)
     mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     step = 0.0
     for start in range(first, last, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        mask = (m < last)[:, None] & in_c[None, :]
+        m, mask = tile_of_rows(start, last, in_c, BLOCK_M)
         top = m // WO % HO * POOL.stride[0] - POOL.padding[0]
         left = m % WO * POOL.stride[1] - POOL.padding[1]
         pixel = (m // WO // HO * H + top) * W + left
@@ -89,7 +88,7 @@ def pool_forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def pool_backward_kernel(
-    grad, grad_pitch, index, x, x_pitch, scale, shift, mean, invstd, p, q, r, dx, dx_pitch, partials,
+    grad, index, x, scale, shift, mean, invstd, p, q, r, dx, partials, grad_pitch, x_pitch, dx_pitch,
     rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -101,19 +100,15 @@ def pool_backward_kernel(
     # how many windows a pixel can lie in
     REACH_H: tl.constexpr = (KH + STRIDE_H - 1) // STRIDE_H
     REACH_W: tl.constexpr = (KW + STRIDE_W - 1) // STRIDE_W
-    C = aligned(C, ALIGN)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = c < C
+    C, c, in_c = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, in_c, 1.0), vector(shift, c, in_c, 0.0)
     means, invstds = vector(mean, c, in_c, 0.0), vector(invstd, c, in_c, 0.0)
     ps, qs, rs = vector(p, c, in_c, 1.0), vector(q, c, in_c, 0.0), vector(r, c, in_c, 0.0)
-    first = tl.program_id(0) * chunk
-    last = tl.minimum(first + chunk, rows)
+    first, last = chunk_of_rows(rows, chunk)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_xhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(first, last, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        mask = (m < last)[:, None] & in_c[None, :]
+        m, mask = tile_of_rows(start, last, in_c, BLOCK_M)
         h = m // W % H + POOL.padding[0]
         w = m % W + POOL.padding[1]
         image = m // W // H * HO
@@ -151,38 +146,91 @@ def _check_kind(pool: Pool) -> None:
         raise ValueError(f"unknown pool {pool.kind!r}: expected 'max' or 'mean'")
 
 
+class _Forward(NamedTuple):
+    """A launch with the forms of what it writes; partials (None: nothing is reduced) are each of ``chunk`` rows."""
+
+    launch: Prepared
+    out: Form
+    index: Form | None
+    partials: Form | None
+    rows: int
+    chunk: int
+
+
+@prepare
+def _forward(
+    x: Form, scale_shift: Form | None, given: Form | None, reduces: bool, pool: Pool, act: Activation, arch: Arch
+) -> _Forward:
+    """``given``: the map that is written into, None for one of its own."""
+    _check_kind(pool)
+    batch, channels, height, width = x.shape
+    out_height, out_width = (
+        (size + 2 * pool.padding[i] - pool.kernel[i]) // pool.stride[i] + 1 for i, size in enumerate((height, width))
+    )
+    own = map_form((batch, channels, out_height, out_width), x)
+    out = own if given is None else given
+    index = own._replace(dtype=torch.uint8) if pool.kind == "max" else None
+    grid = pass_over(out.rows, channels, VALUES)
+    partials = grid.partials(2 * reduces, x)
+    launch = Prepared(
+        pool_forward_kernel, grid.grid, arch,
+        {"x": x, "scale shift": scale_shift, "out": out, "index": index, "partials": partials},
+        x_pitch=x.pitch, out_pitch=out.pitch, rows=grid.rows, H=height, W=width, HO=out_height, WO=out_width, C=channels,
+        chunk=grid.chunk, POOL=pool, ACT=act, ALIGN=align(channels, x.pitch, out.pitch), WIDE=is_wide(x, out),
+        BLOCK_M=grid.BLOCK_M, BLOCK_C=grid.BLOCK_C, num_warps=grid.num_warps,
+    )  # fmt: skip
+    return _Forward(launch, out, index, partials, grid.rows, grid.chunk)
+
+
 def pool_forward(
     x: LazyMap, pool: Pool, *, out: Tensor | None = None, stats: Tensor | Reduction | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """``(pool(x), index)``; ``stats`` are those of the result."""
     raw = x.raw
-    batch, channels, height, width = raw.shape
-    out_height, out_width = (
-        (size + 2 * pool.padding[i] - pool.kernel[i]) // pool.stride[i] + 1 for i, size in enumerate((height, width))
-    )
+    run = _forward(form_of(raw), form(x.scale_shift), form(out), stats is not None, pool, x.act, arch_of(raw.device))
     if out is None:
-        out = empty_map((batch, channels, out_height, out_width), raw)
-    index = None
-    _check_kind(pool)
-    if pool.kind == "max":
-        index = torch.empty(out.shape, dtype=torch.uint8, device=raw.device, memory_format=torch.channels_last)
-    rows = rows_of(out)
-    config = pass_config(rows, channels, TILE)
-    programs = cdiv(rows, config.chunk)
-    partials = None
-    if stats is not None:
-        partials = torch.empty(2, programs, channels, dtype=torch.float32, device=raw.device)
-    scale, shift = vectors(x.scale_shift)
-    launch(
-        pool_forward_kernel, (programs, cdiv(channels, config.BLOCK_C)), raw.device,
-        x=raw, x_pitch=pitch(raw), scale=scale, shift=shift, out=out, out_pitch=pitch(out), index=index, partials=partials,
-        rows=rows, H=height, W=width, HO=out_height, WO=out_width, C=channels, chunk=config.chunk, POOL=pool,
-        ACT=x.act, ALIGN=align(channels, pitch(raw), pitch(out)), WIDE=is_wide(raw, out), BLOCK_M=config.BLOCK_M,
-        BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
-    )  # fmt: skip
-    if stats is not None:
-        merge(partials, stats, config.chunk, rows)
+        out = run.out.new()
+    index, partials = (None if f is None else f.new() for f in (run.index, run.partials))
+    run.launch(raw, x.scale_shift, out, index, partials)
+    if partials is not None and stats is not None:
+        merge(partials, stats, run.chunk, run.rows)
     return out, index
+
+
+@prepare
+def _backward(
+    grad: Form,
+    index: Form | None,
+    x: Form,
+    scale_shift: Form | None,
+    mean_invstd: Form | None,
+    coeff: Form | None,
+    dx: Form | None,
+    reduces: bool,
+    pool: Pool,
+    act: Activation,
+    arch: Arch,
+) -> tuple[Prepared, Form | None]:
+    """The launch and the form of its partials. ValueError for a max pool without its index."""
+    _check_kind(pool)
+    if (index is None) != (pool.kind == "mean"):
+        raise ValueError(f"a {pool.kind} pool goes back with its index if it is a max, without one if it is a mean")
+    _, channels, height, width = x.shape
+    grid = pass_over(x.rows, channels, VALUES)
+    partials = grid.partials(2 * reduces, x)
+    grad_pitch, x_pitch, dx_pitch = grad.pitch, x.pitch, pitch_or_zero(dx)
+    launch = Prepared(
+        pool_backward_kernel, grid.grid, arch,
+        {
+            "grad": grad, "index": index, "x": x, "scale shift": scale_shift,
+            "mean invstd": mean_invstd_form(mean_invstd, reduces), "p q r": coeff, "dx": dx, "partials": partials,
+        },
+        grad_pitch=grad_pitch, x_pitch=x_pitch, dx_pitch=dx_pitch, rows=grid.rows, H=height, W=width, HO=grad.shape[2],
+        WO=grad.shape[3], C=channels, chunk=grid.chunk, POOL=pool, ACT=act,
+        ALIGN=align(channels, grad_pitch, x_pitch, dx_pitch), WIDE=is_wide(grad, x, dx), BLOCK_M=grid.BLOCK_M,
+        BLOCK_C=grid.BLOCK_C, num_warps=grid.num_warps,
+    )  # fmt: skip
+    return launch, partials
 
 
 def pool_backward(
@@ -200,32 +248,16 @@ def pool_backward(
     ValueError for a max pool without its index.
     """
     raw = x.raw
-    _check_kind(pool)
-    if (index is None) != (pool.kind == "mean"):
-        raise ValueError(f"a {pool.kind} pool goes back with its index if it is a max, without one if it is a mean")
-    _, channels, height, width = raw.shape
     if coeff is None:
         dx = None
     elif dx is None:
-        dx = empty_map(raw.shape, raw)
-    rows = rows_of(raw)
-    config = pass_config(rows, channels, TILE)
-    programs = cdiv(rows, config.chunk)
-    partials = None
-    if sums is not None:
-        partials = torch.empty(2, programs, channels, dtype=torch.float32, device=raw.device)
-    scale, shift = vectors(x.scale_shift)
-    mean, invstd = xhat_vectors(x, sums)
-    p, q, r = (None, None, None) if coeff is None else coeff.unbind(0)
-    grad_pitch, x_pitch, dx_pitch = pitch(grad), pitch(raw), pitch_or_zero(dx)
-    launch(
-        pool_backward_kernel, (programs, cdiv(channels, config.BLOCK_C)), raw.device,
-        grad=grad, grad_pitch=grad_pitch, index=index, x=raw, x_pitch=x_pitch, scale=scale, shift=shift, mean=mean,
-        invstd=invstd, p=p, q=q, r=r, dx=dx, dx_pitch=dx_pitch, partials=partials, rows=rows, H=height, W=width,
-        HO=grad.shape[2], WO=grad.shape[3], C=channels, chunk=config.chunk, POOL=pool, ACT=x.act,
-        ALIGN=align(channels, grad_pitch, x_pitch, dx_pitch), WIDE=is_wide(grad, raw, dx), BLOCK_M=config.BLOCK_M,
-        BLOCK_C=config.BLOCK_C, num_warps=config.num_warps,
+        dx = empty_map(raw)
+    launch, partial = _backward(
+        form_of(grad), form(index), form_of(raw), form(x.scale_shift), form(x.mean_invstd), form(coeff), form(dx),
+        sums is not None, pool, x.act, arch_of(raw.device),
     )  # fmt: skip
-    if sums is not None:
+    partials = None if partial is None else partial.new()
+    launch(grad, index, raw, x.scale_shift, None if sums is None else x.mean_invstd, coeff, dx, partials)
+    if partials is not None and sums is not None:
         merge(partials, sums)
     return dx

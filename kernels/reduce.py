@@ -9,6 +9,7 @@ is left to that kernel (:class:`Reduction`). No atomics: the order depends on th
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import merge_moments, moments_of_rows
-from .launch import SIZES, launch
-from .tiles import block, cdiv, next_power_of_2
+from .launch import SIZES, Prepared, arch_of, prepare
+from .layout import Form, form_of, partials_form
+from .tiles import Arch, block, cdiv, next_power_of_2
 
 PROGRAMS = 256  # about as many as leave no GPU idle
 ONE_LEVEL = 1024  # tiles that one program merges in a row; more are split among programs first
@@ -95,6 +97,13 @@ class Reduction:
         self.tile_rows = self.rows = 0
         self.values: dict[torch.dtype, Tensor] = {}
 
+    @property
+    def reduced(self) -> Tensor:
+        """The partials. ValueError where nothing has been reduced yet."""
+        if self.partials is None:
+            raise ValueError("a reduction is read before anything was reduced into it")
+        return self.partials
+
     def __getitem__(self, row: int) -> Tensor:
         return self.values[torch.float32][row]
 
@@ -103,19 +112,43 @@ class Reduction:
         return self.values[dtype][row] if dtype in self.values else self[row].to(dtype)
 
 
-def merge(partials: Tensor, out: Tensor | Reduction, tile_rows: int = 0, rows: int = 0) -> None:
-    """``out [parts, C]`` from ``partials [parts, tiles, C]`` (each part contiguous): sums, or with the tiles'
-    ``tile_rows`` and the map's ``rows`` the two moments."""
+class _Merge(NamedTuple):
+    """The launches of a merge: ``first`` into ``level``, where there are two levels, with the tiles' rows behind it; then ``last``, which
+    is not there where that is left to another kernel."""
+
+    first: Prepared | None
+    level: Form | None
+    tile_rows: int
+    last: Prepared | None
+
+
+@prepare
+def _merges(partials: Form, out: Form | None, tile_rows: int, rows: int, arch: Arch) -> _Merge:
+    first = level = None
     parts, tiles, channels = partials.shape
     if tiles > ONE_LEVEL:
         chunk = next_power_of_2(math.isqrt(tiles))
-        level = torch.empty(parts, cdiv(tiles, chunk), channels, dtype=torch.float32, device=partials.device)
-        _merge(partials, level, level.shape[1], chunk, tile_rows, rows)
-        partials, tile_rows = level, tile_rows * chunk
-    if isinstance(out, Reduction):
-        out.partials, out.tile_rows, out.rows = partials, tile_rows, rows
-    else:
-        _merge(partials, out, 1, partials.shape[1], tile_rows, rows)
+        level = partials_form(parts, cdiv(tiles, chunk), channels, partials)
+        first = _launch(partials, level, level.shape[1], chunk, tile_rows, rows, arch)
+        tile_rows *= chunk
+    merged = partials if level is None else level
+    last = None if out is None else _launch(merged, out, 1, merged.shape[1], tile_rows, rows, arch)
+    return _Merge(first, level, tile_rows, last)
+
+
+def merge(partials: Tensor, out: Tensor | Reduction, tile_rows: int = 0, rows: int = 0) -> None:
+    """``out [parts, C]`` from ``partials [parts, tiles, C]`` (each part contiguous): sums, or with the tiles'
+    ``tile_rows`` and the map's ``rows`` the two moments."""
+    left = isinstance(out, Reduction)
+    merges = _merges(form_of(partials), None if left else form_of(out), tile_rows, rows, arch_of(partials.device))
+    if merges.first is not None and merges.level is not None:
+        level = merges.level.new()
+        merges.first(partials, level)
+        partials = level
+    if left:
+        out.partials, out.tile_rows, out.rows = partials, merges.tile_rows, rows
+    elif merges.last is not None:
+        merges.last(partials, out)
 
 
 def merge_blocks(tiles: int, channels: int) -> tuple[int, int]:
@@ -130,12 +163,12 @@ def merge_warps(block_t: int, block_c: int) -> int:
     return max(1, min(8, block_t * block_c // 512))
 
 
-def _merge(partials: Tensor, out: Tensor, chunks: int, chunk: int, tile_rows: int, rows: int) -> None:
+def _launch(partials: Form, out: Form, chunks: int, chunk: int, tile_rows: int, rows: int, arch: Arch) -> Prepared:
     parts, tiles, channels = partials.shape
     block_t, block_c = merge_blocks(chunk, channels)
-    launch(
-        merge_kernel, (cdiv(channels, block_c), chunks, 1 if tile_rows else parts), out.device,
-        partials=partials, out=out, tiles=tiles, C=channels, chunk=chunk, partials_stride=partials.stride(0),
-        out_stride=out.stride(0), tile_rows=tile_rows, rows=rows, MOMENTS=tile_rows > 0, BLOCK_T=block_t,
-        BLOCK_C=block_c, num_warps=merge_warps(block_t, block_c),
+    return Prepared(
+        merge_kernel, (cdiv(channels, block_c), chunks, 1 if tile_rows else parts), arch, {"partials": partials, "out": out},
+        tiles=tiles, C=channels, chunk=chunk, partials_stride=partials.stride[0], out_stride=out.stride[0],
+        tile_rows=tile_rows, rows=rows, MOMENTS=tile_rows > 0, BLOCK_T=block_t, BLOCK_C=block_c,
+        num_warps=merge_warps(block_t, block_c),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -123,9 +123,14 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
-def _parsed(operand: LazyMap | Epilogue) -> Any:
+def _parsed(x: LazyMap) -> Any:
     """The operand as kernels take it: the activation's name replaced by what it says."""
-    return operand._replace(act=parse(operand.act))
+    return LazyMap(x.raw, x.scale_shift, cast(Any, parse(x.act)), x.mean_invstd)
+
+
+def _parsed_epilogue(epilogue: Epilogue) -> Any:
+    """As :func:`_parsed`."""
+    return epilogue._replace(act=parse(epilogue.act))
 
 
 def _without_activation(x: LazyMap, residual: LazyMap | None) -> None:
@@ -237,7 +242,9 @@ class TritonBackend(Backend):
         if plan.fused:
             y = self._attempt(
                 strict,
-                lambda: conv_forward.conv_forward(_parsed(x), weight, bias, geometry, _parsed(epilogue), plan.config),
+                lambda: conv_forward.conv_forward(
+                    _parsed(x), weight, bias, geometry, _parsed_epilogue(epilogue), plan.config
+                ),
                 lambda: forward_problem(x, weight, bias, geometry, epilogue),
             )
             if y is not None:

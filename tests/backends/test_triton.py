@@ -22,7 +22,7 @@ from fusedres.activations import Activation, parse  # noqa: E402
 from fusedres.backends import eager  # noqa: E402
 from fusedres.backends import triton as module  # noqa: E402
 from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
-from fusedres.kernels import conv_dgrad, conv_forward, conv_wgrad, elementwise, pool, reduce, tiles  # noqa: E402
+from fusedres.kernels import conv_dgrad, conv_forward, conv_wgrad, elementwise, launch, passes, reduce, tiles  # noqa: E402
 from fusedres.kernels.launch import INTERPRETED, record, target_device  # noqa: E402
 from fusedres.kernels.tiles import Arch, ConvConfig, PassConfig  # noqa: E402
 from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap  # noqa: E402
@@ -47,9 +47,11 @@ def exact_and_unmeasured(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(BACKEND, "_failed", set())
     plans.forget()
+    launch.forget()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
     plans.forget()
+    launch.forget()
 
 
 def config(dtype: torch.dtype = torch.float32) -> Config:
@@ -140,8 +142,7 @@ def test_many_pixels_are_split(dtype):
 @each_dtype
 def test_programs_walk_several_tiles(dtype, monkeypatch):
     """As on large maps: a program's chunk is several tiles, the last chunk and the last tile are short."""
-    for passes in (elementwise, pool):
-        monkeypatch.setattr(passes, "pass_config", lambda *_: PassConfig(BLOCK_M=4, BLOCK_C=8, chunk=12))
+    monkeypatch.setattr(passes, "pass_config", lambda *_: PassConfig(BLOCK_M=4, BLOCK_C=8, chunk=12))
     shape, window = (1, 11, 5, 7), Pool("max", (3, 3), (1, 1), (1, 1))
 
     def step(backend, draw):
@@ -193,7 +194,7 @@ def test_statistics_of_equal_rows_have_no_negative_spread():
 def test_what_one_kernel_reads_is_merged_there(channels, levels, dtype, monkeypatch):
     """Statistics and sums that are left to the C-sized kernel after them are those of a merge of their own: the same arithmetic in the
     same order, so that only the compiler's contraction of products may differ."""
-    monkeypatch.setattr(elementwise, "pass_config", lambda *_: PassConfig(BLOCK_M=4, BLOCK_C=64, chunk=8))
+    monkeypatch.setattr(passes, "pass_config", lambda *_: PassConfig(BLOCK_M=4, BLOCK_C=64, chunk=8))
     monkeypatch.setattr(reduce, "ONE_LEVEL", 1024 if levels == 1 else 3)
     shape, rows = (2, channels, 7, 5), 70
 
@@ -313,7 +314,8 @@ def test_recordings_nest():
         with record(inner, H100) as second:
             assert target_device(meta) == inner and target_device(torch.device("cpu")) == torch.device("cpu")
             BACKEND.statistics(
-                torch.empty(1, 8, 2, 2, device="meta").to(memory_format=torch.channels_last), torch.empty(2, 8)
+                torch.empty(1, 8, 2, 2, device="meta").to(memory_format=torch.channels_last),
+                torch.empty(2, 8, device="meta"),
             )
         assert target_device(meta) == outer
     assert first == [] and len(second) == 2

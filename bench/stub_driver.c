@@ -1,0 +1,62 @@
+/* A CUDA driver without a GPU, for bench.host: everything succeeds, a launch only counts. What Triton's own driver module links against, by
+   the names and argument lists of the CUDA driver's interface; handles are numbers that nobody follows. */
+#include <stddef.h>
+#include <stdlib.h>
+
+typedef int Result;
+typedef int Device;
+typedef void *Handle;
+
+static Handle const SOME = (Handle)1;
+
+/* attributes of a device and of a function, of those that Triton asks for */
+enum { MULTIPROCESSORS = 16, WARP_SIZE = 10, MAX_REGISTERS = 12, MAJOR = 75, MINOR = 76, SHARED_OPTIN = 97 };
+enum { MAX_THREADS = 0 };
+
+long fusedres_stub_launches = 0;
+
+Result cuInit(unsigned flags) { (void)flags; return 0; }
+Result cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+Result cuDeviceGetCount(int *count) { *count = 1; return 0; }
+Result cuDeviceGet(Device *device, int ordinal) { *device = ordinal; return 0; }
+Result cuDeviceGetAttribute(int *value, int attribute, Device device) {
+  (void)device;
+  switch (attribute) {
+  case MULTIPROCESSORS: *value = 132; break;
+  case WARP_SIZE: *value = 32; break;
+  case MAX_REGISTERS: *value = 65536; break;
+  case MAJOR: *value = 9; break;
+  case MINOR: *value = 0; break;
+  case SHARED_OPTIN: *value = 232448; break;
+  default: *value = 49152;
+  }
+  return 0;
+}
+Result cuDevicePrimaryCtxRetain(Handle *context, Device device) { (void)device; *context = SOME; return 0; }
+Result cuCtxGetCurrent(Handle *context) { *context = SOME; return 0; }
+Result cuCtxSetCurrent(Handle context) { (void)context; return 0; }
+Result cuCtxGetDevice(Device *device) { *device = 0; return 0; }
+Result cuCtxGetLimit(size_t *value, int limit) { (void)limit; *value = 1 << 20; return 0; }
+Result cuCtxSetLimit(int limit, size_t value) { (void)limit; (void)value; return 0; }
+Result cuModuleLoadData(Handle *module, const void *image) { (void)image; *module = SOME; return 0; }
+Result cuModuleUnload(Handle module) { (void)module; return 0; }
+Result cuModuleGetFunction(Handle *function, Handle module, const char *name) {
+  (void)module; (void)name; *function = SOME; return 0;
+}
+Result cuFuncGetAttribute(int *value, int attribute, Handle function) {
+  (void)function; *value = attribute == MAX_THREADS ? 1024 : 0; return 0;
+}
+Result cuFuncSetAttribute(Handle function, int attribute, int value) {
+  (void)function; (void)attribute; (void)value; return 0;
+}
+Result cuFuncSetCacheConfig(Handle function, int config) { (void)function; (void)config; return 0; }
+Result cuGetErrorString(Result error, const char **text) { (void)error; *text = "the stub driver knows no errors"; return 0; }
+Result cuPointerGetAttribute(void *data, int attribute, void *pointer) {
+  (void)attribute; *(void **)data = pointer; return 0;
+}
+Result cuLaunchKernelEx(const void *config, Handle function, void **arguments, void **extra) {
+  (void)config; (void)function; (void)arguments; (void)extra; fusedres_stub_launches++; return 0;
+}
+Result cuOccupancyMaxActiveClusters(int *clusters, Handle function, const void *config) {
+  (void)function; (void)config; *clusters = 1; return 0;
+}

@@ -1,0 +1,174 @@
+"""Run by test_launch.py in a process of its own, where kernels are not interpreted: launches over a stub of the CUDA driver, seen by what
+stands in the launcher's place. Prints a JSON object of what each function of :data:`SCENES` returns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import triton
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "backends")]
+
+from support import Draw  # noqa: E402
+from test_interpreter import step  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from bench.host import stubbed  # noqa: E402
+from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
+from fusedres.kernels import elementwise, launch  # noqa: E402
+from fusedres.kernels.launch import Prepared, forget  # noqa: E402
+from fusedres.kernels.layout import form_of  # noqa: E402
+from fusedres.operands import LazyMap  # noqa: E402
+from fusedres.specs import Norm  # noqa: E402
+
+seen: list[tuple] = []
+
+
+class Launcher:
+    """Notes each launch, tensors by their addresses."""
+
+    def __init__(self, source, metadata) -> None:
+        self.name = source.fn.__name__
+
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments) -> None:
+        shown = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        seen.append((self.name, (x, y, z), stream, function, metadata, shown))
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Launches into :data:`seen`."""
+    with stubbed():
+        driver.active.launcher_cls = Launcher
+        seen.clear()
+        forget()
+        with use_plan("fused"):
+            yield
+
+
+def everything(backend, draw: Draw) -> None:
+    """Every kernel, and what BatchNorm does on C numbers."""
+    step(backend, draw)
+    norm = Norm(
+        draw.parameter(8),
+        draw.parameter(8),
+        draw.parameter(8),
+        draw.parameter(8, positive=True),
+        True,
+        0.1,
+        1e-5,
+        "relu",
+    )
+    stats, sums, x = backend.new_reduction(8, draw.map(2, 8, 3, 3)), draw.room(2, 8), draw.map(2, 8, 3, 3)
+    backend.statistics(x, stats)
+    _, mean_invstd = backend.bn_coefficients(norm, stats, 18)
+    scale_shift, _ = backend.bn_frozen(norm, torch.float32)
+    backend.bn_backward(norm, sums, 18, mean_invstd, draw.room(3, 8))
+    lazy = LazyMap(x, scale_shift, "none", mean_invstd)
+    backend.highway_forward(lazy, lazy, x)
+    backend.highway_backward(x, lazy, lazy, x, sums=sums, gate_sums=draw.room(2, 8))
+
+
+def direct_is_public() -> dict[str, object]:
+    """Of every launch, made twice with the same tensors: by Triton's public call, and then directly."""
+    original = Prepared.__call__
+
+    def twice(self: Prepared, *tensors, late=()) -> None:
+        original(self, *tensors, late=late)
+        original(self, *tensors, late=late)
+
+    with noted():
+        Prepared.__call__ = twice  # type: ignore[method-assign]
+        try:
+            for dtype in (torch.bfloat16, torch.float32):
+                everything(BACKEND, Draw(dtype))
+        finally:
+            Prepared.__call__ = original  # type: ignore[method-assign]
+        different = [first[0] for first, second in zip(seen[::2], seen[1::2], strict=True) if first != second]
+        return {"launches": len(seen), "kernels": sorted({one[0] for one in seen}), "different": different}
+
+
+def map_of(channels: int = 8, offset: int = 0) -> torch.Tensor:
+    """A map whose address 16 divides, or not."""
+    memory = torch.zeros(4 * channels * 9 + 64, dtype=torch.bfloat16)
+    start = -(memory.data_ptr() // 2) % 8 + offset
+    return memory[start : start + 2 * channels * 9].view(2, 3, 3, channels).permute(0, 3, 1, 2)
+
+
+def counted(function: Callable[[], object]) -> int:
+    """How often Triton's public call is made meanwhile."""
+    calls = 0
+    original = triton.JITFunction.run
+
+    def run(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return original(self, *args, **kwargs)
+
+    triton.JITFunction.run = run
+    try:
+        function()
+    finally:
+        triton.JITFunction.run = original
+    return calls
+
+
+def statistics(x: torch.Tensor) -> None:
+    """One launch into a reduction."""
+    BACKEND.statistics(x, BACKEND.new_reduction(8, x))
+
+
+def specialisations() -> list[int]:
+    """Public calls of the first and second launch with an aligned map, then with one that is not: of another specialisation."""
+    with noted():
+        return [counted(lambda x=x: statistics(x)) for x in (map_of(), map_of(), map_of(offset=1), map_of(offset=3))]
+
+
+def watched() -> list[int]:
+    """Public calls of later launches: by nobody watched, by a profiler's hook, in debug mode, of an unknown version of Triton."""
+    runtime, found = triton.knobs.runtime, []
+    with noted():
+        statistics(map_of())
+        found.append(counted(lambda: statistics(map_of())))
+        hook = lambda *_: None  # noqa: E731
+        runtime.launch_enter_hook.add(hook)
+        found.append(counted(lambda: statistics(map_of())))
+        runtime.launch_enter_hook.remove(hook)
+        runtime.debug = True
+        found.append(counted(lambda: statistics(map_of())))
+        runtime.debug = False
+        launch.direct = False
+        found.append(counted(lambda: statistics(map_of())))
+        launch.direct = True
+        found.append(counted(lambda: statistics(map_of())))
+    return found
+
+
+def refusals() -> list[str]:
+    """What is said of tensors on two devices, and of arguments in another order than the kernel's."""
+    x, found = form_of(map_of()), []
+    arguments = {name: None for name in ("scale shift", "residual", "residual_scale residual_shift")}
+    for operands in (
+        {"raw": x, **arguments, "out": x._replace(device=torch.device("meta")), "partials": None},
+        {"out": x, "raw": x, **arguments, "partials": None},
+    ):
+        try:
+            numbers = dict.fromkeys(elementwise.add_act_forward_kernel.arg_names[8:], 8)
+            Prepared(
+                elementwise.add_act_forward_kernel, (1,), launch.arch_of(x.device), operands, num_warps=4, **numbers
+            )
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+SCENES = (direct_is_public, specialisations, watched, refusals)
+
+if __name__ == "__main__":
+    print(json.dumps({scene.__name__: scene() for scene in SCENES}))

@@ -1,0 +1,60 @@
+"""Launches of compiled kernels without Triton's public call: the same arguments, specialised as Triton would, and by the public call where
+somebody looks on. Without a GPU, over a stub of the CUDA driver (launching.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("torchvision")
+pytest.importorskip("rich")
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or shutil.which(os.environ.get("CC", "cc")) is None,
+    reason="the stub of the driver is a library for Linux, made by a C compiler",
+)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """What the scenes of launching.py say."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "backends" / "launching.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_kernel_is_launched_with_the_arguments_of_the_public_call(found):
+    result = found["direct_is_public"]
+    assert result["launches"] > 60 and result["different"] == []
+    assert result["kernels"] == [
+        "add_act_backward_kernel", "add_act_forward_kernel", "coefficients_kernel", "conv_dgrad_kernel", "conv_forward_kernel",
+        "conv_wgrad_kernel", "gradient_kernel", "highway_backward_kernel", "highway_forward_kernel", "merge_kernel",
+        "pool_backward_kernel", "pool_forward_kernel",
+    ]  # fmt: skip
+
+
+def test_addresses_are_specialised_as_triton_does(found):
+    """Once for addresses that 16 divides, and once for those that it does not; what has been compiled is not looked up again."""
+    assert found["specialisations"] == [1, 0, 1, 0]
+
+
+def test_who_looks_on_sees_public_calls(found):
+    """A hook, debug mode and an unknown version of Triton each get Triton's own launch, and afterwards nobody does."""
+    assert found["watched"] == [0, 1, 1, 1, 0]
+
+
+def test_arguments_are_checked_when_a_launch_is_prepared(found):
+    devices, order = found["refusals"]
+    assert devices == "the tensors of a launch are on one device, found cpu, meta"
+    assert order.startswith("the arguments of add_act_forward_kernel are ['raw', ") and "found ['out', " in order
