@@ -10,8 +10,8 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from contract import Config, conforms, moments, sums_of  # noqa: E402
-from interpreter import corrected, rounded, widened  # noqa: E402
-from support import Draw  # noqa: E402
+from interpreter import corrected, rounded, watched, widened  # noqa: E402
+from support import Draw, dtype_name  # noqa: E402
 
 from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
 from fusedres.kernels.launch import INTERPRETED  # noqa: E402
@@ -95,6 +95,59 @@ def test_rounding_is_torchs():
     torch.testing.assert_close(found, values.to(torch.bfloat16).float(), rtol=0, atol=0, equal_nan=True)
 
 
+# ---- the watch -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def shift_kernel(x, out, N, BY: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = x[i + BY], a block per program."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i + BY, mask=i < N, other=0.0), mask=i < N)
+
+
+@triton.jit
+def overlap_kernel(x, out, BLOCK: tl.constexpr):
+    """Every program writes the first block of out."""
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i))
+
+
+@triton.jit
+def twice_kernel(x, out, BLOCK: tl.constexpr):
+    """Two lanes write each element of out."""
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i // 2, tl.load(x + i))
+
+
+def cases() -> dict[str, tuple]:
+    """What is wrong, the launch that does it, and what is said of it."""
+    x, out, buffer = draws(16), draws(16), draws(32)
+    return {
+        "reads behind": (lambda: shift_kernel[(2,)](x, out, 16, 4, 8), "reads 4 elements in nobody's memory"),
+        "reads beside a slice": (lambda: shift_kernel[(2,)](buffer[:16], out, 16, 4, 8), "reads 4 elements beside a tensor"),
+        "writes beside a slice": (lambda: shift_kernel[(2,)](x, buffer[:12], 16, 0, 8), "writes 4 elements beside a tensor"),
+        "two programs write": (lambda: overlap_kernel[(2,)](x, out, 8), "two programs of overlap_kernel write"),
+        "one store writes twice": (lambda: twice_kernel[(1,)](x, out, 16), "writes an element twice"),
+        "reads what another writes": (lambda: shift_kernel[(2,)](buffer, buffer[:16], 16, 4, 8), "reads what another one writes"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", cases())
+def test_the_watch_sees(case):
+    launch, said = cases()[case]
+    with corrected(), watched(), pytest.raises(Exception, match=said):
+        launch()
+
+
+def test_the_watch_allows_a_program_its_own_elements():
+    """In place, and next to a slice that another one owns."""
+    buffer = draws(32)
+    with corrected(), watched() as watch:
+        shift_kernel[(2,)](buffer[:16], buffer[:16], 16, 0, 8)
+        shift_kernel[(2,)](buffer[:16], buffer[16:], 16, 0, 8)
+    assert watch.launches == 2
+
+
 # ---- what they prove -------------------------------------------------------------------------------------------------
 
 CHAIN = ((2, 8, 9, 7), (2, 16, 5, 4), (16, 8, 3, 3), Geometry((2, 2), (1, 1), (1, 1), 1))
@@ -133,16 +186,18 @@ def test_every_primitive_in_bfloat16(plan):
 
 
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=dtype_name)
 def test_no_result_depends_on_the_order_of_programs(dtype):
-    """The same bits, with the last program first."""
+    """The same bits with the last program first, and in a shuffled order."""
+    found = []
     with use_plan("fused"):
-        with corrected():
-            forwards = step(BACKEND, config(dtype).draw())
-        with corrected(reverse=True):
-            backwards = step(BACKEND, config(dtype).draw())
-    for name, value in forwards.items():
-        assert torch.equal(value, backwards[name]), name
+        for order in ("forward", "reverse", "shuffle"):
+            with corrected(order=order), watched() as watch:
+                found.append(step(BACKEND, config(dtype).draw()))
+            assert watch.launches > 12
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert torch.equal(value, other[name]), name
 
 
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
