@@ -11,7 +11,7 @@ VENV := build/system
 BIN := $(patsubst %/,%,$(dir $(shell command -v $(PYTHON))))
 endif
 
-.PHONY: demo test lint bench gpu sanitize clean
+.PHONY: demo test lint bench gpu sanitize wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo
@@ -25,6 +25,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name "*.h" -o -name "*.cpp")
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
 # the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own; not the one that limits a process's
 # memory, which the sanitizer's own map does not fit into
@@ -35,6 +37,13 @@ sanitize: $(VENV)/installed
 	PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -n 2 -k "not memory" --backend cpp tests/backends/test_cpp.py tests/backends/test_cpp_extension.py \
 		tests/backends/test_contract.py tests/backends/test_contract_edges.py
+
+# one wheel for Python 3.10 and torch 2.11 and everything newer, in dist/; its tag says from which glibc on
+wheel: $(VENV)/installed
+	rm -rf build/wheel build/lib.*
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/*.whl
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.models --json results/models.json \
@@ -62,4 +71,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo trial *.egg-info fusedres/*.so .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) build demo dist trial *.egg-info fusedres/*.so .benchmarks .hypothesis .pytest_cache .ruff_cache
