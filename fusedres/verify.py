@@ -30,6 +30,10 @@ _SIZES = (5, 8, 16)
 #: the largest relative difference in float64: some ten thousand times what rounding makes of such small maps
 _TOLERANCE = 1e-8
 
+#: below this part of the largest gradient one counts as that large: where it vanishes (a bias in front of a BatchNorm) it is all rounding,
+#: of terms that are as large as others and cancel
+_FLOOR = 1e-4
+
 #: gradients, outputs and buffers by name
 Results = dict[str, Tensor]
 
@@ -141,7 +145,7 @@ def _worst(found: Results, wanted: Results) -> str | None:
     for name, truth in wanted.items():
         if name not in found or found[name].shape != truth.shape or found[name].dtype != truth.dtype:
             return f"{name} has another shape"
-        least = 1e-6 * scale if name.startswith("the gradient") else 0.0  # a gradient that vanishes is all rounding
+        least = _FLOOR * scale if name.startswith("the gradient") else 0.0
         difference = (found[name].double() - truth.double()).norm().item() / (
             max(truth.double().norm().item(), least) or 1.0
         )

@@ -322,7 +322,9 @@ class _Backward:
         _, grads["conv1_weight"] = backend.conv_backward(
             below, seen, tensors.conv1_weight, layer.conv1.geometry, target, need.conv1_weight
         )
-        norm_backward(backend, layer.norm1, sums, self.rows, kept.mean_invstd1, self.coeff[:, :start], accumulate=True)
+        norm_backward(
+            backend, layer.norm1, tensors.norm1_weight, sums, self.rows, kept.mean_invstd1, self.coeff[:, :start], True
+        )
         grads["norm1_weight"], grads["norm1_bias"] = norm_grads(
             backend, layer.norm1, sums, need.norm1_weight, need.norm1_bias
         )
@@ -353,7 +355,7 @@ class _Backward:
             own, mid, tensors.conv2_weight, conv2.geometry, GradTarget(sums=sums), need.conv2_weight
         )
         assert dz is not None
-        norm_backward(backend, norm2, sums, self.rows, kept.mean_invstd2, coeff)
+        norm_backward(backend, norm2, tensors.norm2_weight, sums, self.rows, kept.mean_invstd2, coeff)
         grads["norm2_weight"], grads["norm2_bias"] = norm_grads(
             backend, norm2, sums, need.norm2_weight, need.norm2_bias
         )

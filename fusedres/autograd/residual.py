@@ -44,6 +44,11 @@ class Subsample:
     front: int
     back: int
 
+    @property
+    def pads(self) -> bool:
+        """Whether there are channels of zeros."""
+        return self.front > 0 or self.back > 0
+
     def out_shape(self, shape: Shape) -> Shape:
         """The shape of the output for an input of ``shape``."""
         spatial = ((size - 1) // s + 1 for size, s in zip(shape[2:], self.stride, strict=True))

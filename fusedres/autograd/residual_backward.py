@@ -156,7 +156,7 @@ class ResidualBackward:
         assert norm is not None and mean_invstd is not None
         sums, rows = self.sums[i], row_count(self.raw(i))
         coeff = self.coeffs[i] = channel_empty(3, mean_invstd.shape[1], self.like)
-        norm_backward(self.backend, norm, sums, rows, mean_invstd, coeff)
+        norm_backward(self.backend, norm, self.tensors[i].norm_weight, sums, rows, mean_invstd, coeff)
         self.norm_grads(i)
         if norm.group is None and self.need[i].bias:
             bias = self.tensors[i].bias
@@ -324,5 +324,5 @@ class ResidualBackward:
         if not self.need_x or not norm.training:
             return g if self.need_x else None
         coeff = identity_coeff(x.shape[1], x)
-        norm_backward(self.backend, norm, sums, row_count(x), mean_invstd, coeff, accumulate=True)
+        norm_backward(self.backend, norm, self.tensors[0].norm_weight, sums, row_count(x), mean_invstd, coeff, True)
         return self.backend.apply_grad_coeff(LazyGrad(g, x, coeff), out=g)

@@ -4,6 +4,7 @@ where its backward is differentiated."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,6 +64,7 @@ def conv_norm(backend: Backend, unit: Unit, x: LazyMap) -> LazyMap:
 def norm_backward(
     backend: Backend,
     norm: Norm,
+    weight: Tensor | None,
     sums: Reduction,
     rows: int,
     mean_invstd: Tensor,
@@ -70,7 +72,10 @@ def norm_backward(
     accumulate: bool = False,
 ) -> None:
     """Write ``coeff`` from this process's ``sums`` over ``rows`` as the primitive ``bn_backward`` does, over the maps of all processes of
-    ``norm.group``; ``sums`` stay this process's, as the gradients of weight and bias have to be."""
+    ``norm.group``; ``sums`` stay this process's, as the gradients of weight and bias have to be. ``weight``: that of ``norm`` as autograd
+    has saved it, which hooks (checkpointing's) may have replaced."""
+    if weight is not norm.weight:
+        norm = replace(norm, weight=weight)
     if norm.group is not None:
         # means instead of sums, over one row: the number of all rows is known on the device alone
         assert isinstance(sums, Tensor)

@@ -115,7 +115,7 @@ class TransitionFunction(torch.autograd.Function):
             return None, None, None, *replay(lambda x, *t: spec.reference(x, None, *t), inputs, grad)
         need_x, need_norm_weight, need_norm_bias, need_weight, need_bias = ctx.needs_input_grad[3:]
         below = need_x or need_norm_weight or need_norm_bias
-        _, _, weight, bias = tensors
+        norm_weight, _, weight, bias = tensors
         lazy = LazyMap(x, scale_shift, spec.norm.act, mean_invstd)
         pooled_grad: Tensor | None = as_map(grad)
         dweight = dbias = dx = None
@@ -135,7 +135,7 @@ class TransitionFunction(torch.autograd.Function):
         if below:
             sums, coeff = new_reduction(backend, spec.norm, x.shape[1], x), channel_empty(3, x.shape[1], x)
             backend.pool_backward(pooled_grad, None, lazy, spec.pool, sums=sums)
-            norm_backward(backend, spec.norm, sums, row_count(x), mean_invstd, coeff)
+            norm_backward(backend, spec.norm, norm_weight, sums, row_count(x), mean_invstd, coeff)
             dnorm = norm_grads(backend, spec.norm, sums, need_norm_weight, need_norm_bias)
             if need_x:
                 dx = backend.pool_backward(pooled_grad, None, lazy, spec.pool, coeff=coeff)

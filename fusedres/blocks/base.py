@@ -23,7 +23,7 @@ from ..errors import Unsupported
 from ..recognition import BlockGraph, Flow, Part, global_hooks
 from ..specs import BlockSpec
 from ..swap import FusedBlock, original_class, state_of
-from .handover import Handover, enter, suggests_channels_last
+from .handover import Handover, Order, arrive, contiguous, in_order, suggests_channels_last
 from .reading import recall
 from .state import BlockState, CallRecord, Outcome
 
@@ -194,13 +194,15 @@ def choose_backend(spec: BlockSpec, x: Tensor) -> Backend:
     return backend
 
 
-#: whether eager's output of a description would not be channels_last, by whether its input and what its shortcut reads are not
-StaysNchw = Callable[[BlockSpec, bool, bool], bool]
+#: how eager's output of a description would lie in memory, by how its input and what its shortcut reads would
+Behind = Callable[[BlockSpec, Order, Order], Order]
 
 
-def behind_convolutions(spec: BlockSpec, x: bool, source: bool) -> bool:
-    """What convolutions make of the memory format of their input: channels_last where a weight is."""
-    return x and not any(suggests_channels_last(t) for t in spec.tensors if t is not None and t.dim() > 2)
+def behind_convolutions(spec: BlockSpec, x: Order, source: Order) -> Order:
+    """What convolutions make of the memory format of their input: channels_last stays, or is where a weight is; else contiguous."""
+    if x is None or any(suggests_channels_last(t) for t in spec.tensors if t is not None and t.dim() > 2):
+        return None
+    return contiguous(len(x))
 
 
 class Ran(NamedTuple):
@@ -228,10 +230,10 @@ def run_part(
     given: Handover,
     source: Handover | None = None,
     place: Tensor | None = None,
-    stays_nchw: StaysNchw = behind_convolutions,
+    behind: Behind = behind_convolutions,
 ) -> Ran:
     """The output of ``part``: fused, or by ``original(x, source)`` where it cannot be. ``place``: where it is written, if it can be.
-    ``stays_nchw``: asked where a map in eager would not be channels_last."""
+    ``behind``: asked for the output's memory format where a map in eager would not be channels_last."""
     x = given.x
     try:
         backend, spec, counters, prepared, autocast = prepare(
@@ -240,16 +242,8 @@ def run_part(
     except Unsupported as reason:
         maps = (given.leave(),) if source is None else (given.leave(), source.leave())
         return Ran(Handover(original(*maps)), Outcome(reason=str(reason)), None)
-    as_eager = suggests_channels_last(prepared)
-    owes = beside_owes = given.owes_nchw or not as_eager
-    if not as_eager:
-        prepared = enter(prepared)
-    beside = None
-    if source is not None:
-        beside, as_eager = source.x, suggests_channels_last(source.x)
-        beside_owes = source.owes_nchw or not as_eager
-        if not as_eager:
-            beside = enter(beside)
+    prepared, given_order = arrive(given, prepared)
+    beside, beside_order = (None, given_order) if source is None else arrive(source, source.x)
     maps = (prepared,) if beside is None else (prepared, beside)
     if counters:
         torch._foreach_add_([*counters], [*counters.values()])
@@ -259,7 +253,12 @@ def run_part(
         place = None
     with torch.autocast(prepared.device.type, enabled=False) if autocast else contextlib.nullcontext():
         y, stats = spec.run(backend, prepared, beside, stats=given.stats, out=place)
-    owes = (owes or beside_owes) and y is not place and stays_nchw(spec, owes, beside_owes)
+    order = None
+    if y is not place and (given_order is not None or beside_order is not None):
+        order = behind(spec, given_order, beside_order)
+    owes = order is not None
+    if order is not None and order != contiguous(len(order)):
+        y, owes = in_order(y, order), False
     record = CallRecord(
         block.training,
         torch.is_grad_enabled(),

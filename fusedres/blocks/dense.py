@@ -26,7 +26,7 @@ from ..recognition import (
 from ..specs import BlockSpec
 from ..swap import is_converted, original_class
 from .base import Kind, Original, Ran, note, run_part
-from .handover import Handover
+from .handover import Handover, Order, contiguous
 from .residual import SinglePart
 from .sequential import in_a_row, pass_on
 from .state import BlockState
@@ -36,9 +36,9 @@ def _is_row(block: nn.Module) -> bool:
     return original_class(block).forward is nn.Sequential.forward
 
 
-def _behind_concatenation(spec: BlockSpec, x: bool, source: bool) -> bool:
-    """What a concatenation makes of the memory format of its first map: maps of several formats give one that is not channels_last."""
-    return x
+def _behind_concatenation(spec: BlockSpec, x: Order, source: Order) -> Order:
+    """What a concatenation makes of the memory format of its first map: maps of several formats give one that is contiguous."""
+    return None if x is None else contiguous(len(x))
 
 
 class DenseKind(Kind):
@@ -99,7 +99,7 @@ class DenseKind(Kind):
             original = functools.partial(in_a_row, children=children[first:])
         if not isinstance(found, Part):
             return self._in_pieces(block, state, found, given)
-        ran = run_part(self, block, state, found, original, given, stays_nchw=_behind_concatenation)
+        ran = run_part(self, block, state, found, original, given, behind=_behind_concatenation)
         note(state, [ran])
         # the buffer is what backward reads again
         return ran.y._replace(keeper=state) if ran.outcome.fused and ran.y.x.requires_grad else ran.y

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import Unsupported
 from ..recognition import Flow, Form, Fused, Part, Plain, Program, Slot, follow, form_of, program, read_flows
 from .base import Kind, Original, Ran, note, note_unfused, run_part
-from .handover import Handover, enter, suggests_channels_last
+from .handover import Handover, contiguous, enter, order_of, suggests_channels_last
 from .residual import behind_sum
 from .state import BlockState
 
@@ -155,18 +155,18 @@ class _Call:
         source = None if action.source is None else self._map(action.source)
         piece = action.piece
         ran = run_part(
-            self.kind, self.block, self.state, piece.part, piece.original, x, source, stays_nchw=behind_sum(piece)
+            self.kind, self.block, self.state, piece.part, piece.original, x, source, behind=behind_sum(piece)
         )
         self.results.append(ran)
         return self.results[-1].y
 
     def _map(self, slot: int) -> Handover:
-        """A map for a piece: in channels_last, once for all pieces that read it."""
+        """A map for a piece: in channels_last, once for all pieces that read it, where eager's would be that or contiguous."""
         value: Handover = self.values[slot]
         if slot not in self.often or not isinstance(value.x, Tensor) or value.x.dim() != 4:
             return value
         if slot not in self.entered:
-            if suggests_channels_last(value.x):
+            if order_of(value.x) != contiguous(value.x.dim()):
                 return value
             self.entered[slot] = value._replace(x=enter(value.x), owes_nchw=True)
         return self.entered[slot]

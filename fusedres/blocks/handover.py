@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _MODULE_CALL = nn.Module.__call__
 
+#: how a map lies in memory: its dimensions from the outermost to the innermost; None where torch takes it for channels_last
+Order = tuple[int, ...] | None
+
 
 class Handover(NamedTuple):
     """``x``: the map. ``stats``: its ``[2, C]`` statistics, where its writer has reduced them. ``keeper``: the state of the block that
@@ -74,6 +77,38 @@ def suggests_channels_last(x: Tensor) -> bool:
             return False
         least = strides[d] * max(shape[d], 1)
     return True
+
+
+def contiguous(dims: int) -> Order:
+    """The order of a contiguous map of so many dimensions."""
+    return tuple(range(dims))
+
+
+def order_of(x: Tensor) -> Order:
+    """How the result of arithmetic on ``x``, a map from outside, would lie in memory: as ``x`` does, without gaps."""
+    if suggests_channels_last(x):
+        return None
+    if x.is_contiguous():
+        return contiguous(x.dim())
+    strides = torch.empty_like(x, device="meta").stride()
+    return tuple(sorted(range(x.dim()), key=lambda dim: (-strides[dim], dim)))
+
+
+def in_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """A copy of ``x`` that lies so in memory."""
+    strides, step = [0] * x.dim(), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(x.shape[dim], 1)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def arrive(given: Handover, x: Tensor) -> tuple[Tensor, Order]:
+    """``x``, the map of ``given`` or a cast of it, in channels_last, and how eager's lies in memory."""
+    order = order_of(x)
+    if order is not None:
+        x = enter(x)
+    return x, contiguous(x.dim()) if given.owes_nchw else order
 
 
 def is_direct(module: nn.Module) -> bool:

@@ -10,8 +10,8 @@ from ..autograd.residual import Residual
 from ..errors import Unsupported
 from ..recognition import BlockGraph, Layout, Part, Piece, child_of, highway_part, layout, norm_types, read
 from ..specs import BlockSpec
-from .base import Kind, Original, Ran, StaysNchw, behind_convolutions, note, run_part
-from .handover import Handover, suggests_channels_last
+from .base import Behind, Kind, Original, Ran, behind_convolutions, note, run_part
+from .handover import Handover, Order, contiguous, suggests_channels_last
 from .state import BlockState
 
 
@@ -29,19 +29,26 @@ class SinglePart(Kind):
         return ran.y
 
 
-def behind_sum(piece: Piece) -> StaysNchw:
+def behind_sum(piece: Piece) -> Behind:
     """What convolutions, and a sum behind them, make of the memory format: a sum has that of its first operand."""
     if piece.shortcut is None:
         return behind_convolutions
     shortcut_left = piece.shortcut_left
 
-    def stays_nchw(spec: BlockSpec, x: bool, source: bool) -> bool:
+    def behind(spec: BlockSpec, x: Order, source: Order) -> Order:
         residual = cast(Residual, spec)
-        unit = None if residual.shortcut is None else residual.shortcut.unit
-        units = residual.units if not shortcut_left else () if unit is None else (unit,)
-        return (source if shortcut_left else x) and not any(suggests_channels_last(u.conv.weight) for u in units)
+        if shortcut_left:
+            shortcut = residual.shortcut
+            assert shortcut is not None
+            first, units = source, () if shortcut.unit is None else (shortcut.unit,)
+            keeps = shortcut.pool is None and (shortcut.subsample is None or not shortcut.subsample.pads)
+        else:
+            first, units, keeps = x, residual.units, residual.first is None
+        if first is None or any(suggests_channels_last(unit.conv.weight) for unit in units):
+            return None
+        return first if keeps and not units else contiguous(len(first))
 
-    return stays_nchw
+    return behind
 
 
 class ResidualKind(Kind):

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import harmless
 from .modules import class_of
-from .trace import MISSING, Node, Reads, Refused, Traced, as_nodes, is_plain, is_readable
+from .trace import MISSING, Held, Node, Reads, Refused, Traced, as_nodes, is_plain, is_readable
 
 
 @dataclass
@@ -83,12 +83,14 @@ class Lookup:
         self.nodes: list[Node] = []
         self.paths = {id(module): path for path, module in root.named_modules()}
         self.depth = 0
+        self._tensors: dict[int, dict[Held, Tensor]] = {}
 
     def record(
         self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], in_place: bool = False
     ) -> Traced:
         """A new node; returns what stands for its result."""
-        node = Node(op, target, as_nodes(args), {k: as_nodes(v) for k, v in kwargs.items()}, self.depth > 0, in_place)
+        given, by_name = self._noted(args), {k: self._noted(v) for k, v in kwargs.items()}
+        node = Node(op, target, given, by_name, self.depth > 0, in_place)
         self.nodes.append(node)
         if in_place:
             if not args or not isinstance(args[0], Traced):
@@ -96,6 +98,18 @@ class Lookup:
             args[0].node = node
             return args[0]
         return Traced(node)
+
+    def _noted(self, value: Any) -> Any:
+        """``value`` as a node keeps it: nodes in the places of maps, and :class:`~.trace.Held` in those of tensors that a module holds,
+        which may be another at the next call. Raises Refused."""
+        if isinstance(value, Tensor) and id(value) in self._tensors:
+            known = self._tensors[id(value)]
+            if len(known) > 1:
+                raise Refused("its forward reads one tensor by several names")
+            return next(iter(known))
+        if isinstance(value, slice):
+            return slice(*map(self._noted, (value.start, value.stop, value.step)))
+        return type(value)(map(self._noted, value)) if type(value) in (tuple, list) else as_nodes(value)
 
     def path_of(self, module: nn.Module) -> str:
         """Where ``module`` stands; raises Refused where that is not inside the root."""
@@ -179,6 +193,8 @@ class Lookup:
                 raise Refused(f"its forward reads the property {name} of {cls.__name__}")
             return self.call(Bound(on_class.fget, module), (), {})
         held = self.reads.own(path, module, name)
+        if isinstance(held, Tensor):
+            self._tensors.setdefault(id(held), {})[Held(path, name)] = held
         if name in module.__dict__ or on_class is MISSING:
             return held if held is MISSING else self._readable(held, f"its forward reads {name} of {cls.__name__}")
         return self._on_class(module, name, on_class)

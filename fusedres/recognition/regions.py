@@ -26,7 +26,7 @@ from .layout import pieces_of
 from .modules import child_of, class_of
 from .ops import Op, act_of, of_step
 from .pieces import Piece, check_gain
-from .trace import Node
+from .trace import Held, Node, own
 
 # ---- what is run -------------------------------------------------------------------------------------------------------
 
@@ -366,9 +366,11 @@ class _Regions:
         return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
 
     def slots(self, value: Any) -> Any:
-        """``value`` with slots in the places of nodes."""
+        """``value`` with slots in the places of nodes, and the tensors that modules hold now."""
         if isinstance(value, Node):
             return Slot(self.at[id(value)])
+        if isinstance(value, Held):
+            return own(self.block.get_submodule(value.path), value.name)
         if isinstance(value, slice):
             return slice(*map(self.slots, (value.start, value.stop, value.step)))
         return type(value)(map(self.slots, value)) if type(value) in (tuple, list) else value

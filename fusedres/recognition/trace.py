@@ -73,6 +73,14 @@ def _nodes(value: Any) -> list[Node]:
     return [node for item in value for node in _nodes(item)] if isinstance(value, tuple | list) else []
 
 
+@dataclass(frozen=True)
+class Held:
+    """Stands for the tensor that the module at ``path`` holds as ``name``, whichever that is when the call is made."""
+
+    path: str
+    name: str
+
+
 class Traced:
     """A map, or what was made of one, in the place of its value. One that is overwritten in place gets the node that did so, which all its
     names then see."""

@@ -248,6 +248,22 @@ def test_what_a_global_hook_would_see_is_not_run(monkeypatch):
     assert seen == []
 
 
+def test_a_gradient_that_vanishes_is_no_difference():
+    class Depthwise(nn.Module):
+        """A block with biases in front of BatchNorms, whose gradients are nothing but rounding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4)
+            self.conv2, self.bn2 = nn.Conv2d(4, 4, 1, groups=4), nn.BatchNorm2d(4)
+            self.side = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn2(self.conv2(self.bn1(self.conv1(x)))) + self.side(x)
+
+    assert isinstance(fusedres.convert(Depthwise()), FusedBlock)
+
+
 # ---- a whole model on its own input --------------------------------------------------------------------------------------
 
 
