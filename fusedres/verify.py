@@ -103,8 +103,8 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 class _Numbers:
-    """Normally distributed numbers, without end, which cost no more than to be copied: a prime number of them, over and over, so that hardly
-    two rows of a weight, or two weights, are the same."""
+    """Normally distributed numbers, without end, which cost no more than to be copied: a prime number of them, over and over, so that
+    hardly two rows of a weight, or two weights, are the same."""
 
     def __init__(self) -> None:
         self._drawn = torch.randn(8191, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

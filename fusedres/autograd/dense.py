@@ -363,7 +363,7 @@ class _Backward:
         if need.conv1_bias and norm2.group is not None:
             grads["conv1_bias"] = bias_grad(dz, tensors.conv1_bias, below.raw, coeff)
         elif need.conv1_bias:
-            grads["conv1_bias"] = bias_grad_behind_norm(sums, coeff, kept.mean_invstd2, self.rows, tensors.conv1_bias)
+            grads["conv1_bias"] = bias_grad_behind_norm(norm2, sums, coeff, tensors.conv1_bias)
         return below
 
     def input_grad(self) -> Tensor:

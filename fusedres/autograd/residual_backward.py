@@ -160,7 +160,7 @@ class ResidualBackward:
         self.norm_grads(i)
         if norm.group is None and self.need[i].bias:
             bias = self.tensors[i].bias
-            self.grads[i]["bias"] = bias_grad_behind_norm(sums, coeff, mean_invstd, rows, bias)
+            self.grads[i]["bias"] = bias_grad_behind_norm(norm, sums, coeff, bias)
 
     def norm_grads(self, i: int) -> None:
         """The gradients of the weight and bias of the BatchNorm behind map i."""

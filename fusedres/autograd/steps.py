@@ -102,13 +102,15 @@ def identity_coeff(channels: int, like: Tensor) -> Tensor:
     return coeff
 
 
-def bias_grad_behind_norm(sums: Reduction, coeff: Tensor, mean_invstd: Tensor, rows: int, bias: Tensor) -> Tensor:
-    """The gradient of a bias in front of a BatchNorm, from C numbers: ``sum(p * dz + q * raw + r)``.
+def bias_grad_behind_norm(norm: Norm, sums: Reduction, coeff: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias in front of ``norm``, from C numbers: ``sum(p * dz + q * raw + r)``.
 
-    In training it is zero up to rounding, because normalisation removes the bias. Not for a BatchNorm with a ``group``, whose mean is not
-    that of this process's rows: :func:`bias_grad` there.
+    In training it is zero, because normalisation removes the bias; computed, it would be the rounding of large terms that cancel. Not for a
+    BatchNorm with a ``group``, whose mean is not that of this process's rows: :func:`bias_grad` there.
     """
-    return (coeff[0] * sums[0] + rows * (coeff[1] * mean_invstd[0] + coeff[2])).to(bias.dtype)
+    found = coeff[0] * sums[0]
+    # times zero, so that what is not finite stays so
+    return (0 * found if norm.training else found).to(bias.dtype)
 
 
 def bias_grad(grad: Tensor, bias: Tensor, raw: Tensor | None = None, coeff: Tensor | None = None) -> Tensor:

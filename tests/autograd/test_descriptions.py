@@ -131,3 +131,18 @@ def test_second_derivatives_count_once_where_one_input_was_computed_from_the_oth
         (first,) = torch.autograd.grad(run(leaf.sin(), leaf).square().sum(), leaf, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
     close(*found, "second derivative")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["residual", "dense"])
+def test_the_gradient_of_a_bias_that_a_batch_norm_removes_is_zero_and_not_rounding(kind, backend):
+    torch.manual_seed(0)
+    removed = conv(8, 8, 3, bias=True)
+    spec: BlockSpec = Residual((Unit(removed, norm(8, "silu")),))
+    if kind == "dense":
+        spec = Dense((Layer(norm(8), removed, norm(8, "silu"), conv(8, 4, 3)),))
+    x = torch.randn(2, 8, 5, 5, dtype=DTYPE) + 1000
+    y, _ = spec.run(select.get(backend), x)
+    for value, expected in ((1.0, 0.0), (float("nan"), float("nan"))):
+        (found,) = torch.autograd.grad(y, removed.bias, torch.full_like(y, value), retain_graph=True)
+        torch.testing.assert_close(found, torch.full_like(found, expected), rtol=0, atol=0, equal_nan=True)

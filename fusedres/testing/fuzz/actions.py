@@ -13,9 +13,10 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -217,6 +218,12 @@ def _functional(model: nn.Module, where: int) -> nn.Module:
     return Functional(model)
 
 
+def _compile(model: nn.Module, where: int) -> nn.Module:
+    """Compiled without code generation, which computes as the model does: what a tracer makes of it, with its autograd or without."""
+    torch._dynamo.reset()
+    return cast(nn.Module, torch.compile(model, backend="aot_eager" if where % 2 else "eager"))
+
+
 def _block_of_batch_norms(model: nn.Module, where: int) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -245,6 +252,7 @@ BOTH: dict[str, Replace] = {
     "thread": _in_thread,
     "functional": _functional,
     "freeze_norms": _block_of_batch_norms,
+    "compile": _compile,
 }
 
 
