@@ -84,7 +84,8 @@ class _Kernel:
 
     def __init__(self, source: Any, options: Any) -> None:
         metadata = SimpleNamespace(
-            num_ctas=1, num_warps=options.num_warps, shared=0, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
+            num_ctas=1, num_warps=options.num_warps, shared=0, global_scratch_size=0, global_scratch_align=1,
+            profile_scratch_size=0,
             profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False, tensordesc_meta=None,
             instrumentation_mode="", cluster_dims=(1, 1, 1),
         )  # fmt: skip
@@ -280,7 +281,8 @@ def render(records: list[Record]) -> Table:
         table.add_column(head, justify="left" if head in ("model", "mode") else "right")
     for r in records:
         table.add_row(
-            r.model, r.mode, str(r.launches), str(r.operators), f"{r.milliseconds:.1f}", f"{r.microseconds_per_launch:.0f}",
+            r.model, r.mode, str(r.launches), str(r.operators), f"{r.milliseconds:.1f}",
+            f"{r.microseconds_per_launch:.0f}",
             str(r.eager_operators), f"{r.eager_milliseconds:.1f}", f"{r.ratio:.2f}", f"{GOALS[r.mode]:.1f}",
         )  # fmt: skip
     return table

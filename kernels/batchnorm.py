@@ -146,7 +146,8 @@ def _coefficients(
     return out, Prepared(
         coefficients_kernel, (cdiv(channels, merging.block_c),), arch,
         {
-            "mean m2": stats, "partials": partials, "weight": own.weight, "bias": own.bias, "running_mean": own.running_mean,
+            "mean m2": stats, "partials": partials, "weight": own.weight, "bias": own.bias,
+            "running_mean": own.running_mean,
             "running_var": own.running_var, "scale shift": out, "out_mean out_invstd": out,
         },
         late=("momentum",), tiles=merging.tiles, stride=merging.stride, tile_rows=tile_rows, rows=rows, C=channels,
@@ -204,7 +205,8 @@ def _gradient(
     return Prepared(
         gradient_kernel, (cdiv(channels, merging.block_c),), arch,
         {
-            "sums sums_xhat": sums, "partials": partials, "rounded": rounded, "weight": weight, "mean invstd": mean_invstd,
+            "sums sums_xhat": sums, "partials": partials, "rounded": rounded, "weight": weight,
+            "mean invstd": mean_invstd,
             "p q r": coeff,
         },
         tiles=merging.tiles, stride=merging.stride, C=channels, count=float(count), TRAINING=training,
@@ -230,7 +232,8 @@ def bn_backward(
     else:
         values = sums
     launch = _gradient(
-        form_of(values), form(partials), form(rounded), form(weight), form_of(mean_invstd), form_of(coeff), count, norm.training,
+        form_of(values), form(partials), form(rounded), form(weight), form_of(mean_invstd), form_of(coeff), count,
+        norm.training,
         accumulate, arch_of(coeff.device),
     )  # fmt: skip
     launch(values, partials, rounded, weight, mean_invstd, coeff)

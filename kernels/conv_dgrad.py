@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .activations import gradient
 from .device import normalize, vector
-from .launch import SIZES, Prepared, arch_of, prepare
+from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import (
     Form,
     align,
@@ -56,7 +56,7 @@ def conv_dgrad_kernel(
     grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch,
     N, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STEP_R: tl.constexpr,
     STEP_S: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (i, group, residue): one tile of dx. C and K are those of a group; a residue's taps are STEP_R, STEP_S
     apart."""
@@ -113,7 +113,7 @@ def conv_dgrad_kernel(
             g = tl.where(mask, z, 0.0).to(grad.dtype.element_ty)
         b_at = ((first_k + k) * (R * S) + tap_r * S + tap_s)[:, None] * C + c[None, :]
         b = tl.load(weight + b_at, mask=in_k[:, None] & in_c[None, :], other=0.0)
-        acc = tl.dot(g, b, acc, input_precision="ieee")
+        acc = tl.dot(g, b, acc, input_precision=PRECISION)
     c += tl.program_id(1) * C
     mask = valid[:, None] & in_c[None, :]
     if x is not None:
@@ -152,6 +152,7 @@ def _dgrad(
     geometry: Geometry,
     act: Activation,
     config: ConvConfig | None,
+    precision: str,
     arch: Arch,
 ) -> tuple[Prepared, Form | None, bool]:
     """The launch, the form of its partials (None: nothing is reduced), and whether it reads x. ValueError where x lacks what is asked for
@@ -181,7 +182,8 @@ def _dgrad(
         H=height, W=width, HO=grad.shape[2], WO=grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0],
         S=kernel[1], STEP_R=_tap_step(geometry, 0), STEP_S=_tap_step(geometry, 1), ACT=act, SCALED=scaled,
         ALIGN_C=align(channels, x_pitch, base_pitch, dx_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch),
-        WIDE=is_wide(grad, raw, x, base, dx), BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
+        WIDE=is_wide(grad, raw, x, base, dx), PRECISION=precision, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+        BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return launch, partials, operand is not None
@@ -211,11 +213,12 @@ def conv_dgrad(
     launch, partial, reads = _dgrad(
         form_of(grad.grad), form(raw), form(grad.coeff), form_of(weight), form_of(below), form(x.scale_shift),
         form(x.mean_invstd), form(base), form_of(dx), sums is not None, target.scaled, geometry, x.act, config,
-        arch_of(below.device),
+        product_precision(x.raw.dtype), arch_of(below.device),
     )  # fmt: skip
     partials = None if partial is None else partial.new()
     launch(
-        grad.grad, raw, grad.coeff, weight, below if reads else None, x.scale_shift, None if sums is None else x.mean_invstd,
+        grad.grad, raw, grad.coeff, weight, below if reads else None, x.scale_shift,
+        None if sums is None else x.mean_invstd,
         base, dx, partials,
     )  # fmt: skip
     if partials is not None and sums is not None:

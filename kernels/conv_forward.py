@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .activations import activate
 from .device import moments_of_rows, normalize, vector
-from .launch import SIZES, Prepared, arch_of, prepare
+from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import Form, align, aligned, form, form_of, is_wide, map_form, offsets, partials_form, pitch_or_zero
 from .operands import Activation, Epilogue, Geometry, LazyMap
 from .reduce import merge
@@ -34,6 +34,7 @@ def conv_forward_kernel(
     x_pitch, out_pitch, residual_pitch,
     rows, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
     OUT_ACT: tl.constexpr, EVEN_C: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (i, group): one tile of out; neighbours share their rows of x. C and K are those of one group."""
@@ -84,7 +85,7 @@ def conv_forward_kernel(
             a = z.to(x.dtype.element_ty)
         b_at = ((first_n + n) * (R * S) + tap)[None, :] * C + c[:, None]
         b = tl.load(weight + b_at, mask=in_c[:, None] & in_n[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     n += first_n
     if bias is not None:
         acc += vector(bias, n, in_n, 0.0)[None, :]
@@ -134,6 +135,7 @@ def _forward(
     act: Activation,
     out_act: Activation,
     config: ConvConfig | None,
+    precision: str,
     arch: Arch,
 ) -> _Forward:
     """``given``: the map that is written into, None for one of its own."""
@@ -158,10 +160,12 @@ def _forward(
             "out_scale out_shift": out_scale_shift, "residual": residual,
             "residual_scale residual_shift": residual_scale_shift,
         },
-        x_pitch=x_pitch, out_pitch=out_pitch, residual_pitch=residual_pitch, rows=rows, H=height, W=width, HO=out_height,
+        x_pitch=x_pitch, out_pitch=out_pitch, residual_pitch=residual_pitch, rows=rows, H=height, W=width,
+        HO=out_height,
         WO=out_width, C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=act, OUT_ACT=out_act,
         EVEN_C=channels % config.BLOCK_K == 0, ALIGN_C=align(channels, x_pitch),
-        ALIGN_K=align(outputs, out_pitch, residual_pitch), WIDE=is_wide(x, out, residual), BLOCK_M=config.BLOCK_M,
+        ALIGN_K=align(outputs, out_pitch, residual_pitch), WIDE=is_wide(x, out, residual), PRECISION=precision,
+        BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return _Forward(launch, out, partials, rows, config.BLOCK_M)
@@ -183,7 +187,7 @@ def conv_forward(
     run = _forward(
         form_of(raw), form(x.scale_shift), form_of(weight), form(bias), form(out), stats is not None,
         form(epilogue.scale_shift), form(added), form(added_scale_shift), geometry, x.act, epilogue.act, config,
-        arch_of(raw.device),
+        product_precision(x.raw.dtype), arch_of(raw.device),
     )  # fmt: skip
     if out is None:
         out = run.out.new()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .activations import activate
 from .device import normalize, vector
-from .launch import SIZES, Prepared, arch_of, prepare
+from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import Form, align, aligned, form, form_of, is_wide, offsets, partials_form, pitch_or_zero
 from .operands import Activation, Geometry, LazyGrad, LazyMap
 from .reduce import merge
@@ -28,7 +28,7 @@ PROGRAMS = 512  # about two waves of the largest GPUs; a constant, so that resul
 def conv_wgrad_kernel(
     grad, raw, p, q, r, x, scale, shift, out, grad_pitch, raw_pitch, x_pitch,
     rows, chunk, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
-    ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
+    ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split, group): one tile of dW at one tap, from ``chunk`` pixels. C and K are those of one group."""
@@ -79,7 +79,7 @@ def conv_wgrad_kernel(
             z = activate(normalize(a, scales, shifts), ACT)
             # the padding's zeros come after scale and shift
             a = tl.where(inside[:, None], z, 0.0).to(x.dtype.element_ty)
-        acc = tl.dot(tl.trans(a), g, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
     size = tl.num_programs(2).to(tl.int64) * K * C * (R * S)
     at = ((first_k + k) * (R * S) + tap)[None, :] * C + c[:, None]
     tl.store(out + tl.program_id(1) * size + at, acc.to(out.dtype.element_ty), mask=in_c[:, None] & in_k[None, :])
@@ -97,6 +97,7 @@ def _wgrad(
     geometry: Geometry,
     act: Activation,
     config: ConvConfig | None,
+    precision: str,
     arch: Arch,
 ) -> tuple[Prepared, Form | None]:
     """``flat``: the result as ``[1, values]``, which is of the shape ``weight``. The launch, and the form of its partials: None where
@@ -122,6 +123,7 @@ def _wgrad(
         grad_pitch=grad_pitch, raw_pitch=raw_pitch, x_pitch=x_pitch, rows=rows, chunk=chunk, H=x.shape[2], W=x.shape[3],
         HO=grad.shape[2], WO=grad.shape[3], C=channels, K=outputs, GEOMETRY=geometry, R=kernel[0], S=kernel[1], ACT=act,
         ALIGN_C=align(channels, x_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch), WIDE=is_wide(grad, raw, x),
+        PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
@@ -137,8 +139,9 @@ def conv_wgrad(
     dw = torch.empty_like(weight, memory_format=torch.channels_last)
     flat = dw.permute(0, 2, 3, 1).view(1, -1)
     launch, partial = _wgrad(
-        form_of(grad.grad), form(raw), form(grad.coeff), form_of(below), form(x.scale_shift), form_of(flat), weight.shape,
-        geometry, x.act, config, arch_of(below.device),
+        form_of(grad.grad), form(raw), form(grad.coeff), form_of(below), form(x.scale_shift), form_of(flat),
+        weight.shape,
+        geometry, x.act, config, product_precision(x.raw.dtype), arch_of(below.device),
     )  # fmt: skip
     partials = flat if partial is None else partial.new()
     launch(grad.grad, raw, grad.coeff, below, x.scale_shift, partials)

@@ -208,12 +208,15 @@ def _backward(
         {
             "grad": grad, "raw": raw, "scale shift": scale_shift, "mean invstd": mean_invstd_form(mean_invstd, reduces),
             "residual": residual, "residual_scale residual_shift": residual_scale_shift,
-            "residual_mean residual_invstd": mean_invstd_form(residual_mean_invstd, reduces_residual), "base": base, "out": out,
+            "residual_mean residual_invstd": mean_invstd_form(residual_mean_invstd, reduces_residual), "base": base,
+            "out": out,
             "partials": partials,
         },
-        grad_pitch=pitches[0], raw_pitch=pitches[1], residual_pitch=pitches[2], base_pitch=pitches[3], out_pitch=pitches[4],
+        grad_pitch=pitches[0], raw_pitch=pitches[1], residual_pitch=pitches[2], base_pitch=pitches[3],
+        out_pitch=pitches[4],
         rows=grid.rows, C=grid.channels, chunk=grid.chunk, ACT=act, SCALED=scaled, ALIGN=align(grid.channels, *pitches),
-        WIDE=is_wide(grad, raw, residual, base, out), BLOCK_M=grid.BLOCK_M, BLOCK_C=grid.BLOCK_C, num_warps=grid.num_warps,
+        WIDE=is_wide(grad, raw, residual, base, out), BLOCK_M=grid.BLOCK_M, BLOCK_C=grid.BLOCK_C,
+        num_warps=grid.num_warps,
     )  # fmt: skip
     return _Pass(launch, partials)
 

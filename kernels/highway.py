@@ -112,7 +112,8 @@ def _forward(
     return Prepared(
         highway_forward_kernel, grid.grid, arch,
         {
-            "raw": raw, "scale shift": scale_shift, "gate": gate, "gate_scale gate_shift": gate_scale_shift, "carry": carry,
+            "raw": raw, "scale shift": scale_shift, "gate": gate, "gate_scale gate_shift": gate_scale_shift,
+            "carry": carry,
             "out": out,
         },
         raw_pitch=pitches[0], gate_pitch=pitches[1], carry_pitch=pitches[2], out_pitch=pitches[3], rows=grid.rows,
@@ -126,7 +127,8 @@ def highway_forward(x: LazyMap, gate: LazyMap, carry: Tensor, *, out: Tensor | N
     raw = x.raw
     out = empty_map(raw) if out is None else out
     launch = _forward(
-        form_of(raw), form(x.scale_shift), form_of(gate.raw), form(gate.scale_shift), form_of(carry), form_of(out), x.act,
+        form_of(raw), form(x.scale_shift), form_of(gate.raw), form(gate.scale_shift), form_of(carry), form_of(out),
+        x.act,
         arch_of(raw.device),
     )  # fmt: skip
     launch(raw, x.scale_shift, gate.raw, gate.scale_shift, carry, out)
@@ -167,7 +169,8 @@ def _backward(
         {
             "grad": grad, "raw": raw, "scale shift": scale_shift, "mean invstd": mean_invstd_form(mean_invstd, reduces),
             "gate": gate, "gate_scale gate_shift": gate_scale_shift,
-            "gate_mean gate_invstd": mean_invstd_form(gate_mean_invstd, reduces_gate), "carry": carry, "dz": out, "dgate": out,
+            "gate_mean gate_invstd": mean_invstd_form(gate_mean_invstd, reduces_gate), "carry": carry, "dz": out,
+            "dgate": out,
             "dcarry": out, "partials": partials, "gate_partials": gate_partials,
         },
         grad_pitch=pitches[0], raw_pitch=pitches[1], gate_pitch=pitches[2], carry_pitch=pitches[3], dz_pitch=pitches[4],
@@ -191,7 +194,8 @@ def highway_backward(
     raw = x.raw
     dz, dgate, dcarry = (empty_map(raw) for _ in range(3))
     run = _backward(
-        form_of(grad), form_of(raw), form(x.scale_shift), form(x.mean_invstd), form_of(gate.raw), form(gate.scale_shift),
+        form_of(grad), form_of(raw), form(x.scale_shift), form(x.mean_invstd), form_of(gate.raw),
+        form(gate.scale_shift),
         form(gate.mean_invstd), form_of(carry), form_of(dz), sums is not None, gate_sums is not None, x.act,
         arch_of(raw.device),
     )  # fmt: skip

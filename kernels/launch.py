@@ -107,6 +107,15 @@ def arch_of(device: torch.device) -> Arch:
     return arch_of_gpu(device) if recording is None or device.type == "cuda" else recording.arch
 
 
+def product_precision(dtype: torch.dtype) -> str:
+    """The ``input_precision`` of ``tl.dot`` for a convolution's operands: TF32 where torch's convolutions of float32 may use it
+    (``torch.backends.cudnn.conv.fp32_precision``, or ``allow_tf32``), on NVIDIA."""
+    allowed = (
+        dtype == torch.float32 and torch.version.hip is None and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    )
+    return "tf32" if allowed else "ieee"
+
+
 # ---- prepared launches -----------------------------------------------------------------------------------------------
 
 _caches: list[Callable[[], None]] = []
@@ -205,7 +214,8 @@ class Prepared:
             return
         run, kernel = ready
         run(
-            *self._grid, active.get_current_stream(device), kernel.function, kernel.packed_metadata, None, None, None, *addresses,
+            *self._grid, active.get_current_stream(device), kernel.function, kernel.packed_metadata, None, None, None,
+            *addresses,
             *late, *self._rest,
         )  # fmt: skip
 

@@ -43,7 +43,8 @@ def _pitch(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     found = sw if w > 1 else sh if h > 1 else sn if n > 1 else c
     if (c > 1 and sc != 1) or found < c or (h > 1 and sh != w * found) or (n > 1 and sn != h * w * found):
         raise ValueError(
-            f"expected a channels_last map or a channel slice of one, found shape {tuple(shape)} and strides {tuple(stride)}"
+            "expected a channels_last map or a channel slice of one, "
+            f"found shape {tuple(shape)} and strides {tuple(stride)}"
         )
     return found
 

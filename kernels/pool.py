@@ -175,7 +175,8 @@ def _forward(
     launch = Prepared(
         pool_forward_kernel, grid.grid, arch,
         {"x": x, "scale shift": scale_shift, "out": out, "index": index, "partials": partials},
-        x_pitch=x.pitch, out_pitch=out.pitch, rows=grid.rows, H=height, W=width, HO=out_height, WO=out_width, C=channels,
+        x_pitch=x.pitch, out_pitch=out.pitch, rows=grid.rows, H=height, W=width, HO=out_height, WO=out_width,
+        C=channels,
         chunk=grid.chunk, POOL=pool, ACT=act, ALIGN=align(channels, x.pitch, out.pitch), WIDE=is_wide(x, out),
         BLOCK_M=grid.BLOCK_M, BLOCK_C=grid.BLOCK_C, num_warps=grid.num_warps,
     )  # fmt: skip

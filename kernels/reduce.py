@@ -167,7 +167,8 @@ def _launch(partials: Form, out: Form, chunks: int, chunk: int, tile_rows: int, 
     parts, tiles, channels = partials.shape
     block_t, block_c = merge_blocks(chunk, channels)
     return Prepared(
-        merge_kernel, (cdiv(channels, block_c), chunks, 1 if tile_rows else parts), arch, {"partials": partials, "out": out},
+        merge_kernel, (cdiv(channels, block_c), chunks, 1 if tile_rows else parts), arch,
+        {"partials": partials, "out": out},
         tiles=tiles, C=channels, chunk=chunk, partials_stride=partials.stride[0], out_stride=out.stride[0],
         tile_rows=tile_rows, rows=rows, MOMENTS=tile_rows > 0, BLOCK_T=block_t, BLOCK_C=block_c,
         num_warps=merge_warps(block_t, block_c),

@@ -77,6 +77,14 @@ def test_parity(kind, plan, training, dtype):
         compare(build, shape, dtype, "triton", training, device="cuda")
 
 
+@pytest.mark.parametrize("kind", ["bottleneck", "bottleneck, projection", "dense block"])
+def test_parity_in_tf32(kind):
+    """Where torch's convolutions may reduce float32 operands, ours do, and are as near as they are."""
+    build, shape = BLOCKS[kind]
+    with use_plan("fused"), torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        compare(build, shape, torch.float32, "triton", device="cuda")
+
+
 @pytest.mark.parametrize("kind", ["bottleneck, projection", "dense block", "transition"])
 def test_recompute(kind):
     build, shape = BLOCKS[kind]

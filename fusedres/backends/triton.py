@@ -77,7 +77,7 @@ def is_guessed_fused(op: str, x: Tensor, weight: Tensor, geometry: Geometry) -> 
 
     A static guess, measured on no GPU, that prefers not to lose: fused where the saved passes are certain to outweigh a slower product,
     which is a dense 1x1 convolution of stride 1 in 16 bits, limited by memory, all of whose accesses are 128 bits wide. Everything else is
-    the library's: float32 because eager's may use TF32 and the kernels' product is IEEE. Under interpretation always fused, since that is
+    the library's, float32 until somebody has measured it. Under interpretation always fused, since that is
     what is to be tested.
     """
     if INTERPRETED:

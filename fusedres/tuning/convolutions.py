@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import activations
 from ..backends.contract import Backend
 from ..kernels import tiles
-from ..kernels.launch import INTERPRETED, Launch, arch_of, record
+from ..kernels.launch import INTERPRETED, Launch, arch_of, product_precision, record
 from ..kernels.layout import pitch
 from ..operands import FRESH, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry
@@ -55,6 +55,7 @@ def _problem(
     op: str, x: Tensor, y_pitch: int, weight: Tensor, geometry: Geometry, features: tuple[str, ...]
 ) -> Problem:
     dtype = str(x.dtype).removeprefix("torch.")
+    features += ("tf32",) if product_precision(x.dtype) == "tf32" else ()
     return Problem(op, dtype, tuple(x.shape), pitch(x), y_pitch, tuple(weight.shape), *geometry, features)
 
 

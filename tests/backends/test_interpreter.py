@@ -122,13 +122,14 @@ def twice_kernel(x, out, BLOCK: tl.constexpr):
 def cases() -> dict[str, tuple]:
     """What is wrong, the launch that does it, and what is said of it."""
     x, out, buffer = draws(16), draws(16), draws(32)
+    first = buffer[:16]
     return {
         "reads behind": (lambda: shift_kernel[(2,)](x, out, 16, 4, 8), "reads 4 elements in nobody's memory"),
-        "reads beside a slice": (lambda: shift_kernel[(2,)](buffer[:16], out, 16, 4, 8), "reads 4 elements beside a tensor"),
-        "writes beside a slice": (lambda: shift_kernel[(2,)](x, buffer[:12], 16, 0, 8), "writes 4 elements beside a tensor"),
+        "reads beside a slice": (lambda: shift_kernel[(2,)](first, out, 16, 4, 8), "reads 4 elements beside a tensor"),
+        "writes beside a slice": (lambda: shift_kernel[(2,)](x, first[:12], 16, 0, 8), "writes 4 elements beside"),
         "two programs write": (lambda: overlap_kernel[(2,)](x, out, 8), "two programs of overlap_kernel write"),
         "one store writes twice": (lambda: twice_kernel[(1,)](x, out, 16), "writes an element twice"),
-        "reads what another writes": (lambda: shift_kernel[(2,)](buffer, buffer[:16], 16, 4, 8), "reads what another one writes"),
+        "reads what another writes": (lambda: shift_kernel[(2,)](buffer, first, 16, 4, 8), "reads what another one"),
     }  # fmt: skip
 
 
@@ -173,7 +174,8 @@ def step(backend, draw: Draw) -> dict[str, torch.Tensor]:
     return {
         "y": y, "dx": dx, "dw": dw, "added": added, "dz": dz, "pooled": pooled, "index": index, "pool dx": pool_dx,
         "final": backend.apply_grad_coeff(grad), **moments(stats, y.numel()), **sums_of(target.sums),
-        **moments(added_stats, added.numel(), "added "), **sums_of(sums, "added "), **sums_of(residual_sums, "residual "),
+        **moments(added_stats, added.numel(), "added "), **sums_of(sums, "added "),
+        **sums_of(residual_sums, "residual "),
         **sums_of(pool_sums, "pool "),
     }  # fmt: skip
 

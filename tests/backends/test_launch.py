@@ -38,7 +38,8 @@ def test_every_kernel_is_launched_with_the_arguments_of_the_public_call(found):
     result = found["direct_is_public"]
     assert result["launches"] > 60 and result["different"] == []
     assert result["kernels"] == [
-        "add_act_backward_kernel", "add_act_forward_kernel", "coefficients_kernel", "conv_dgrad_kernel", "conv_forward_kernel",
+        "add_act_backward_kernel", "add_act_forward_kernel", "coefficients_kernel", "conv_dgrad_kernel",
+        "conv_forward_kernel",
         "conv_wgrad_kernel", "gradient_kernel", "highway_backward_kernel", "highway_forward_kernel", "merge_kernel",
         "pool_backward_kernel", "pool_forward_kernel",
     ]  # fmt: skip

@@ -290,6 +290,25 @@ def test_what_is_not_measured_is_guessed_by_its_arithmetic(channels, fused, monk
     assert guess(3, geometry=THREE) == guess(dtype=torch.float32) == ""
 
 
+# ---- float32 products --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_is_multiplied_as_torch_is_allowed_to(allowed, dtype):
+    """In TF32 where torch's own convolutions may use it, at every call anew; what was measured so says nothing of IEEE."""
+    draw = Draw(dtype, device=DEVICE)
+    x, weight = draw.lazy(2, 8, 6, 6, act="relu"), draw.weight(8, 8, 3, 3)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed), use_plan("fused"), record() as launches:
+        BACKEND.conv_forward(x, weight, None, THREE)
+        BACKEND.conv_backward(draw.gradient(2, 8, 6, 6), x, weight, THREE)
+        (problem,) = BACKEND.tuner.problems("conv_forward", x, weight, None, THREE)
+    reduced = allowed and dtype == torch.float32
+    convolutions = [one.arguments for one in launches if one.kernel.__name__.startswith("conv_")]
+    assert [a["PRECISION"] for a in convolutions] == ["tf32" if reduced else "ieee"] * 3
+    assert ("tf32" in problem.features) == reduced
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
