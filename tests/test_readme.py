@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_its_python_runs(capsys):
@@ -27,9 +29,29 @@ def test_its_targets_exist(target):
     assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True).returncode == 0
 
 
-def test_its_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+def test_the_python_of_the_guide_runs(capsys):
+    pytest.importorskip("torchvision")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
+    names = {"__name__": "guide"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # what convert says of a structure that differs
+        for block in blocks:
+            exec(compile(block, "docs/guide.md", "exec"), names)
+    assert "blocks fused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        other = page if not path else (page.parent / path)
+        assert other.exists(), f"{page.name}: {link}"
+        if anchor and other.suffix == ".md":
+            lines = other.read_text().splitlines()
+            anchors = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).strip().replace(" ", "-") for line in lines}
+            assert anchor in anchors, f"{page.name}: {link}"
 
 
 def test_its_modules_exist():
