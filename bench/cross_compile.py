@@ -65,7 +65,7 @@ ARCHITECTURES = {
     "sm_90": Architecture(GPUTarget("cuda", 90, 32), Arch("sm_90", 227 * 1024, 32), "HGMMA"),
     "sm_100": Architecture(GPUTarget("cuda", 100, 32), Arch("sm_100", 227 * 1024, 32), "UTCHMMA"),
     "gfx942": Architecture(
-        GPUTarget("hip", "gfx942", 64), Arch("gfx9", 64 * 1024, 64), "MFMA", 16
+        GPUTarget("hip", "gfx942", 64), Arch("gfx942", 64 * 1024, 64), "MFMA", 16
     ),  # stores as MFMA leaves it
 }
 

@@ -353,15 +353,18 @@ def measured(args, name: str, mode: str) -> Page:
     return Page(title, shown, [], figures)
 
 
-def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[str, int] | None:
-    """What a step of the converted ``model`` launches on the triton backend by ``plan``, on meta tensors: the backend's own kernels,
-    PyTorch's operators beside them, and the bytes of the feature maps that both read and write, whole. None where Triton is missing."""
+def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str, family: str) -> dict[str, int] | None:
+    """What a step of the converted ``model`` launches on the triton backend by ``plan`` on a GPU of ``family``, on meta tensors: the
+    backend's own kernels, PyTorch's operators beside them, and the bytes of the feature maps that both read and write, whole. None where
+    Triton is missing."""
     if isinstance(select.load("triton"), str):
         return None
     from fusedres.backends.triton import BACKEND, use_plan
     from fusedres.kernels import launch
+    from fusedres.kernels.tiles import DEFAULT_ARCH
 
-    with launch.record() as launches, use_plan(plan), select.observe(lambda inner: BACKEND):
+    arch = DEFAULT_ARCH._replace(family=family)
+    with launch.record(arch=arch) as launches, use_plan(plan), select.observe(lambda inner: BACKEND):
         with EagerTraffic() as operators, torch.set_grad_enabled(mode == "train"):
             y = model(x)
             if mode == "train":
@@ -376,7 +379,14 @@ def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str) -> dict[st
     return {"kernels": len(launches), "operators": operators.operators, "bytes": moved + operators.total}
 
 
-PLANS = {"fused": "every convolution fused", "auto": "by the default plans"}
+#: a name, with the plan and the family of GPUs that it is the default for
+PLANS = {
+    "fused": ("fused", "sm_80", "every convolution fused"),
+    **{
+        f"auto {family}": ("auto", family, f"by the default plans for {family}")
+        for family in ("sm_80", "sm_90", "sm_100", "gfx942")
+    },
+}
 
 
 def counted(args, name: str, mode: str) -> Page:
@@ -417,8 +427,8 @@ def counted(args, name: str, mode: str) -> Page:
         f"launches per step: eager {theirs.operators} operators",
     ]
     plans = {}
-    for plan, words in PLANS.items():
-        found = plans[plan] = launched(model, x, mode, plan)
+    for name_of_plan, (plan, family, words) in PLANS.items():
+        found = plans[name_of_plan] = launched(model, x, mode, plan, family)
         if found is not None:
             said.append(
                 f"launches per step, triton backend, {words}: {found['kernels'] + found['operators']} "

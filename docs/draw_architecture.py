@@ -67,7 +67,7 @@ LAYERS = (
             Room("eager", ("backends.eager",)),
             Room("conv3d", ("backends.conv3d",)),
             Room("cpp", ("backends.cpp",)),
-            Room("triton", ("backends.triton", "tuning.convolutions", "tuning.plans")),
+            Room("triton", ("backends.triton", "tuning.convolutions", "tuning.estimate", "tuning.plans")),
         ),
     ),
     Layer("shared", (Room("library_conv", ("backends.library_conv",)), Room("layout", ("backends.layout",)))),

@@ -19,8 +19,8 @@ REGISTERS = 224  # of a thread's 255, so that addresses and masks find room
 
 
 class Arch(NamedTuple):
-    """What tiles must know of a device: its ``family`` (``"sm_80"`` for 8.x, ``"sm_90"``, ``"sm_100"``, ``"sm_120"``, ``"gfx9"``), the
-    bytes of shared memory that a block may take, and the threads of a warp."""
+    """What tiles must know of a device: its ``family`` as compilers name it (``"sm_90"``, ``"gfx942"``), the bytes of shared memory that a
+    block may take, and the threads of a warp."""
 
     family: str
     shared: int
@@ -38,9 +38,11 @@ def arch_of_gpu(device: torch.device) -> Arch:
         return DEFAULT_ARCH
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        # gfx90a, gfx942, gfx950: one family of matrix instructions
-        return Arch(properties.gcnArchName[:4], properties.shared_memory_per_block, properties.warp_size)
-    return Arch(f"sm_{properties.major}0", properties.shared_memory_per_block_optin, properties.warp_size)
+        name, *_ = properties.gcnArchName.split(":")
+        return Arch(name, properties.shared_memory_per_block, properties.warp_size)
+    return Arch(
+        f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin, properties.warp_size
+    )
 
 
 def cdiv(a: int, b: int) -> int:

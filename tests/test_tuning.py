@@ -37,10 +37,11 @@ CONFIG = ConvConfig(32, 16, 16, 2, 2)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache folder, and nothing remembered from before."""
+    """An empty cache folder, and nothing remembered from before; of float32 the problems without TF32."""
     monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
     plans.forget()
-    yield tmp_path
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield tmp_path
     plans.forget()
 
 

@@ -2,8 +2,8 @@
 
 Serves GPUs, and CPU tensors through Triton's interpreter (for tests: set TRITON_INTERPRET=1 before the first import). For each convolution
 a plan chooses between the fused kernel and the library's convolution between this backend's passes: a measured one
-(:mod:`fusedres.tuning.plans`), else a static guess; :class:`use_plan` overrides both. A kernel that cannot be built for a convolution on
-this machine is said once and is the library's from then on.
+(:mod:`fusedres.tuning.plans`), else an estimated one (:mod:`fusedres.tuning.estimate`); :class:`use_plan` overrides both. A kernel that
+cannot be built for a convolution on this machine is said once and is the library's from then on.
 """
 
 # fusedres.kernels is the folder kernels/, which setup.py says and a type checker does not see
@@ -24,12 +24,11 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from ..activations import parse
 from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway
 from ..kernels import pool as pooling
-from ..kernels.launch import INTERPRETED, target_device
-from ..kernels.layout import pitch
+from ..kernels.launch import INTERPRETED, arch_of, target_device
 from ..kernels.reduce import Reduction
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
-from ..tuning import plans
+from ..tuning import estimate, plans
 from ..tuning.convolutions import TritonTuner, backward_problem, forward_problem, has_fused_form, operands
 from ..tuning.plans import FUSED, LIBRARY, Plan, Problem
 from . import library_conv
@@ -41,18 +40,13 @@ Room = Tensor | Reduction
 PLANS = {"fused": FUSED, "library": LIBRARY, "auto": None}
 _override: Plan | None = None
 
-# A 1x1 convolution of C to K channels does C * K / (C + K) multiply-adds for each value it moves. Below this many it is limited by memory
-# on every GPU from sm_80 on, and the arithmetic of the prologue and epilogue hides behind the loads. The gradients' loops issue about
-# twice the forward's instructions for each product, so that their bound is half of it until it has been measured.
-MEMORY_BOUND = {"forward": 256, "dgrad": 128, "wgrad": 128}
-
 #: what Triton raises where a kernel cannot be built, or does not fit this GPU
 BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
 
 
 class use_plan:
     """Choose how convolutions run inside a ``with``: ``"fused"``, ``"library"``, ``"auto"`` (measured plans, else
-    :func:`is_guessed_fused`), or one :class:`~fusedres.tuning.plans.Plan` for all. ValueError for another word.
+    :mod:`fusedres.tuning.estimate`), or one :class:`~fusedres.tuning.plans.Plan` for all. ValueError for another word.
 
     For the whole process, as use_backend: autograd runs the backward of CUDA tensors on threads of its own, which a context variable or a
     thread's own would not reach. Tuning does not use it, so that it changes nothing for a model that trains beside it.
@@ -70,28 +64,6 @@ class use_plan:
     def __exit__(self, *exc: object) -> None:
         global _override
         _override = self._previous
-
-
-def is_guessed_fused(op: str, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether this convolution's ``op`` (forward, dgrad, wgrad) runs as the fused kernel where nobody has measured it.
-
-    A static guess, measured on no GPU, that prefers not to lose: fused where the saved passes are certain to outweigh a slower product,
-    which is a dense 1x1 convolution of stride 1 in 16 bits, limited by memory, all of whose accesses are 128 bits wide. Everything else is
-    the library's, float32 until somebody has measured it. Under interpretation always fused, since that is
-    what is to be tested.
-    """
-    if INTERPRETED:
-        return True
-    outputs, channels, *kernel = weight.shape
-    pointwise = all(k == 1 for k in kernel) and geometry.groups == 1 and not any(geometry.padding)
-    return (
-        pointwise
-        and all(s == 1 for s in geometry.stride)
-        and x.element_size() == 2
-        and channels % 8 == outputs % 8 == pitch(x) % 8 == 0
-        and min(channels, outputs) >= 32
-        and channels * outputs <= MEMORY_BOUND[op] * (channels + outputs)
-    )
 
 
 _PROBE = """
@@ -168,18 +140,20 @@ class TritonBackend(Backend):
 
     # ---- convolutions ------------------------------------------------------------------------------------------------
 
-    def _plan(self, op: str, problem: Callable[[], Problem], x: Tensor, weight: Tensor, geometry: Geometry) -> Plan:
-        """The plan for an op: overridden, else the library's where the kernel has failed, else measured, else guessed."""
+    def _plan(self, problem: Callable[[], Problem], device: torch.device) -> Plan:
+        """The plan for a problem: overridden, else the library's where the kernel has failed, else measured, else estimated. Under
+        interpretation the fused kernel where nothing else is said, since that is what is to be tested."""
         if _override is not None:
             return _override
-        measured = plans.table(target_device(x.device))
-        if measured or self._failed:
-            key = problem()
-            if key in self._failed:
-                return LIBRARY
-            if key in measured:
-                return measured[key]
-        return FUSED if is_guessed_fused(op, x, weight, geometry) else LIBRARY
+        measured = plans.table(target_device(device))
+        if INTERPRETED and not measured and not self._failed:
+            return FUSED
+        key = problem()
+        if key in self._failed:
+            return LIBRARY
+        if key in measured:
+            return measured[key]
+        return FUSED if INTERPRETED or estimate.is_fused(key, arch_of(device)) else LIBRARY
 
     def forward_plan(
         self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue
@@ -191,9 +165,7 @@ class TritonBackend(Backend):
                     "use_plan gives a tile to a convolution that runs by the library: statistics of a sum have no kernel"
                 )
             return LIBRARY
-        return self._plan(
-            "forward", lambda: forward_problem(x, weight, bias, geometry, epilogue), x.raw, weight, geometry
-        )
+        return self._plan(lambda: forward_problem(x, weight, bias, geometry, epilogue), x.raw.device)
 
     def backward_plans(
         self, grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, target: GradTarget | None, need_dw: bool
@@ -202,13 +174,11 @@ class TritonBackend(Backend):
         needed = (("dgrad", target is not None), ("wgrad", need_dw))
         return {
             op: self._plan(
-                op,
-                functools.partial(backward_problem, op, grad, x, weight, geometry, target, need_dw),
-                x.raw, weight, geometry,
+                functools.partial(backward_problem, op, grad, x, weight, geometry, target, need_dw), x.raw.device
             )
             for op, need in needed
             if need
-        }  # fmt: skip
+        }
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         """See the contract."""

@@ -4,6 +4,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Collection, Iterable
@@ -18,7 +19,7 @@ from .. import activations
 from ..backends.contract import Backend
 from ..kernels import tiles
 from ..kernels.launch import INTERPRETED, Launch, arch_of, product_precision, record
-from ..kernels.layout import pitch
+from ..kernels.layout import Form, form, form_of
 from ..operands import FRESH, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry
 from .plans import FUSED, Plan, Problem
@@ -40,23 +41,36 @@ def operands(primitive: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
 # ---- the key of a call -----------------------------------------------------------------------------------------------
 
 
-def _features(**there: object) -> tuple[str, ...]:
+#: an operand or a property by name: whether it is there, or which activation
+Feature = tuple[str, bool | str]
+
+
+def _names(features: tuple[Feature, ...]) -> tuple[str, ...]:
     """The names of what is there; of an activation (``act``, ``out_act``) the kind, because its parameter costs no time."""
     names: list[str] = []
-    for name, value in there.items():
+    for name, value in features:
         if isinstance(value, str):
             names += [] if value == "none" else [name.removesuffix("act") + activations.parse(value).kind]
-        elif value is not None and value is not False:
+        elif value:
             names.append(name)
     return tuple(names)
 
 
+@functools.lru_cache(4096)
 def _problem(
-    op: str, x: Tensor, y_pitch: int, weight: Tensor, geometry: Geometry, features: tuple[str, ...]
+    op: str,
+    x: Form,
+    y: Form | None,
+    weight: tuple[int, ...],
+    geometry: Geometry,
+    precision: str,
+    features: tuple[Feature, ...],
 ) -> Problem:
+    """``y``: the convolution's output or its gradient, None for a map of its own. Found by what a call has at hand, at every call."""
     dtype = str(x.dtype).removeprefix("torch.")
-    features += ("tf32",) if product_precision(x.dtype) == "tf32" else ()
-    return Problem(op, dtype, tuple(x.shape), pitch(x), y_pitch, tuple(weight.shape), *geometry, features)
+    names = (*_names(features), *(("tf32",) if precision == "tf32" else ()))
+    y_pitch = weight[0] if y is None else y.pitch
+    return Problem(op, dtype, tuple(x.shape), x.pitch, y_pitch, tuple(weight), *geometry, names)
 
 
 def has_fused_form(epilogue: Epilogue) -> bool:
@@ -66,14 +80,15 @@ def has_fused_form(epilogue: Epilogue) -> bool:
 
 def forward_problem(x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue) -> Problem:
     """A call of ``conv_forward`` as a key of plans."""
-    residual = epilogue.residual
-    features = _features(
-        scale_shift=x.scale_shift, act=x.act, bias=bias, stats=epilogue.stats, out_scale_shift=epilogue.scale_shift,
-        residual=residual, residual_scale_shift=None if residual is None else residual.scale_shift,
-        out_act=epilogue.act,
+    raw, residual = x.raw, epilogue.residual
+    features = (
+        ("scale_shift", x.scale_shift is not None), ("act", x.act), ("bias", bias is not None),
+        ("stats", epilogue.stats is not None), ("out_scale_shift", epilogue.scale_shift is not None),
+        ("residual", residual is not None),
+        ("residual_scale_shift", residual is not None and residual.scale_shift is not None), ("out_act", epilogue.act),
     )  # fmt: skip
-    y_pitch = weight.shape[0] if epilogue.out is None else pitch(epilogue.out)
-    return _problem("forward", x.raw, y_pitch, weight, geometry, features)
+    precision = product_precision(raw.dtype)
+    return _problem("forward", form_of(raw), form(epilogue.out), weight.shape, geometry, precision, features)
 
 
 def backward_problem(
@@ -86,13 +101,15 @@ def backward_problem(
     need_dw: bool,
 ) -> Problem:
     """The ``op`` (dgrad or wgrad) of a call of ``conv_backward`` as a key of plans."""
-    goal = FRESH if target is None else target
-    features = _features(
-        both=target is not None and need_dw, coeff=grad.coeff, raw=None if grad.coeff is None else grad.raw,
-        scale_shift=x.scale_shift, act=x.act, base=goal.base, accumulate=goal.accumulate, scaled=goal.scaled,
-        sums=goal.sums,
+    raw, goal = x.raw, FRESH if target is None else target
+    features = (
+        ("both", target is not None and need_dw), ("coeff", grad.coeff is not None),
+        ("raw", grad.coeff is not None and grad.raw is not None), ("scale_shift", x.scale_shift is not None), ("act", x.act),
+        ("base", goal.base is not None), ("accumulate", goal.accumulate), ("scaled", goal.scaled),
+        ("sums", goal.sums is not None),
     )  # fmt: skip
-    return _problem(op, x.raw, pitch(grad.grad), weight, geometry, features)
+    precision = product_precision(raw.dtype)
+    return _problem(op, form_of(raw), form_of(grad.grad), weight.shape, geometry, precision, features)
 
 
 # ---- what tune and precompile ask a backend --------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from fusedres.kernels import tiles
 from fusedres.kernels.tiles import Arch, ConvConfig, ConvSize
 
 H100 = Arch("sm_90", 227 * 1024, 32)
-ARCHITECTURES = (tiles.DEFAULT_ARCH, H100, Arch("sm_100", 227 * 1024, 32), Arch("gfx9", 64 * 1024, 64))
+ARCHITECTURES = (tiles.DEFAULT_ARCH, H100, Arch("sm_100", 227 * 1024, 32), Arch("gfx942", 64 * 1024, 64))
 SIZES = [
     ConvSize(rows, channels, outputs, taps, itemsize, pending)
     for rows in (10, 10**4, 10**6)

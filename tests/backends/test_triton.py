@@ -272,22 +272,29 @@ def test_statistics_of_a_sum_run_by_the_library():
 
 
 @pytest.mark.parametrize(
-    "channels, fused", [(64, "forward dgrad wgrad"), (256, "forward dgrad wgrad"), (512, "forward")]
+    "family, fused", [("sm_80", "forward dgrad wgrad"), ("sm_90", "forward dgrad wgrad"), ("sm_100", "forward")]
 )
-def test_what_is_not_measured_is_guessed_by_its_arithmetic(channels, fused, monkeypatch):
-    """A 1x1 in 16 bits is fused where memory limits it, sooner forward than backward; a 3x3 and float32 are the library's."""
+def test_what_is_not_measured_is_estimated_for_the_gpu(family, fused, monkeypatch):
+    """By :mod:`fusedres.tuning.estimate`: of the calls that a bottleneck's first stage makes; a 3x3 is the library's."""
     monkeypatch.setattr(module, "INTERPRETED", False)
 
-    def guess(kernel: int = 1, dtype: torch.dtype = torch.bfloat16, geometry: Geometry = POINT) -> str:
-        x = torch.empty(2, channels, 8, 8, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-        weight = torch.empty(channels, channels, kernel, kernel, dtype=dtype, device="meta")
-        grad = LazyGrad(torch.empty_like(x))
-        routes = BACKEND.routes("conv_forward", LazyMap(x), weight, None, geometry)
-        routes |= BACKEND.routes("conv_backward", grad, LazyMap(x), weight, geometry)
+    def estimated(kernel: int = 1, geometry: Geometry = POINT) -> str:
+        def of(channels: int) -> torch.Tensor:
+            x = torch.empty(256, channels, 56, 56, dtype=torch.bfloat16, device="meta")
+            return x.to(memory_format=torch.channels_last)
+
+        x = LazyMap(of(64), torch.empty(2, 64), "relu", torch.empty(2, 64))
+        weight, grad = (
+            torch.empty(256, 64, kernel, kernel, dtype=torch.bfloat16),
+            LazyGrad(of(256), of(256), torch.empty(3, 256)),
+        )
+        with record(arch=Arch(family, 227 * 1024, 32)):
+            routes = BACKEND.routes("conv_forward", x, weight, None, geometry, Epilogue(stats=torch.empty(2, 256)))
+            routes |= BACKEND.routes("conv_backward", grad, x, weight, geometry, GradTarget(sums=torch.empty(2, 64)))
         return " ".join(op for op, route in routes.items() if route == "fused")
 
-    assert guess() == fused
-    assert guess(3, geometry=THREE) == guess(dtype=torch.float32) == ""
+    assert estimated() == fused
+    assert estimated(3, THREE) == ""
 
 
 # ---- float32 products --------------------------------------------------------------------------------------------------

@@ -1,0 +1,126 @@
+"""Which convolutions are fused where nobody has measured: those of which a small model says so, for the GPU at hand.
+
+A convolution by the library is surrounded by passes, whose bytes and launches the fused kernel saves; the fused kernel's product is slower,
+because it issues more instructions between two matrix instructions. Both times follow from the bytes and FLOPs of the problem, what the
+GPU's vendor says of its memory and its matrix units, and three shares that were read from the loops of compiled kernels. It prefers not to
+lose: fused only where that is faster by a margin. Measured plans (:func:`fusedres.tune`) take its place.
+"""
+
+# fusedres.kernels is the folder kernels/, which setup.py says and a type checker does not see
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from ..activations import KINDS
+from ..kernels.tiles import DEFAULT_ARCH, Arch
+from .plans import Problem
+
+
+class Speed(NamedTuple):
+    """Of a GPU, by its vendor: bytes of memory a second, FLOPs of dense 16-bit products with float32 sums a second, and a cycle of one
+    multiprocessor."""
+
+    bandwidth: float
+    products: float
+    per_cycle: int
+
+
+#: by family; of several GPUs the one in data centres
+SPEEDS = {
+    "sm_80": Speed(1.56e12, 312e12, 2048),  # A100
+    "sm_86": Speed(0.70e12, 150e12, 1024),  # A40
+    "sm_89": Speed(0.86e12, 362e12, 1024),  # L40S
+    "sm_90": Speed(3.35e12, 989e12, 4096),  # H100
+    "sm_100": Speed(8.0e12, 2250e12, 8192),  # B200
+    "sm_103": Speed(8.0e12, 2500e12, 8192),  # B300
+    "sm_120": Speed(1.79e12, 500e12, 1024),  # RTX PRO 6000
+    "gfx90a": Speed(1.6e12, 191e12, 1024),  # half an MI250X
+    "gfx942": Speed(5.3e12, 1307e12, 2048),  # MI300X
+    "gfx1100": Speed(0.96e12, 123e12, 512),  # RX 7900 XTX
+}
+
+#: of the matrix units' rate: what a well-shaped convolution of the library reaches, and what a fused kernel is trusted to
+LIBRARY_SHARE, FUSED_SHARE = 0.7, 0.5
+# what the kernels' loops can reach on sm_90, by the instructions that they issue for one matrix instruction; matrix units that are slower
+# in relation to the issue of instructions leave more time for these
+ISSUE_SHARES = {"forward": 0.5, "dgrad": 0.27, "wgrad": 0.27}
+ISSUED_BESIDE = SPEEDS["sm_90"].per_cycle
+#: how much of the shorter one of loads and products is not hidden behind the longer one, in a fused kernel
+EXPOSED = 0.5
+#: seconds from one kernel's end to the next one's work
+LAUNCH = 3e-6
+#: a fused kernel has to be estimated faster than the library by this factor
+MARGIN = 1.2
+
+
+class Cost(NamedTuple):
+    """Of one way to run a convolution: bytes moved together with its product, those of passes beside it, and how many kernels it is."""
+
+    bytes: float
+    pass_bytes: float
+    kernels: int
+
+
+_ACTIVATIONS = frozenset(KINDS)
+_EPILOGUES = frozenset(("residual", "out_scale_shift", *(f"out_{kind}" for kind in KINDS)))
+
+
+def costs(problem: Problem) -> tuple[Cost, Cost]:
+    """Of the fused kernel, and of the library's convolution between passes; maps are of 16 bits."""
+    has = frozenset(problem.features)
+    x = 2 * math.prod(problem.x)
+    y = 2 * problem.x[0] * problem.weight[0] * math.prod(problem.out_size)
+    pending = "scale_shift" in has or not has.isdisjoint(_ACTIVATIONS)
+    materialised = 2 * x if pending else 0
+    if problem.op == "forward":
+        added = y if "residual" in has else 0
+        # statistics are reduced by the pass that applies an epilogue, where there is one
+        behind = 2 * y + added if not has.isdisjoint(_EPILOGUES) else y if "stats" in has else 0
+        return Cost(x + y + added, 0, 1), Cost(x + y, materialised + behind, 1 + (materialised > 0) + (behind > 0))
+    read = y * (2 if "raw" in has else 1)
+    # one pass serves both gradients where both are the library's
+    corrected = (read + y) * (0.5 if "both" in has else 1.0) if "coeff" in has else 0
+    if problem.op == "wgrad":
+        return Cost(read + x, 0, 1), Cost(y + x, corrected + materialised, 1 + (corrected > 0) + (materialised > 0))
+    below = x if pending or "sums" in has else 0
+    old = x if has & {"base", "accumulate"} else 0
+    behind = 2 * x + below + old if below or old or "scaled" in has else 0
+    return Cost(read + x + below + old, 0, 1), Cost(y + x, corrected + behind, 1 + (corrected > 0) + (behind > 0))
+
+
+def seconds(problem: Problem, arch: Arch) -> tuple[float, float]:
+    """By the fused kernel, and by the library. A family that is not in :data:`SPEEDS` counts as the default one."""
+    speed = SPEEDS.get(arch.family, SPEEDS[DEFAULT_ARCH.family])
+    fused, library = costs(problem)
+    rows = problem.x[0] * math.prod(problem.out_size)
+    flops = 2 * rows * math.prod(problem.weight)
+    share = min(FUSED_SHARE, ISSUE_SHARES[problem.op] * ISSUED_BESIDE / speed.per_cycle)
+    loads, products = fused.bytes / speed.bandwidth, flops / (share * speed.products)
+    fused_seconds = max(loads, products) + EXPOSED * min(loads, products) + LAUNCH * fused.kernels
+    convolution = max(library.bytes / speed.bandwidth, flops / (LIBRARY_SHARE * speed.products))
+    return fused_seconds, convolution + library.pass_bytes / speed.bandwidth + LAUNCH * library.kernels
+
+
+def has_wide_accesses(problem: Problem) -> bool:
+    """Whether it is of the form whose kernels run at full width: a dense 1x1 of stride 1 in 16 bits with aligned channels and pitches."""
+    outputs, channels, *kernel = problem.weight
+    return (
+        all(size == 1 for size in (*kernel, *problem.stride, problem.groups))
+        and not any(problem.padding)
+        and problem.dtype in ("float16", "bfloat16")
+        and all(size % 8 == 0 for size in (channels, outputs, problem.x_pitch, problem.y_pitch))
+        and min(channels, outputs) >= 32
+    )
+
+
+@functools.lru_cache(4096)
+def is_fused(problem: Problem, arch: Arch) -> bool:
+    """Whether the fused kernel is the default. Of several taps, strided, grouped, unaligned and float32 ones the library is, whatever the
+    model says: their loops are further from what it assumes."""
+    if not has_wide_accesses(problem):
+        return False
+    fused, library = seconds(problem, arch)
+    return fused * MARGIN <= library
