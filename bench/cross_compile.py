@@ -60,14 +60,24 @@ class Architecture:
     store: int = 128
 
 
+def _nvidia(capability: int, shared: int, matrix: str) -> Architecture:
+    """Of a compute capability, with so many KiB of shared memory for a block."""
+    return Architecture(GPUTarget("cuda", capability, 32), Arch(f"sm_{capability}", shared * 1024, 32), matrix)
+
+
+def _amd(name: str, warp: int, matrix: str) -> Architecture:
+    """Of a family; stores are as the matrix instructions leave their results."""
+    return Architecture(GPUTarget("hip", name, warp), Arch(name, 64 * 1024, warp), matrix, 16)
+
+
 ARCHITECTURES = {
-    "sm_80": Architecture(GPUTarget("cuda", 80, 32), Arch("sm_80", 163 * 1024, 32), "HMMA"),
-    "sm_90": Architecture(GPUTarget("cuda", 90, 32), Arch("sm_90", 227 * 1024, 32), "HGMMA"),
-    "sm_100": Architecture(GPUTarget("cuda", 100, 32), Arch("sm_100", 227 * 1024, 32), "UTCHMMA"),
-    "gfx942": Architecture(
-        GPUTarget("hip", "gfx942", 64), Arch("gfx942", 64 * 1024, 64), "MFMA", 16
-    ),  # stores as MFMA leaves it
-}
+    found.arch.family: found
+    for found in (
+        _nvidia(80, 163, "HMMA"), _nvidia(86, 99, "HMMA"), _nvidia(89, 99, "HMMA"), _nvidia(90, 227, "HGMMA"),
+        _nvidia(100, 227, "UTCHMMA"), _nvidia(103, 227, "UTCHMMA"), _nvidia(120, 99, "HMMA"),
+        _amd("gfx90a", 64, "MFMA"), _amd("gfx942", 64, "MFMA"), _amd("gfx1100", 32, "WMMA"),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,17 +173,23 @@ def sizes(launch: Launch) -> str:
     return " ".join(f"{name}={launch.arguments[name]}" for name in names if name in launch.arguments)
 
 
-def launches_of(model: str, mode: str, batch: int, plan: str, arch: Arch) -> list[Launch]:
-    """What one step of the converted torchvision model launches, recorded on meta tensors."""
+@functools.cache
+def network_of(model: str) -> torch.nn.Module:
+    """The converted torchvision model, on meta tensors."""
     with torch.device("meta"):
         network = torchvision.models.get_model(model)
-    network = fusedres.convert(network.to(dtype=torch.bfloat16, memory_format=torch.channels_last))
-    network.train(mode == "train")
+    return fusedres.convert(network.to(dtype=torch.bfloat16, memory_format=torch.channels_last))
+
+
+def launches_of(model: str, mode: str, batch: int, plan: str, arch: Arch) -> list[Launch]:
+    """What one step of the converted torchvision model launches, recorded on meta tensors."""
+    network = network_of(model).train(mode == "train")
     x = torch.empty(batch, 3, RESOLUTION, RESOLUTION, dtype=torch.bfloat16, device="meta")
     x = x.to(memory_format=torch.channels_last)
     with record(arch=arch) as launches, use_plan(plan), select.observe(lambda inner: BACKEND):
         if mode == "train":
-            network(x).sum().backward()
+            # not backward(): a recorded launch holds its tensors, and what is held a parameter's gradient copies
+            torch.autograd.grad(network(x).sum(), list(network.parameters()))
         else:
             with torch.no_grad():
                 network(x)
@@ -278,7 +294,8 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
             return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
         spills = entry("vgpr_spill_count") + entry("private_segment_fixed_size") // 4
-        matrix = {"MFMA": len(re.findall(r"\bv_mfma_", text))} if "v_mfma_" in text else {}
+        counts = {name: len(re.findall(rf"\bv_{name.lower()}_", text)) for name in ("MFMA", "WMMA")}
+        matrix = {name: count for name, count in counts.items() if count}
         return Figures(entry("vgpr_count"), spills, shared, matrix, *access_widths(text))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -383,19 +400,24 @@ def sweep(architectures: Sequence[str], only: str, quick: bool, workers: int | N
     return sorted(rows, key=lambda row: (order.index(row.architecture), row.variant.title, row.use.first))
 
 
-def markdown(rows: Sequence[Row], where: dict) -> str:
-    """The rows as a page for readers: a summary, then a table for every architecture."""
+def markdown(rows: Sequence[Row], where: dict, quick: bool) -> str:
+    """The rows as a page for readers: a summary, then a table for every architecture. ``quick``: they are representatives."""
     lines = [
         "# How the kernels compile",
         "",
         f"`{where['command']}`, {where['date'][:10]}, commit {where['commit']}: triton {where['triton']}, torch {where['torch']}. "
         "Nothing here was run: these are the compilers' results.",
         "",
-        f"Every launch of {' and '.join(MODELS)} (training and inference, bfloat16, {RESOLUTION} pixels, batches "
+        (
+            "Of each kernel and filter size one variant, that with the most operands, of every launch"
+            if quick
+            else "Every launch"
+        )
+        + f" of {' and '.join(MODELS)} (training and inference, bfloat16, {RESOLUTION} pixels, batches "
         f"{' and '.join(map(str, BATCHES))}; all convolutions fused, and the default plans), each distinct one compiled once. "
         "Matrix: static counts of matrix instructions. Narrowest: the narrowest load from and store to a feature map or a weight, in bits."
-        " It is too narrow where a load is below 128 bits, or a store is, except on gfx942, where it is as MFMA leaves the "
-        "result; the stem (unaligned channels), whose 3 channels allow no more, is the library's in the default plan.",
+        " It is too narrow where a load is below 128 bits, or a store is, except on AMD, where it is as the matrix "
+        "instructions leave the result; the stem (unaligned channels), whose 3 channels allow no more, is the library's by default.",
         "",
         "| architecture | variants | most registers | spilling | without matrix instructions | too narrow |",
         "|---|---:|---:|---:|---:|---:|",
@@ -452,9 +474,9 @@ def main(arguments: list[str] | None = None) -> int:
         records = ",\n".join(json.dumps(row.record()) for row in rows)
         text = f'{{"environment": {json.dumps(where)}, "rows": [\n{records}\n]}}\n'
         (args.out / "cross-compile.json").write_text(text)
-        (args.out / "cross-compile.md").write_text(markdown(rows, where))
+        (args.out / "cross-compile.md").write_text(markdown(rows, where, args.quick))
     else:
-        console.print(markdown(rows, where), markup=False, highlight=False, soft_wrap=True)
+        console.print(markdown(rows, where, args.quick), markup=False, highlight=False, soft_wrap=True)
     wrong = [row for row in rows if row.faults]
     for row in wrong:
         remark = f"{row.architecture} {row.variant.title} ({row.use.first}): {'; '.join(row.faults)}"
