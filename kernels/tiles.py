@@ -8,7 +8,7 @@ convolution of several taps (3x3) is the library's in the default plan, so that 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -204,6 +204,15 @@ def dgrad_config(size: ConvSize, arch: Arch) -> ConvConfig:
 def wgrad_config(size: ConvSize, arch: Arch) -> ConvConfig:
     """The default tile of a weight gradient."""
     return conv_config("wgrad", size, arch)
+
+
+def smaller(config: ConvConfig) -> list[ConvConfig]:
+    """Tiles that need less shared memory and fewer registers than ``config``, the nearest first: fewer stages, two at least, then also half
+    the columns. What is smaller still is not worth a kernel."""
+    staged = [replace(config, num_stages=stages) for stages in range(config.num_stages - 1, 1, -1)]
+    if config.BLOCK_N == 16:
+        return staged
+    return [*staged, replace(config, BLOCK_N=config.BLOCK_N // 2, num_stages=min(2, config.num_stages))]
 
 
 def check(kernel: str, taps: int, arch: Arch, config: ConvConfig) -> ConvConfig:

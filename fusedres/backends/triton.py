@@ -3,7 +3,7 @@
 Serves GPUs, and CPU tensors through Triton's interpreter (for tests: set TRITON_INTERPRET=1 before the first import). For each convolution
 a plan chooses between the fused kernel and the library's convolution between this backend's passes: a measured one
 (:mod:`fusedres.tuning.plans`), else an estimated one (:mod:`fusedres.tuning.estimate`); :class:`use_plan` overrides both. A kernel that
-cannot be built for a convolution on this machine is said once and is the library's from then on.
+cannot be built for a convolution on this machine is said once: a smaller tile takes its place, or the library.
 """
 
 # fusedres.kernels is the folder kernels/, which setup.py says and a type checker does not see
@@ -22,10 +22,11 @@ from triton.runtime import build
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..activations import parse
-from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway
+from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, tiles
 from ..kernels import pool as pooling
 from ..kernels.launch import INTERPRETED, arch_of, target_device
 from ..kernels.reduce import Reduction
+from ..kernels.tiles import ConvConfig
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
 from ..tuning import estimate, plans
@@ -118,7 +119,8 @@ class TritonBackend(Backend):
 
     def __init__(self) -> None:
         self.tuner = TritonTuner(self)  # type: ignore[misc]  # an instance's, where the contract's is a class's
-        self._failed: set[Problem] = set()
+        # what runs in the place of a kernel that could not be built: one in a smaller tile, or the library
+        self._fallen: dict[Problem, Plan] = {}
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """See the contract."""
@@ -141,16 +143,16 @@ class TritonBackend(Backend):
     # ---- convolutions ------------------------------------------------------------------------------------------------
 
     def _plan(self, problem: Callable[[], Problem], device: torch.device) -> Plan:
-        """The plan for a problem: overridden, else the library's where the kernel has failed, else measured, else estimated. Under
+        """The plan for a problem: overridden, else what has taken a failed kernel's place, else measured, else estimated. Under
         interpretation the fused kernel where nothing else is said, since that is what is to be tested."""
         if _override is not None:
             return _override
         measured = plans.table(target_device(device))
-        if INTERPRETED and not measured and not self._failed:
+        if INTERPRETED and not measured and not self._fallen:
             return FUSED
         key = problem()
-        if key in self._failed:
-            return LIBRARY
+        if key in self._fallen:
+            return self._fallen[key]
         if key in measured:
             return measured[key]
         return FUSED if INTERPRETED or estimate.is_fused(key, arch_of(device)) else LIBRARY
@@ -208,12 +210,15 @@ class TritonBackend(Backend):
         *,
         strict: bool = True,
     ) -> Tensor:
-        """:meth:`conv_forward` by ``plan``. A kernel that cannot be built raises if ``strict``, else the library takes its place."""
+        """:meth:`conv_forward` by ``plan``. A kernel that cannot be built raises if ``strict``, else a smaller tile or the library takes
+        its place."""
         if plan.fused:
             y = self._attempt(
                 strict,
-                lambda: conv_forward.conv_forward(
-                    _parsed(x), weight, bias, geometry, _parsed_epilogue(epilogue), plan.config
+                x.raw.device,
+                plan.config,
+                lambda config: conv_forward.conv_forward(
+                    _parsed(x), weight, bias, geometry, _parsed_epilogue(epilogue), config
                 ),
                 lambda: forward_problem(x, weight, bias, geometry, epilogue),
             )
@@ -247,7 +252,7 @@ class TritonBackend(Backend):
         strict: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """:meth:`conv_backward` by the plans of ``"dgrad"`` and ``"wgrad"``, of those that are needed. A kernel that cannot be built raises
-        if ``strict``, else the library takes its place."""
+        if ``strict``, else a smaller tile or the library takes its place."""
 
         def problem(op: str) -> Callable[[], Problem]:
             return functools.partial(backward_problem, op, grad, x, weight, geometry, target, need_dw)
@@ -255,9 +260,12 @@ class TritonBackend(Backend):
         dx = dweight = None
         parsed = _parsed(x)
         if need_dw and chosen["wgrad"].fused:
-            config = chosen["wgrad"].config
             dweight = self._attempt(
-                strict, lambda: conv_wgrad.conv_wgrad(grad, parsed, weight, geometry, config), problem("wgrad")
+                strict,
+                x.raw.device,
+                chosen["wgrad"].config,
+                lambda config: conv_wgrad.conv_wgrad(grad, parsed, weight, geometry, config),
+                problem("wgrad"),
             )
         # what is left to the library is one call, which shares the materialised gradient
         library_dw = need_dw and dweight is None
@@ -268,31 +276,53 @@ class TritonBackend(Backend):
             dweight = found if library_dw else dweight
         # last, because dx may be written into what the others read
         if target is not None and fused_dx:
-            config = chosen["dgrad"].config
             dx = self._attempt(
-                strict, lambda: conv_dgrad.conv_dgrad(grad, parsed, weight, geometry, target, config), problem("dgrad")
+                strict,
+                x.raw.device,
+                chosen["dgrad"].config,
+                lambda config: conv_dgrad.conv_dgrad(grad, parsed, weight, geometry, target, config),
+                problem("dgrad"),
             )
             if dx is None:
                 dx, _ = library_conv.conv_backward(self, grad, x, weight, geometry, target, False)
         return dx, dweight
 
-    def _attempt(self, strict: bool, run: Callable[[], Tensor], problem: Callable[[], Problem]) -> Tensor | None:
-        """``run()``, or, unless ``strict``, None where the kernel cannot be built: that is remembered and said once."""
+    def _attempt(
+        self,
+        strict: bool,
+        device: torch.device,
+        config: ConvConfig | None,
+        run: Callable[[ConvConfig | None], Tensor],
+        problem: Callable[[], Problem],
+    ) -> Tensor | None:
+        """``run(config)``. Where that kernel cannot be built, and unless ``strict``, the result of the nearest smaller tile that fits this
+        GPU, or None where the library is to take its place: that is remembered and said once."""
         try:
-            return run()
+            return run(config)
         except BUILD_ERRORS as error:
             if strict:
                 raise
-            failed = problem()
-            self._failed.add(failed)
-            x, weight = ("x".join(map(str, sizes)) for sizes in (failed.x, failed.weight))
-            warnings.warn(
-                f"fusedres: the fused {failed.op} kernel of a convolution (input {x}, weight {weight}, {failed.dtype}) cannot be built "
-                f"here, which runs by the library from now on: {_reason(error)}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
+            failed, reason = problem(), error
+        result, plan = None, LIBRARY
+        if isinstance(reason, OutOfResources):
+            for tile in tiles.smaller(config or tiles.conv_config(failed.op, failed.size, arch_of(device))):
+                try:
+                    result, plan = run(tile), Plan(True, tile)
+                except OutOfResources:
+                    continue
+                except BUILD_ERRORS:
+                    pass
+                break
+        self._fallen[failed] = plan
+        x, weight = ("x".join(map(str, sizes)) for sizes in (failed.x, failed.weight))
+        instead = "by the library" if plan.config is None else f"in a tile of {plan.config}"
+        warnings.warn(
+            f"fusedres: the fused {failed.op} kernel of a convolution (input {x}, weight {weight}, {failed.dtype}) cannot be built "
+            f"here, which runs {instead} from now on: {_reason(reason)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return result
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 

@@ -71,3 +71,17 @@ def test_what_is_no_tile_is_refused(values):
 def test_an_unknown_kernel_has_no_tiles():
     with pytest.raises(ValueError, match="forward, dgrad or wgrad"):
         tiles.row("backward", 9, H100)
+
+
+@pytest.mark.parametrize(
+    "tile, expected",
+    [
+        (ConvConfig(128, 64, 64, 4, 3), [ConvConfig(128, 64, 64, 4, 2), ConvConfig(128, 32, 64, 4, 2)]),
+        (ConvConfig(128, 16, 64, 4, 3), [ConvConfig(128, 16, 64, 4, 2)]),
+        (ConvConfig(64, 32, 16, 4, 1), [ConvConfig(64, 16, 16, 4, 1)]),
+        (ConvConfig(64, 16, 16, 4, 2), []),
+    ],
+    ids=str,
+)
+def test_smaller_tiles_need_less_at_each_step(tile, expected):
+    assert tiles.smaller(tile) == expected

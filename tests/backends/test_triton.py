@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from contract import DEFINITION, Config, Step, conforms, moments, sums_of  # noqa: E402
 from support import Draw  # noqa: E402
-from triton.runtime.errors import OutOfResources  # noqa: E402
+from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 from fusedres.activations import Activation, parse  # noqa: E402
 from fusedres.backends import eager  # noqa: E402
@@ -45,7 +45,7 @@ TILE = ConvConfig(32, 16, 16, 2, 2)
 def exact_and_unmeasured(tmp_path, monkeypatch):
     """No measured plans, nothing failed before, and no TF32: the rule compares IEEE float32."""
     monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(BACKEND, "_failed", set())
+    monkeypatch.setattr(BACKEND, "_fallen", {})
     plans.forget()
     launch.forget()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -442,14 +442,15 @@ FAILING = {
 
 
 @pytest.mark.parametrize("op", FAILING)
-def test_a_kernel_that_cannot_be_built_is_the_librarys_from_then_on(op, monkeypatch):
-    """It is tried once, said once, for this convolution alone; and the result is right."""
+@pytest.mark.parametrize("error", [OutOfResources, PTXASError])
+def test_a_kernel_that_cannot_be_built_is_the_librarys_from_then_on(op, error, monkeypatch):
+    """It is tried once, where it does not fit also in smaller tiles, and said once, for this convolution alone; the result is right."""
     arguments, other = convolution(), convolution(kernel=1)
     tried = []
 
     def fails(*args):
-        tried.append(args)
-        raise OutOfResources(99_999, 40_000, "shared memory")
+        tried.append(args[-1])
+        raise OutOfResources(99_999, 40_000, "shared memory") if error is OutOfResources else PTXASError("99999")
 
     monkeypatch.setattr(*FAILING[op], fails)
 
@@ -465,7 +466,8 @@ def test_a_kernel_that_cannot_be_built_is_the_librarys_from_then_on(op, monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         second = call(arguments)
-    assert len(tried) == len(warned) == 1
+    assert len(warned) == 1 and tried[0] is None
+    assert len(tried) == len(set(tried)) and (len(tried) > 1) == (error is OutOfResources)
     for found in (first, second):
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -474,8 +476,39 @@ def test_a_kernel_that_cannot_be_built_is_the_librarys_from_then_on(op, monkeypa
     assert routes[op] == "library" and all(route == "fused" for key, route in routes.items() if key != op)
     assert BACKEND.routes(name, *(other if op == "forward" else backward_of(other)))[op] == "fused"
     # what was asked for by name is not replaced in silence
-    with use_plan("fused"), pytest.raises(OutOfResources):
+    with use_plan("fused"), pytest.raises(error):
         call(arguments)
+
+
+@pytest.mark.parametrize("op", FAILING)
+def test_what_does_not_fit_runs_in_the_nearest_tile_that_does(op, monkeypatch):
+    """In fewer stages or half the columns; from then on at once, and right."""
+    arguments, (where, name) = convolution(), FAILING[op]
+    original, tried = getattr(where, name), []
+    default = tiles.conv_config(op, tiles.ConvSize(72, 8, 8, 9, 4), tiles.DEFAULT_ARCH)
+    fits = tiles.smaller(default)[-1]
+
+    def limited(*args):
+        tried.append(args[-1])
+        if args[-1] != fits:
+            raise OutOfResources(99_999, 40_000, "shared memory")
+        return original(*args)
+
+    def call():
+        if op == "forward":
+            return (BACKEND.conv_forward(*arguments),)
+        return BACKEND.conv_backward(*backward_of(arguments))
+
+    with use_plan("library"):
+        expected = call()
+    monkeypatch.setattr(where, name, limited)
+    with pytest.warns(RuntimeWarning, match=f"fused {op} kernel .* runs in a tile of {fits} from now on"):
+        call()
+    assert tried == [None, *tiles.smaller(default)]
+    tried.clear()
+    for ours, theirs in zip(call(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert tried == [fits]
 
 
 @pytest.fixture
