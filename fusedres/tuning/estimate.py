@@ -11,6 +11,7 @@ lose: fused only where that is faster by a margin. Measured plans (:func:`fusedr
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -59,17 +60,34 @@ MARGIN = 1.2
 class Cost(NamedTuple):
     """Of one way to run a convolution: bytes moved together with its product, those of passes beside it, and how many kernels it is."""
 
-    bytes: float
-    pass_bytes: float
+    bytes: int
+    pass_bytes: int
     kernels: int
+
+
+class Costs(NamedTuple):
+    """Of the fused kernel, of the library's convolution between passes, and the bytes of the pass in front of it that corrects the
+    gradient: one for both gradients, where either is the library's."""
+
+    fused: Cost
+    library: Cost
+    correction: int
+
+
+class Seconds(NamedTuple):
+    """The times of :class:`Costs`."""
+
+    fused: float
+    library: float
+    correction: float
 
 
 _ACTIVATIONS = frozenset(KINDS)
 _EPILOGUES = frozenset(("residual", "out_scale_shift", *(f"out_{kind}" for kind in KINDS)))
 
 
-def costs(problem: Problem) -> tuple[Cost, Cost]:
-    """Of the fused kernel, and of the library's convolution between passes; maps are of 16 bits."""
+def costs(problem: Problem) -> Costs:
+    """What each way moves; maps are of 16 bits."""
     has = frozenset(problem.features)
     x = 2 * math.prod(problem.x)
     y = 2 * problem.x[0] * problem.weight[0] * math.prod(problem.out_size)
@@ -79,29 +97,32 @@ def costs(problem: Problem) -> tuple[Cost, Cost]:
         added = y if "residual" in has else 0
         # statistics are reduced by the pass that applies an epilogue, where there is one
         behind = 2 * y + added if not has.isdisjoint(_EPILOGUES) else y if "stats" in has else 0
-        return Cost(x + y + added, 0, 1), Cost(x + y, materialised + behind, 1 + (materialised > 0) + (behind > 0))
+        library = Cost(x + y, materialised + behind, 1 + (materialised > 0) + (behind > 0))
+        return Costs(Cost(x + y + added, 0, 1), library, 0)
     read = y * (2 if "raw" in has else 1)
-    # one pass serves both gradients where both are the library's
-    corrected = (read + y) * (0.5 if "both" in has else 1.0) if "coeff" in has else 0
+    correction = read + y if "coeff" in has else 0
     if problem.op == "wgrad":
-        return Cost(read + x, 0, 1), Cost(y + x, corrected + materialised, 1 + (corrected > 0) + (materialised > 0))
+        return Costs(Cost(read + x, 0, 1), Cost(y + x, materialised, 1 + (materialised > 0)), correction)
     below = x if pending or "sums" in has else 0
     old = x if has & {"base", "accumulate"} else 0
     behind = 2 * x + below + old if below or old or "scaled" in has else 0
-    return Cost(read + x + below + old, 0, 1), Cost(y + x, corrected + behind, 1 + (corrected > 0) + (behind > 0))
+    return Costs(Cost(read + x + below + old, 0, 1), Cost(y + x, behind, 1 + (behind > 0)), correction)
 
 
-def seconds(problem: Problem, arch: Arch) -> tuple[float, float]:
-    """By the fused kernel, and by the library. A family that is not in :data:`SPEEDS` counts as the default one."""
+def seconds(problem: Problem, arch: Arch) -> Seconds:
+    """How long each way takes. A family that is not in :data:`SPEEDS` counts as the default one."""
     speed = SPEEDS.get(arch.family, SPEEDS[DEFAULT_ARCH.family])
-    fused, library = costs(problem)
+    fused, library, correction = costs(problem)
     rows = problem.x[0] * math.prod(problem.out_size)
     flops = 2 * rows * math.prod(problem.weight)
     share = min(FUSED_SHARE, ISSUE_SHARES[problem.op] * ISSUED_BESIDE / speed.per_cycle)
     loads, products = fused.bytes / speed.bandwidth, flops / (share * speed.products)
-    fused_seconds = max(loads, products) + EXPOSED * min(loads, products) + LAUNCH * fused.kernels
     convolution = max(library.bytes / speed.bandwidth, flops / (LIBRARY_SHARE * speed.products))
-    return fused_seconds, convolution + library.pass_bytes / speed.bandwidth + LAUNCH * library.kernels
+    return Seconds(
+        max(loads, products) + EXPOSED * min(loads, products) + LAUNCH * fused.kernels,
+        convolution + library.pass_bytes / speed.bandwidth + LAUNCH * library.kernels,
+        correction / speed.bandwidth + LAUNCH if correction else 0.0,
+    )
 
 
 def has_wide_accesses(problem: Problem) -> bool:
@@ -116,11 +137,27 @@ def has_wide_accesses(problem: Problem) -> bool:
     )
 
 
+def _fastest(gradients: tuple[Seconds, ...]) -> tuple[bool, ...]:
+    """Which of these are fused where all of them together take least: the library's share one correction."""
+
+    def total(fused: tuple[bool, ...]) -> float:
+        each = [MARGIN * g.fused if f else g.library for g, f in zip(gradients, fused, strict=True)]
+        return sum(each) + (0.0 if all(fused) else max(g.correction for g in gradients))
+
+    return min(itertools.product((False, True), repeat=len(gradients)), key=total)
+
+
 @functools.lru_cache(4096)
 def is_fused(problem: Problem, arch: Arch) -> bool:
-    """Whether the fused kernel is the default. Of several taps, strided, grouped, unaligned and float32 ones the library is, whatever the
-    model says: their loops are further from what it assumes."""
+    """Whether the fused kernel is the default; of a convolution's two gradients (feature ``both``) in view of the other one.
+
+    Convolutions of several taps, strided, grouped, unaligned and float32 ones are the library's, whatever the model says: their loops are
+    further from what it assumes.
+    """
     if not has_wide_accesses(problem):
         return False
-    fused, library = seconds(problem, arch)
-    return fused * MARGIN <= library
+    if "both" in problem.features:
+        ops = ("dgrad", "wgrad")
+        chosen = _fastest(tuple(seconds(problem._replace(op=op), arch) for op in ops))
+        return chosen[ops.index(problem.op)]
+    return _fastest((seconds(problem, arch),))[0]
