@@ -12,7 +12,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("rich")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
-from bench import models, report, roofline, sweep  # noqa: E402
+from bench import conversion, models, report, roofline, sweep  # noqa: E402
 from fusedres.testing import networks  # noqa: E402
 from fusedres.trial import memory  # noqa: E402
 
@@ -290,3 +290,12 @@ def test_training_that_differs_is_outside_the_noise(equivalence, wrong):
 def test_wilsons_interval_is_that_of_the_textbook(equivalence):
     low, high = equivalence.wilson(8, 10)
     assert (low, high) == (pytest.approx(0.490162, abs=1e-5), pytest.approx(0.943318, abs=1e-5))
+
+
+def test_conversion_is_timed_with_its_proof_and_without(tmp_path, capsys):
+    conversion.main(["--models", "resnet18", "--repeats", "1", "--output", str(tmp_path)])
+    assert "| resnet18 | 11.7 M | " in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / "conversion.json").read_text())["models"]
+    assert 0 < record["without"] and 0 < record["with_proof"]
+    with pytest.raises(SystemExit, match="has no model|has a model"):
+        conversion.main(["--models", "nonsense", "--output", str(tmp_path)])
