@@ -228,7 +228,7 @@ class Dense(BlockSpec):
         seen = x
         for layer, t in zip(self.layers, OfLayer.split(tensors), strict=True):
             mid = layer.norm1.reference(seen, t.norm1_weight, t.norm1_bias)
-            mid = layer.conv1.reference(mid, t.conv1_weight, t.conv1_bias)
+            mid = layer.conv1.reference(mid, t.conv1_weight, t.conv1_bias, layer.norm2)
             if layer.norm2 is not None and layer.conv2 is not None:
                 mid = layer.norm2.reference(mid, t.norm2_weight, t.norm2_bias)
                 mid = layer.conv2.reference(mid, t.conv2_weight, t.conv2_bias)

@@ -327,7 +327,7 @@ class Residual(BlockSpec):
         first, *of_units = split(tensors)
 
         def apply(unit: Unit, t: OfUnit, h: Tensor) -> Tensor:
-            h = unit.conv.reference(h, t.weight, t.bias)
+            h = unit.conv.reference(h, t.weight, t.bias, unit.norm)
             return h if unit.norm is None else unit.norm.reference(h, t.norm_weight, t.norm_bias)
 
         h = x if self.first is None else self.first.reference(x, first.norm_weight, first.norm_bias)

@@ -141,8 +141,11 @@ def test_the_gradient_of_a_bias_that_a_batch_norm_removes_is_zero_and_not_roundi
     spec: BlockSpec = Residual((Unit(removed, norm(8, "silu")),))
     if kind == "dense":
         spec = Dense((Layer(norm(8), removed, norm(8, "silu"), conv(8, 4, 3)),))
-    x = torch.randn(2, 8, 5, 5, dtype=DTYPE) + 1000
+    x = (torch.randn(2, 8, 5, 5, dtype=DTYPE) + 1000).requires_grad_()
     y, _ = spec.run(select.get(backend), x)
     for value, expected in ((1.0, 0.0), (float("nan"), float("nan"))):
         (found,) = torch.autograd.grad(y, removed.bias, torch.full_like(y, value), retain_graph=True)
         torch.testing.assert_close(found, torch.full_like(found, expected), rtol=0, atol=0, equal_nan=True)
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), removed.bias)
+    assert torch.equal(second, torch.zeros_like(second))
