@@ -185,19 +185,26 @@ class Prepared:
         """Launch on the device of the tensors, which need not be the current one."""
         if _state.recording is not None:
             _state.recording.launches.append(Launch(self.kernel, self.grid, self._named(tensors, late)))
-        elif self._device.index is None or INTERPRETED or self._device.index == driver.active.get_current_device():
-            self._run(tensors, late)
+        elif INTERPRETED:
+            self._run_public(tensors, late)
         else:
-            with torch.cuda.device(self._device):
-                self._run(tensors, late)
+            current, own = driver.active.get_current_device(), self._device.index
+            if own is None or own == current:
+                self._run(current, tensors, late)
+            else:
+                with torch.cuda.device(self._device):
+                    self._run(own, tensors, late)
 
-    def _run(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> None:
-        """Launch on the current device."""
+    def _run_public(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> Any:
+        """Triton's own call, which gives what it has compiled; None where a hook of its compilation says so."""
+        return self.kernel[self.grid](**self._named(tensors, late))
+
+    def _run(self, device: int, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> None:
+        """Launch on the current ``device``."""
         if not direct or _is_watched():
-            self.kernel[self.grid](**self._named(tensors, late))
+            self._run_public(tensors, late)
             return
-        active = driver.active
-        device, together, addresses = active.get_current_device(), 0, []
+        together, addresses = 0, []
         for tensor, rows, absent in zip(tensors, self._rows, self._absent, strict=True):
             if tensor is None or rows is None:
                 addresses += absent
@@ -209,14 +216,14 @@ class Prepared:
         odd = tuple([bool(at and at & 15) for at in addresses]) if together & 15 else ()
         ready = self._compiled.get((device, odd))
         if ready is None:
-            found = self.kernel[self.grid](**self._named(tensors, late))
-            self._compiled[device, odd] = found.run, found
+            found = self._run_public(tensors, late)
+            if found is not None:
+                self._compiled[device, odd] = found.run, found
             return
         run, kernel = ready
+        stream = driver.active.get_current_stream(device)
         run(
-            *self._grid, active.get_current_stream(device), kernel.function, kernel.packed_metadata, None, None, None,
-            *addresses,
-            *late, *self._rest,
+            *self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *addresses, *late, *self._rest
         )  # fmt: skip
 
     def _named(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ torchvision = pytest.importorskip("torchvision")
 
 import fusedres  # noqa: E402
 from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
-from fusedres.kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, pool, reduce  # noqa: E402
+from fusedres.kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, launch, pool, reduce  # noqa: E402
 from fusedres.kernels.launch import INTERPRETED  # noqa: E402
 from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap  # noqa: E402
 from fusedres.specs import Geometry  # noqa: E402
@@ -109,6 +109,19 @@ def test_two_runs_give_the_same_bits(plan):
     with use_plan(plan), torch.backends.cudnn.flags(enabled=True, deterministic=True):
         first, second = (run_training(fusedres.convert(network()).train(), images(0)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_direct_launches_give_the_bits_of_public_ones(monkeypatch):
+    """Of a step whose kernels Triton has compiled before, also on maps in a buffer of another address."""
+    model = fusedres.convert(network()).train()
+    state = copy.deepcopy(model.state_dict())
+    found = []
+    with use_plan("fused"):
+        for direct in (True, True, False):
+            monkeypatch.setattr(launch, "direct", direct)
+            model.load_state_dict(state)
+            found.append(run_training(model, images(0)))
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
 
 
 @pytest.mark.parametrize("plan", ["fused", "auto"])
