@@ -23,20 +23,32 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name "*.h" -o -name "*.cpp")
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests -name "*.h" -o -name "*.cpp")
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
-# the extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own; not the one that limits a process's
-# memory, which the sanitizer's own map does not fit into
+# the extension's tests under the compiler's checks, in builds of their own. AddressSanitizer and UndefinedBehaviorSanitizer: but for the
+# tests that limit a process's memory, which the sanitizer's own map does not fit into. ThreadSanitizer: the kernels on threads that it can
+# follow, without torch; that a race of two callers is found; and threads of Python's around models, without OpenMP's inside, which it
+# cannot follow. Address space is not randomised there (setarch): older runtimes of its cannot place their map otherwise.
 SANITIZED := build/sanitized
+THREADED := build/threaded
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
+WATCHED := TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_noninstrumented_modules=1" setarch -R
 sanitize: $(VENV)/installed
 	FUSEDRES_BUILD=cpu FUSEDRES_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	PYTHONPATH=$(SANITIZED)/lib LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib PYTHONSAFEPATH=1 LD_PRELOAD="$(RUNTIMES)" \
+		ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -n 2 -k "not memory" --backend cpp tests/backends/test_cpp.py tests/backends/test_cpp_extension.py \
-		tests/backends/test_contract.py tests/backends/test_contract_edges.py
+		tests/backends/test_contract.py tests/backends/test_contract_edges.py tests/test_threads.py
+	FUSEDRES_BUILD=cpu FUSEDRES_SANITIZE=thread $(BIN)/python setup.py -q build --build-base $(THREADED) --build-lib $(THREADED)/lib
+	$(CXX) -std=c++20 -O1 -g1 -fsanitize=thread -pthread -Icsrc tests/backends/threads.cpp \
+		$$(find $(THREADED) -path '*/csrc/cpu/*.o' -not -name '*_binding.o') -o $(THREADED)/threads
+	$(WATCHED) $(THREADED)/threads
+	$(WATCHED) $(THREADED)/threads race > $(THREADED)/race.log 2>&1; test $$? -eq 66
+	PYTHONPATH=$(CURDIR)/$(THREADED)/lib PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 LD_PRELOAD="$(shell $(CXX) -print-file-name=libtsan.so)" \
+		$(WATCHED) $(BIN)/pytest -n 0 -k one-inside tests/test_threads.py
 
 # one wheel for Python 3.10 and torch 2.11 and everything newer, in dist/; its tag says from which glibc on
 wheel: $(VENV)/installed

@@ -235,7 +235,7 @@ class Convolution(NamedTuple):
     def draw_weight(self, draw: Draw) -> Tensor:
         """A random weight."""
         weight = draw.weight(*self.weight)
-        return weight.to(memory_format=torch.channels_last) if self.deep else weight
+        return draw.placed(weight.to(memory_format=torch.channels_last)) if self.deep else weight
 
 
 def _conv(n, c, h, w, k, kernel, stride=1, padding=0, dilation=1, groups=1, deep=False) -> Convolution:

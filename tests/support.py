@@ -48,8 +48,8 @@ class Draw:
     """Random operands of primitives, the same numbers for the same seed: rounded to ``dtype``, and stored in float64 for the ``truth``.
 
     Maps are channel slices of channels_last buffers whose other channels hold NaN, ``pad`` of them before and behind (maps of their own
-    with ``(0, 0)``); per-channel tensors are column slices of such buffers. :meth:`check` asserts afterwards that all of that NaN is still
-    there and that what was drawn to be read is unchanged.
+    with ``(0, 0)``); per-channel tensors are column slices of such buffers, with ``columns`` of NaN. :meth:`check` asserts afterwards that
+    all of that NaN is still there and that what was drawn to be read is unchanged.
     """
 
     def __init__(
@@ -60,8 +60,9 @@ class Draw:
         truth: bool = False,
         device: str = "cpu",
         pad: tuple[int, int] = (3, 5),
+        columns: tuple[int, int] = (1, 2),
     ) -> None:
-        self.dtype, self.truth, self.device, self.pad = dtype, truth, device, pad
+        self.dtype, self.truth, self.device, self.pad, self.columns = dtype, truth, device, pad, columns
         self.storage = torch.float64 if truth else dtype
         self.accum = accum_dtype(self.storage)
         self._generator = torch.Generator().manual_seed(seed)
@@ -75,13 +76,18 @@ class Draw:
         self._read.append((value, value.clone()))
         return value
 
+    def placed(self, value: Tensor) -> Tensor:
+        """A tensor where it is to lie in memory: here, or where a subclass moves it."""
+        return value
+
     # ---- maps
 
     def hole(self, *shape: int) -> Tensor:
         """A slice that holds NaN, to be written into."""
         (before, behind), (n, c, *size) = self.pad, shape
         wide = (n, before + c + behind, *size)
-        buffer = torch.empty(wide, dtype=self.storage, device=self.device, memory_format=format_of(len(shape)))
+        empty = torch.empty(wide, dtype=self.storage, device=self.device, memory_format=format_of(len(shape)))
+        buffer = self.placed(empty)
         self._rooms.append(_Room(buffer.fill_(torch.nan), before, before + c))
         return buffer[:, before : before + c]
 
@@ -107,9 +113,11 @@ class Draw:
 
     def room(self, rows: int, channels: int) -> Tensor:
         """A column slice that holds NaN, in accumulation precision, to be written into."""
-        buffer = torch.full((rows, channels + 3), torch.nan, dtype=self.accum, device=self.device)
-        self._rooms.append(_Room(buffer, 1, 1 + channels))
-        return buffer[:, 1 : 1 + channels]
+        before, behind = self.columns
+        wide = (rows, before + channels + behind)
+        buffer = self.placed(torch.full(wide, torch.nan, dtype=self.accum, device=self.device))
+        self._rooms.append(_Room(buffer, before, before + channels))
+        return buffer[:, before : before + channels]
 
     def kept(self, rows: int, channels: int) -> Tensor:
         """Values of either sign, away from zero, that may be written over."""
@@ -143,13 +151,13 @@ class Draw:
         """A convolution's weight that keeps the scale of what it reads."""
         fan = shape[1] * torch.Size(shape[2:]).numel()
         values = self._numbers(*shape, spread=(2 / fan) ** 0.5)
-        return self._reading(values.to(self.dtype).to(self.device, self.storage))
+        return self._reading(self.placed(values.to(self.dtype).to(self.device, self.storage)))
 
     def parameter(self, channels: int, dtype: torch.dtype | None = None, *, positive: bool = False) -> Tensor:
         """A C-sized parameter or running statistic, of a ``dtype`` of its own where one is given; it may be written."""
         values = self._numbers(channels).to(dtype or self.dtype)
         values = values.abs() + 0.5 if positive else values
-        return values.to(self.device, torch.float64 if self.truth else values.dtype)
+        return self.placed(values.to(self.device, torch.float64 if self.truth else values.dtype))
 
     # ---- afterwards
 

@@ -1,0 +1,249 @@
+// The C++ kernels on threads that ThreadSanitizer sees whole: linked without torch, whose OpenMP it cannot follow.
+//
+//   threads          every kernel of every instruction set of this CPU, from two callers at once that share what they
+//   read, each on
+//                    threads of its own; their results must have the bits of a single thread's
+//   threads race     the two callers write the same maps: the sanitizer has to report it
+//
+// `make sanitize` builds and runs both.
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/capability.h"
+#include "cpu/conv.h"
+#include "cpu/passes.h"
+
+namespace fusedres {
+namespace {
+
+constexpr int kThreads = 3;
+
+void alone(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }
+
+void spread(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+  std::vector<std::thread> threads;
+  const int64_t each = (n + kThreads - 1) / kThreads;
+  for (int64_t begin = 0; begin < n; begin += each)
+    threads.emplace_back(body, context, begin, begin + each < n ? begin + each : n);
+  for (auto& thread : threads) thread.join();
+}
+
+// Numbers of either sign, the same for the same seed.
+template <class Value>
+std::vector<Value> numbers(int64_t count, unsigned seed) {
+  std::vector<Value> values(static_cast<size_t>(count));
+  for (auto& value : values) {
+    seed = seed * 1664525u + 1013904223u;
+    const float number = static_cast<float>(seed >> 8) / 16777216.0f - 0.5f;
+    if constexpr (sizeof(Value) == 4) {
+      value = number;
+    } else {
+      uint32_t bits;
+      std::memcpy(&bits, &number, 4);
+      value = {static_cast<uint16_t>(bits >> 16)};
+    }
+  }
+  return values;
+}
+
+struct Shape {
+  int64_t batch, size, in_c, out_c, kernel, stride;
+  int64_t out_size() const { return (size + 2 * (kernel / 2) - kernel) / stride + 1; }
+};
+
+// What a caller writes.
+template <class Value>
+struct Written {
+  std::vector<Value> out, dx, dweight;
+  std::vector<float> sums;
+  Written(const Shape& s)
+      : out(s.batch * s.out_size() * s.out_size() * s.out_c),
+        dx(s.batch * s.size * s.size * s.in_c),
+        dweight(s.out_c * s.in_c * s.kernel * s.kernel),
+        sums(4 * (s.in_c + s.out_c)) {}
+  bool operator==(const Written& other) const {
+    const auto same = [](const auto& a, const auto& b) {
+      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0;
+    };
+    return same(out, other.out) && same(dx, other.dx) && same(dweight, other.dweight) && same(sums, other.sums);
+  }
+};
+
+// A convolution with all that may be pending, forward and backward.
+template <class Value>
+struct Convolution {
+  Shape s;
+  std::vector<Value> x, grad, raw, residual, weight;
+  std::vector<float> vectors;
+
+  explicit Convolution(const Shape& shape)
+      : s(shape),
+        x(numbers<Value>(s.batch * s.size * s.size * s.in_c, 1)),
+        grad(numbers<Value>(s.batch * s.out_size() * s.out_size() * s.out_c, 2)),
+        raw(numbers<Value>(static_cast<int64_t>(grad.size()), 3)),
+        residual(numbers<Value>(static_cast<int64_t>(grad.size()), 4)),
+        weight(numbers<Value>(s.out_c * s.in_c * s.kernel * s.kernel, 5)),
+        vectors(numbers<float>(8 * (s.in_c + s.out_c), 6)) {}
+
+  void run(const ConvKernelsOf<Value>& kernels, Parallel parallel, Written<Value>* to) {
+    const int64_t taps = s.kernel * s.kernel, size = s.out_size(), pad = s.kernel / 2;
+    const Geometry2d g{s.batch,  s.size,   s.size,   s.in_c, size, size, s.out_c, s.kernel,
+                       s.kernel, s.stride, s.stride, pad,    pad,  1,    1};
+    const float *of_in = vectors.data(), *of_out = of_in + 4 * s.in_c;
+    const Activation relu{Act::relu, 0}, none{Act::none, 0};
+    const SourceOf<Value> lazy{{x.data(), s.in_c}, {nullptr, 0}, of_in, of_in + s.in_c, nullptr, relu};
+    const SourceOf<Value> pending{{grad.data(), s.out_c}, {raw.data(), s.out_c}, of_out,
+                                  of_out + 2 * s.out_c,   of_out + s.out_c,      none};
+    const WeightOf<Value> w{weight.data(), s.in_c * taps, taps, s.kernel, 1};
+    float* sums = to->sums.data();
+
+    ForwardArgsOf<Value> forward{};
+    forward.g = g;
+    forward.x = lazy;
+    forward.weight = w;
+    forward.out = {to->out.data(), s.out_c};
+    forward.mean = sums;
+    forward.m2 = sums + s.out_c;
+    forward.residual = {residual.data(), s.out_c};
+    forward.out_act = relu;
+    kernels.forward(forward, parallel);
+
+    DgradArgsOf<Value> dgrad{};
+    dgrad.g = g;
+    dgrad.grad = pending;
+    dgrad.weight = w;
+    dgrad.dx = {to->dx.data(), s.in_c};
+    dgrad.x = lazy.map;
+    dgrad.scale = of_in;
+    dgrad.shift = of_in + s.in_c;
+    dgrad.act = relu;
+    dgrad.mean = of_in + 2 * s.in_c;
+    dgrad.invstd = of_in + 3 * s.in_c;
+    dgrad.sum_dz = sums + 2 * s.out_c;
+    dgrad.sum_dz_xhat = dgrad.sum_dz + s.in_c;
+    kernels.dgrad(dgrad, parallel);
+
+    kernels.wgrad({g, pending, lazy, {to->dweight.data(), s.in_c * taps, taps, s.kernel, 1}}, parallel);
+  }
+};
+
+// The passes over one map, a pool with its index among them.
+struct Passes {
+  using Value = float;
+  Shape s;
+  std::vector<float> x, residual, grad, vectors;
+
+  explicit Passes(const Shape& shape)
+      : s(shape),
+        x(numbers<float>(s.batch * s.size * s.size * s.in_c, 1)),
+        residual(numbers<float>(static_cast<int64_t>(x.size()), 2)),
+        grad(numbers<float>(static_cast<int64_t>(x.size()), 3)),
+        vectors(numbers<float>(6 * s.in_c, 4)) {}
+
+  void run(const PassKernels& kernels, Parallel parallel, Written<float>* to) {
+    const int64_t c = s.in_c;
+    float* sums = to->sums.data();
+    PassArgs a{};
+    a.storage = Storage::f32;
+    a.rows = s.batch * s.size * s.size;
+    a.channels = c;
+    a.act = {Act::relu, 0};
+    for (int i = 0; i < kMaxConstants; ++i) a.constants[i] = {vectors.data() + i * c, 0};
+    a.in[0] = {x.data(), c};
+    a.in[1] = {residual.data(), c};
+    a.out = {to->dx.data(), c};
+    a.measured = a.out;
+    a.mean = sums;
+    a.m2 = sums + c;
+    kernels.add_act_forward(a, true, true, true, parallel);
+    kernels.statistics(a, parallel);
+
+    PassArgs back = a;
+    back.measured = {nullptr, 0};
+    back.in[0] = {grad.data(), c};
+    back.in[1] = {x.data(), c};
+    back.in[2] = {residual.data(), c};
+    for (int i = 0; i < 3; ++i) back.sums[i] = {sums + (2 + i) * c, nullptr};
+    kernels.add_act_backward(back, true, true, 3, parallel);
+    kernels.dgrad_epilogue(back, true, true, parallel);
+    kernels.apply_grad_coeff(back, true, parallel);
+
+    PoolArgs pool{};
+    pool.pass = a;
+    const int64_t half = s.size / 2;
+    pool.batch = s.batch;
+    pool.in_h = pool.in_w = s.size;
+    pool.out_h = pool.out_w = half;
+    pool.kernel_h = pool.kernel_w = pool.stride_h = pool.stride_w = 2;
+    pool.pass.rows = s.batch * half * half;
+    pool.pass.out = {to->out.data(), c};
+    pool.pass.measured = pool.pass.out;
+    std::vector<uint8_t> index(static_cast<size_t>(pool.pass.rows * c));
+    pool.index = index.data();
+    pool.index_pitch = c;
+    kernels.pool_forward(pool, parallel);
+    pool.pass = back;
+    pool.pass.in[0] = {x.data(), c};
+    pool.pass.in[1] = {grad.data(), c};
+    kernels.pool_backward(pool, true, true, parallel);
+  }
+};
+
+// Two callers at once; whether both have the bits of one that is alone.
+template <class Work, class Kernels>
+bool agree(const std::string& name, const Shape& shape, const Kernels& kernels, bool race) {
+  Work work(shape);
+  Written<typename Work::Value> wanted(shape), one(shape), two(shape);
+  work.run(kernels, alone, &wanted);
+  std::thread other([&] { work.run(kernels, spread, race ? &one : &two); });
+  work.run(kernels, spread, &one);
+  other.join();
+  const bool same = race || (one == wanted && two == wanted);
+  std::printf("%s %s\n", name.c_str(), same ? "ok" : "differs from one thread");
+  return same;
+}
+
+template <class T>
+struct ConvolutionOf : Convolution<T> {
+  using Value = T;
+  using Convolution<T>::Convolution;
+};
+
+template <class Value>
+bool convolutions(const std::string& name, const ConvKernelsOf<Value>& kernels, bool race) {
+  bool right = true;
+  // Winograd's, a strided one, a product with more than one panel, an odd rest, few pixels
+  for (const Shape& shape : {Shape{2, 20, 64, 64, 3, 1}, Shape{2, 17, 32, 48, 3, 2}, Shape{2, 14, 72, 136, 1, 1},
+                             Shape{3, 13, 34, 18, 3, 1}, Shape{1, 5, 64, 96, 3, 1}})
+    right &= agree<ConvolutionOf<Value>>(name + " convolution " + std::to_string(shape.in_c), shape, kernels, race);
+  return right;
+}
+
+bool passes(const std::string& name, const PassKernels& kernels, bool race) {
+  bool right = true;
+  for (const Shape& shape : {Shape{4, 20, 48, 48, 1, 1}, Shape{4, 26, 5, 5, 1, 1}})
+    right &= agree<Passes>(name + " passes " + std::to_string(shape.in_c), shape, kernels, race);
+  return right;
+}
+
+bool everything(bool race) {
+  bool right = convolutions("default", conv_kernels_default, race) & passes("default", pass_kernels_default, race);
+#if defined(__x86_64__)
+  if (capability_supported(Capability::avx2))
+    right &= convolutions("avx2", conv_kernels_avx2, race) & passes("avx2", pass_kernels_avx2, race);
+  if (capability_supported(Capability::avx512))
+    right &= convolutions("avx512", conv_kernels_avx512, race) & passes("avx512", pass_kernels_avx512, race);
+  if (capability_supported(Capability::avx512_bf16))
+    right &= convolutions("avx512_bf16", conv_kernels_avx512_bf16, race);
+#endif
+  return right;
+}
+
+}  // namespace
+}  // namespace fusedres
+
+int main(int count, char** words) { return fusedres::everything(count > 1 && std::string(words[1]) == "race") ? 0 : 1; }
