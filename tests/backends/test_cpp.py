@@ -286,6 +286,61 @@ def test_too_little_memory_raises(call: str) -> None:
     assert "raised:" in done.stdout and "memory" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
+def test_a_model_runs_on_after_there_was_too_little_memory() -> None:
+    """In a kernel, and in front of one; the very bits of a model to which nothing has happened."""
+    done = run_python(
+        """
+        import copy
+        import gc
+        import resource
+        import threading
+        import torch
+        import fusedres
+        from fusedres.nn import ConvBNAct
+        from fusedres.testing import assert_fused
+        torch.set_num_threads(2)
+        wide = torch.nn.Sequential(ConvBNAct(4096, 4096, 1), ConvBNAct(4096, 64, 3))
+        model = fusedres.convert(wide)
+        x = torch.randn(4, 4096, 8, 8).contiguous(memory_format=torch.channels_last)
+        large = torch.zeros(1, 4096, 1, 1).expand(64, 4096, 64, 64)
+        untouched = copy.deepcopy(model)
+        # what a first call and the conversion leave behind would be counted as memory that is there
+        fusedres.convert(ConvBNAct(8, 8, 1).eval())(torch.randn(1, 8, 4, 4))
+        gc.collect()
+
+        def step(model, x):
+            y = model.train()(x)
+            grads = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+            return [y.detach(), *grads]
+
+        def starve():
+            # a thread has scratch memory of its own, so that none is there from before; it cannot start others without memory
+            torch.set_num_threads(1)
+            size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            _, most = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (size + (10 << 20), most))
+            for images in (x, large, x):
+                try:
+                    model.eval()(images)
+                except RuntimeError as error:
+                    print("raised:", error)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+        starved = threading.Thread(target=starve)
+        starved.start()
+        starved.join()
+        for ours, wanted in zip(step(model, x), step(untouched, x), strict=True):
+            assert torch.equal(ours, wanted)
+        for ours, wanted in zip(model.buffers(), untouched.buffers(), strict=True):
+            assert torch.equal(ours, wanted)
+        assert_fused(model, "cpp")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("raised:") == 3, done.stdout
+
+
 def test_an_unknown_capability_raises() -> None:
     done = run_python("import fusedres._C as c; c.cpu_capability()", FUSEDRES_CPU_CAPABILITY="sse9")
     assert done.returncode != 0 and "FUSEDRES_CPU_CAPABILITY=sse9 is not known" in done.stderr
