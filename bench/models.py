@@ -40,6 +40,7 @@ from fusedres.trial import memory
 from fusedres.trial.timing import Step, captured, in_turns, seconds_per_call
 
 from . import environment
+from .networks import NETWORKS
 from .progress import progress
 
 MIB = 2**20
@@ -131,13 +132,18 @@ CONTENDERS = {
 }
 
 
+def new_model(name: str) -> nn.Module:
+    """A model of :mod:`bench.networks` or, by another name, torchvision's, with random weights."""
+    return NETWORKS[name]() if name in NETWORKS else torchvision.models.get_model(name, weights=None)
+
+
 def build_model(name: str, images: Tensor, settings: Settings) -> nn.Module:
-    """Torchvision's model with random weights, seeded.
+    """The model with random weights, seeded.
 
     Its running statistics are those of the images: with torch's initial zeros and ones, inference would leave float16.
     """
     torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None)
+    model = new_model(name)
     model = model.to(settings.device, memory_format=torch.channels_last)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momentum = [m.momentum for m in norms]
@@ -424,8 +430,8 @@ def save(records: Sequence[dict], path: Path) -> None:
 
 
 def known_model(name: str) -> str:
-    """``name``, where torchvision has a classifier of that name; else an error that says which it has."""
-    known = torchvision.models.list_models(module=torchvision.models)
+    """``name``, where :mod:`bench.networks` or torchvision has a model of that name; else an error that says which torchvision has."""
+    known = [*NETWORKS, *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
         near = difflib.get_close_matches(name, known) or ["resnet50", "densenet121"]
         raise argparse.ArgumentTypeError(f"torchvision.models has no {name!r}; it has, among others, {', '.join(near)}")

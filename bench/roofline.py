@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +42,7 @@ from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
 from fusedres.specs import Geometry
 
 from . import environment, report
-from .models import known_model
+from .models import known_model, new_model
 
 
 @dataclass
@@ -231,9 +230,9 @@ class EagerTraffic(TorchDispatchMode):
 
 
 def build(name: str, device: str, dtype: torch.dtype, mode: str) -> torch.nn.Module:
-    """The torchvision model, channels_last."""
+    """The model, channels_last."""
     with torch.device(device):
-        model = torchvision.models.get_model(name)
+        model = new_model(name)
     return model.to(dtype=dtype, memory_format=torch.channels_last).train(mode == "train")
 
 

@@ -18,10 +18,11 @@ import torch
 from rich.console import Console
 
 from . import environment, models, report
+from .networks import NETWORKS
 
 MODELS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2",
-    "densenet121", "densenet169", "densenet201",
+    "densenet121", "densenet169", "densenet201", *NETWORKS,
 )  # fmt: skip
 WORDS = {"train": "Training", "infer": "Inference"}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import served
 from torch import nn
 
 pytest.importorskip("torchvision")
@@ -13,7 +14,8 @@ pytest.importorskip("rich")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
 from bench import conversion, models, report, roofline, sweep  # noqa: E402
-from fusedres.testing import networks  # noqa: E402
+from bench.networks import NETWORKS  # noqa: E402
+from fusedres.testing import compare, networks  # noqa: E402
 from fusedres.trial import memory  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +227,13 @@ def test_an_unknown_contender_is_a_clear_error(capsys):
         models.main(["--contenders", "eager", "fastest"])
     assert stopped.value.code == 2
     assert re.search(r"invalid choice: 'fastest' .*fused", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_networks_of_the_sweep_run_fused_and_are_as_right_as_eager(name, training):
+    served("cpp", torch.float64)
+    compare(NETWORKS[name], (2, 3, 32, 32), torch.float64, "cpp", training)
 
 
 def test_the_sweep_tables_every_model_at_every_size(tmp_path, capsys):
