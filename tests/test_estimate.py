@@ -130,6 +130,14 @@ def test_few_launches_count_where_maps_are_small():
     assert library - fused == pytest.approx(2 * estimate.LAUNCH, rel=0.2)
 
 
+def test_every_architecture_that_is_compiled_for_has_its_speeds():
+    pytest.importorskip("torchvision")
+    pytest.importorskip("rich")
+    from bench.cross_compile import ARCHITECTURES
+
+    assert set(ARCHITECTURES) == set(SPEEDS)
+
+
 def test_an_unknown_gpu_counts_as_the_default_one():
     one = problem("dgrad", 256, 1024, 14)
     assert seconds(one, arch("sm_999")) == seconds(one, DEFAULT_ARCH)
