@@ -281,8 +281,10 @@ def perform(stage: Stage, run: Run, left: float) -> Outcome:
     if left < stage.least:
         return Outcome(stage.name, "left out", 0.0, shown, "no time left")
     folder = run.out / ("plans" if stage.tuned else "no-plans")
-    variables = os.environ | {"FUSEDRES_CACHE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
-    if run.dry and stage.interpreted:
+    variables = dict(os.environ) | {"FUSEDRES_CACHE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    if not stage.interpreted:
+        variables.pop("TRITON_INTERPRET", None)
+    elif run.dry:
         # the kernels' stages; whole models would take the interpreter minutes, and run as they do on a CPU
         variables |= {"TRITON_INTERPRET": "1"}
     log = run.out / f"{stage.name}.log"
