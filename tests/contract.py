@@ -296,6 +296,12 @@ LARGER = {
     "few pixels, most of them outside": _conv(2, 32, 1, 1, 16, (5, 3), 1, (2, 1), deep=True),
     "few outputs of many pixels": _conv(1, 32, 12, 11, 32, 3, 3, deep=True),
     "pixels that only the gradients call few": _conv(1, 32, 7, 7, 48, 3, 1, 1, deep=True),
+    # and one as it is allocated, with unfolded pixels
+    "few pixels, unfolded": _conv(2, 64, 4, 3, 96, 3, 1, 1),
+    "few pixels, unfolded, odd outputs, strided": _conv(3, 32, 5, 6, 37, 3, 2, 1),
+    "few pixels, unfolded, dilated": _conv(1, 32, 6, 5, 16, 3, 1, 2, 2),
+    "few pixels, unfolded, most of them outside": _conv(2, 16, 1, 1, 16, (5, 3), 1, (2, 1)),
+    "unfolded for the weight's gradient alone": _conv(1, 32, 7, 7, 48, 3, 1, 1),
 }
 CONVOLUTIONS = Table(
     {**SMALL, **LARGER}, ("1x1", "3x3 stride 2", "mixed", "groups", "pixel", "even sizes"), tuple(SMALL)

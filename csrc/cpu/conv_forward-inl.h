@@ -5,6 +5,7 @@
 #include "conv_few-inl.h"
 #include "conv_stats-inl.h"
 #include "conv_tile-inl.h"
+#include "conv_unfold-inl.h"
 
 namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
@@ -84,8 +85,16 @@ void conv_forward(const Args& a, Parallel parallel) {
             g.out_h,
             g.out_w,
             kChannelsPerUnit};
-  if constexpr (!kPairs)
+  if constexpr (!kPairs) {
     if (p.plan_few(a.weight, g.in_c, kFewerPixels)) return forward_few(a, p, parallel);
+    if (unfolds(g, a.weight, kFewerPixels)) {
+      Args by_pixels = a;
+      by_pixels.g = unfolded(g);
+      by_pixels.x = unfold(g, a.x, parallel);
+      by_pixels.weight = unfolded(a.weight);
+      return conv_forward(by_pixels, parallel);
+    }
+  }
   p.plan();
   const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
   const Factor factor{a.weight, a.weight.si, a.weight.so, packed_weights.get(packed_size(p))};

@@ -3,6 +3,7 @@
 
 #include "conv_few-inl.h"
 #include "conv_tile-inl.h"
+#include "conv_unfold-inl.h"
 
 namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
@@ -152,8 +153,16 @@ void conv_wgrad_of(const Args& a, bool never_winograd, Parallel parallel) {
                   g.out_c,
                   g.out_h,
                   g.out_w};
-  if constexpr (!kPairs)
+  if constexpr (!kPairs) {
     if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, parallel);
+    if (unfolds(g, a.dweight, kFewPixels)) {
+      Args by_pixels = a;
+      by_pixels.g = unfolded(g);
+      by_pixels.x = unfold(g, a.x, parallel);
+      by_pixels.dweight = unfolded(a.dweight);
+      return conv_wgrad_of(by_pixels, never_winograd, parallel);
+    }
+  }
   problem.never_winograd = never_winograd;
   const WgradPlan plan(problem);
   const Problem& p = plan.p;
