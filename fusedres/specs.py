@@ -8,7 +8,7 @@ runs (``run``) and what it is compared with (``reference``).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -131,6 +131,15 @@ class Unit:
     norm: Norm | None
 
 
+class Forward(NamedTuple):
+    """What a forward that is recorded leaves: its output ``y``, the ``stats`` of it where the block measures them, and what is ``kept`` for
+    backward beside the block's input (or its output, where :attr:`BlockSpec.keeps_output`) and its tensors."""
+
+    y: Tensor
+    stats: Tensor | None
+    kept: list[Tensor | None]
+
+
 class BlockSpec(ABC):
     """What every description offers. ``norms`` in the order of the forward: that of collectives."""
 
@@ -165,6 +174,26 @@ class BlockSpec(ABC):
         """
 
     @abstractmethod
+    def record(
+        self, backend: Backend, x: Tensor, source: Tensor | None, stats: Tensor | None, out: Tensor | None = None
+    ) -> Forward:
+        """The forward of :meth:`run` for maps, as an autograd node runs it: with all that :meth:`gradients` needs."""
+
+    @abstractmethod
+    def gradients(
+        self,
+        backend: Backend,
+        grad: Tensor,
+        held: Tensor,
+        source: Tensor | None,
+        kept: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        need: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of x, of ``source`` and of ``tensors`` (those of :attr:`tensors`), as far as they are in ``need``, for the map
+        ``grad``. ``held``: x, or y where :attr:`keeps_output`; ``kept`` is what :meth:`record` has left."""
+
+    @abstractmethod
     def reference(self, x: Tensor, source: Tensor | None, *tensors: Tensor | None) -> Tensor:
         """The definition, in plain PyTorch, for the tensors of :attr:`tensors`; running statistics untouched."""
 
@@ -176,6 +205,16 @@ class BlockSpec(ABC):
     @property
     def writes_into(self) -> bool:
         """Whether :meth:`run` takes ``out``."""
+        return False
+
+    @property
+    def measures(self) -> bool:
+        """Whether the statistics of the output are reduced where it is written."""
+        return False
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether backward reads the output, and not the input, which is in it."""
         return False
 
     @property

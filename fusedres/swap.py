@@ -36,6 +36,12 @@ _forwards: set[Callable[..., Any]] = set()
 _fused_from_start: dict[type, Callable[[], BlockState]] = {}
 
 
+def _constant(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` with the mark of torch.compiler.assume_constant_result, which would import the compiler."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
+
+
 class FusedBlock:
     """What a fused module has in front of its original class."""
 
@@ -51,6 +57,24 @@ class FusedBlock:
             module.forward = _fused_forward(_original_of(module))
         if not mixed:  # what registers its subclasses has registered the original
             super().__init_subclass__(**arguments)
+
+    # what a compiler runs as it is, and takes the result for a constant of its trace
+
+    @_constant
+    def _fusedres_is_there(self) -> bool:
+        return state_of(cast(nn.Module, self)) is not None
+
+    @_constant
+    def _fusedres_plan(self) -> Any:
+        module = cast(nn.Module, self)
+        state = cast("BlockState", state_of(module))
+        return state.kind.plan(module, state)
+
+    @_constant
+    def _fusedres_takes(self, at: int, *measures: Any) -> bool:
+        module = cast(nn.Module, self)
+        state = cast("BlockState", state_of(module))
+        return state.kind.takes(module, state, at, state.kind.measured(*measures))
 
     def _get_name(self) -> str:
         module = cast(nn.Module, self)
@@ -93,7 +117,9 @@ def _fused_forward(original: type[nn.Module]) -> Callable[..., Any]:
             return type(self).forward(self, *args, **kwargs)
         plain = super(FusedBlock, self).forward  # type: ignore[misc]
         if torch.compiler.is_compiling():
-            return plain(*args, **kwargs)
+            if not self._fusedres_is_there():
+                return plain(*args, **kwargs)
+            return self._fusedres.kind.trace(self, plain, args, kwargs)  # type: ignore[union-attr]
         state = state_of(self)
         if state is None:
             return plain(*args, **kwargs)

@@ -29,6 +29,7 @@ library's.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from ..backends.layout import as_map, channel_empty, empty_map, row_count
 from ..checks import check_conv, check_map, check_norm
 from ..errors import Unsupported
 from ..operands import Epilogue, GradTarget, LazyGrad, LazyMap
-from ..specs import BlockSpec, Conv, Norm, Shape
+from ..specs import BlockSpec, Conv, Forward, Norm, Shape
 from .steps import (
     Anchor,
     Refill,
@@ -92,7 +93,7 @@ class OfLayer(NamedTuple):
     conv2_bias: Any = None
 
     @classmethod
-    def split(cls, flat: tuple[Any, ...]) -> list[OfLayer]:
+    def split(cls, flat: Sequence[Any]) -> list[OfLayer]:
         """One for each layer."""
         size = len(cls._fields)
         return [cls(*flat[i : i + size]) for i in range(0, len(flat), size)]
@@ -224,6 +225,35 @@ class Dense(BlockSpec):
         mid = LazyMap(backend.conv_forward(seen, conv1.weight, conv1.bias, conv1.geometry, epilogue))
         return mid, mid
 
+    @property
+    def keeps_output(self) -> bool:
+        return True
+
+    def record(
+        self, backend: Backend, x: Tensor, source: Tensor | None, stats: Tensor | None, out: Tensor | None = None
+    ) -> Forward:
+        return Forward(*self.forward(backend, x, keep=True))
+
+    def gradients(
+        self,
+        backend: Backend,
+        grad: Tensor,
+        held: Tensor,
+        source: Tensor | None,
+        kept: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        need: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        size = len(_Kept._fields)
+        of_layers = [_Kept(*kept[i : i + size]) for i in range(0, len(kept), size)]
+        need_x, _, *need_tensors = need
+        walk = _Backward(backend, self, held, grad)
+        # from the last layer to the first; what a layer has kept is freed by nobody but the graph
+        rows = zip(self.layers, of_layers, OfLayer.split(tensors), OfLayer.split(need_tensors), strict=True)
+        found = [walk.layer(*row) for row in reversed(list(rows))]
+        dx = walk.input_grad() if need_x else None
+        return dx, None, *(g for grads in reversed(found) for g in grads)
+
     def reference(self, x: Tensor, source: Tensor | None, *tensors: Tensor | None) -> Tensor:
         seen = x
         for layer, t in zip(self.layers, OfLayer.split(tensors), strict=True):
@@ -244,7 +274,7 @@ class DenseFunction(torch.autograd.Function):
     def forward(
         ctx: Any, backend: Backend, spec: Dense, anchor: Tensor | None, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        buffer, stats, kept = spec.forward(backend, as_map(x), keep=True)
+        buffer, stats, kept = spec.record(backend, as_map(x), None, None)
         ctx.backend, ctx.spec = backend, spec
         ctx.save_for_backward(anchor, buffer, *kept, *tensors)
         ctx.set_materialize_grads(False)
@@ -258,27 +288,16 @@ class DenseFunction(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         spec = ctx.spec
         anchor, buffer, *rest = ctx.saved_tensors
-        kept_size = len(_Kept._fields) * len(spec.layers)
-        kept, tensors = rest[:kept_size], tuple(rest[kept_size:])
+        kept, tensors = rest[: -len(spec.tensors)], rest[-len(spec.tensors) :]
         if replays(grad):
             values = buffer[:, : buffer.shape[1] - spec.growth].detach()
             with torch.enable_grad():
                 x = values if anchor is None else Refill.apply(anchor, values)
             inputs = (x, *tensors)
             return None, None, None, *replay(lambda x, *t: spec.reference(x, None, *t), inputs, grad)
-        size = len(_Kept._fields)
-        of_layers = [_Kept(*kept[i : i + size]) for i in range(0, kept_size, size)]
         need_x, *need = ctx.needs_input_grad[3:]
-        walk = _Backward(ctx.backend, spec, buffer, as_map(grad))
-        # from the last layer to the first; what a layer has kept is freed by nobody but the graph
-        found = [
-            walk.layer(layer, k, t, n)
-            for layer, k, t, n in reversed(
-                list(zip(spec.layers, of_layers, OfLayer.split(tensors), OfLayer.split(tuple(need)), strict=True))
-            )
-        ]
-        dx = walk.input_grad() if need_x else None
-        return None, None, None, dx, *(g for grads in reversed(found) for g in grads)
+        dx, _, *grads = spec.gradients(ctx.backend, as_map(grad), buffer, None, kept, tensors, (need_x, False, *need))
+        return None, None, None, dx, *grads
 
 
 class _Backward:

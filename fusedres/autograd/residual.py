@@ -18,6 +18,7 @@ gradients of x by everything that reads a_0 gather in one map, to which BN_0's c
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from ..backends.layout import as_map, channel_empty, empty_map
 from ..checks import check_map, check_norm, check_unit
 from ..errors import Unsupported
 from ..operands import Epilogue, LazyMap
-from ..specs import BlockSpec, Norm, Pool, Shape, Unit
+from ..specs import BlockSpec, Forward, Norm, Pool, Shape, Unit
 from .residual_backward import Kept, OfUnit, ResidualBackward, flatten, split
 from .steps import conv_norm, mean_pool, needs_autograd, normalize, normalize_input, replay, replays
 
@@ -323,6 +324,39 @@ class Residual(BlockSpec):
             state.y = self._add(backend, h, residual, out, state.stats)
         return state
 
+    def record(
+        self, backend: Backend, x: Tensor, source: Tensor | None, stats: Tensor | None, out: Tensor | None = None
+    ) -> Forward:
+        state = self.forward(backend, x, source, stats, out)
+        kept = Kept.of(state.maps, state.side)
+        kept.raws[0] = None  # the input itself
+        for i in range(1, len(kept.raws)):
+            if kept.raws[i] is not None and self.recomputes(i):
+                kept.raws[i] = None
+        side = state.side
+        if side is not None and side.is_plain and self.act == "none" and not self.gated:
+            kept.raws[-1] = None  # read by no activation and no BatchNorm
+        return Forward(state.y, state.stats, [state.index, *kept.flatten()])
+
+    def gradients(
+        self,
+        backend: Backend,
+        grad: Tensor,
+        held: Tensor,
+        source: Tensor | None,
+        kept: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        need: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        index, *rest = kept
+        maps = Kept.split(rest, len(self.units) + 2)
+        maps.raws[0] = held
+        need_x, need_source, *need_tensors = need
+        step = ResidualBackward(
+            backend, self, maps, split(tensors), split(need_tensors), need_x, need_source, source, index
+        )
+        return step.run(grad)
+
     def reference(self, x: Tensor, source: Tensor | None, *tensors: Tensor | None) -> Tensor:
         first, *of_units = split(tensors)
 
@@ -365,33 +399,22 @@ class ResidualFunction(torch.autograd.Function):
         source: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        state = spec.forward(backend, x, source, stats, *held)
+        y, measured, kept = spec.record(backend, x, source, stats, *held)
         ctx.backend, ctx.spec = backend, spec
         ctx.set_materialize_grads(False)
-        kept = Kept.of(state.maps, state.side)
-        for i in range(1, len(kept.raws)):
-            if kept.raws[i] is not None and spec.recomputes(i):
-                kept.raws[i] = None
-        side = state.side
-        if side is not None and side.is_plain and spec.act == "none" and not spec.gated:
-            kept.raws[-1] = None  # read by no activation and no BatchNorm
-        ctx.save_for_backward(source, state.index, *kept.flatten(), *tensors)
-        if state.stats is not None:
-            ctx.mark_non_differentiable(state.stats)
-        return state.y, state.stats
+        ctx.save_for_backward(x, source, *kept, *tensors)
+        if measured is not None:
+            ctx.mark_non_differentiable(measured)
+        return y, measured
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         spec = ctx.spec
-        source, index, *rest = ctx.saved_tensors
-        kept, tensors = Kept.split(rest, len(spec.units) + 2)
+        x, source, *rest = ctx.saved_tensors
+        kept, tensors = rest[: -len(spec.tensors)], rest[-len(spec.tensors) :]
         if replays(grad):
-            inputs = (kept.raws[0], source, *tensors)
-            return None, None, None, None, *replay(spec.reference, inputs, grad)
-        need_x, need_source, *need = ctx.needs_input_grad[4:]
-        step = ResidualBackward(
-            ctx.backend, spec, kept, split(tensors), split(need), need_x, need_source, source, index
-        )
-        return None, None, None, None, *step.run(as_map(grad))
+            return None, None, None, None, *replay(spec.reference, (x, source, *tensors), grad)
+        need = ctx.needs_input_grad[4:]
+        return None, None, None, None, *spec.gradients(ctx.backend, as_map(grad), x, source, kept, tensors, need)

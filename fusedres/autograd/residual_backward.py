@@ -70,10 +70,9 @@ class Kept(NamedTuple):
         return [*self.raws, *self.scale_shifts, *self.mean_invstds]
 
     @classmethod
-    def split(cls, flat: Sequence[Tensor | None], maps: int) -> tuple[Kept, list[Tensor | None]]:
-        """``(the inverse of flatten for so many maps, what stands behind it)``."""
-        rows = [list(flat[i * maps : (i + 1) * maps]) for i in range(len(cls._fields))]
-        return cls(*rows), list(flat[len(cls._fields) * maps :])
+    def split(cls, flat: Sequence[Tensor | None], maps: int) -> Kept:
+        """The inverse of :meth:`flatten`, for so many maps."""
+        return cls(*(list(flat[i * maps : (i + 1) * maps]) for i in range(len(cls._fields))))
 
 
 class ResidualBackward:

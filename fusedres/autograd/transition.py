@@ -11,6 +11,7 @@ one more read of x there, against keeping a quarter of a map.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..backends.layout import as_map, channel_empty, row_count
 from ..checks import check_conv, check_map, check_norm
 from ..errors import Unsupported
 from ..operands import FRESH, LazyGrad, LazyMap
-from ..specs import BlockSpec, Conv, Norm, Pool, Shape
+from ..specs import BlockSpec, Conv, Forward, Norm, Pool, Shape
 from .steps import (
     bias_grad,
     needs_autograd,
@@ -85,6 +86,48 @@ class Transition(BlockSpec):
             y = backend.conv_forward(LazyMap(y), self.conv.weight, self.conv.bias, self.conv.geometry)
         return y, lazy
 
+    def record(
+        self, backend: Backend, x: Tensor, source: Tensor | None, stats: Tensor | None, out: Tensor | None = None
+    ) -> Forward:
+        y, lazy = self.forward(backend, x, stats)
+        return Forward(y, None, [lazy.scale_shift, lazy.mean_invstd])
+
+    def gradients(
+        self,
+        backend: Backend,
+        grad: Tensor,
+        held: Tensor,
+        source: Tensor | None,
+        kept: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        need: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        need_x, _, need_norm_weight, need_norm_bias, need_weight, need_bias = need
+        below = need_x or need_norm_weight or need_norm_bias
+        norm_weight, _, weight, bias = tensors
+        scale_shift, mean_invstd = kept
+        lazy = LazyMap(held, scale_shift, self.norm.act, mean_invstd)
+        pooled_grad: Tensor | None = grad
+        dweight = dbias = dx = None
+        if self.conv is not None and weight is not None:
+            pooled, _ = backend.pool_forward(lazy, self.pool)
+            if need_bias and bias is not None:
+                dbias = bias_grad(grad, bias)
+            pooled_grad, dweight = backend.conv_backward(
+                LazyGrad(grad), LazyMap(pooled), weight, self.conv.geometry, FRESH if below else None, need_weight
+            )
+        dnorm: tuple[Tensor | None, Tensor | None] = None, None
+        if below:
+            assert pooled_grad is not None and mean_invstd is not None
+            channels = held.shape[1]
+            sums, coeff = new_reduction(backend, self.norm, channels, held), channel_empty(3, channels, held)
+            backend.pool_backward(pooled_grad, None, lazy, self.pool, sums=sums)
+            norm_backward(backend, self.norm, norm_weight, sums, row_count(held), mean_invstd, coeff)
+            dnorm = norm_grads(backend, self.norm, sums, need_norm_weight, need_norm_bias)
+            if need_x:
+                dx = backend.pool_backward(pooled_grad, None, lazy, self.pool, coeff=coeff)
+        return dx, None, *dnorm, dweight, dbias
+
     def reference(self, x: Tensor, source: Tensor | None, *tensors: Tensor | None) -> Tensor:
         """In the order in which DenseNet writes it."""
         norm_weight, norm_bias, weight, bias = tensors
@@ -101,42 +144,20 @@ class TransitionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, backend: Backend, spec: Transition, stats: Tensor | None, x: Tensor, *tensors: Tensor | None
     ) -> Tensor:
-        y, lazy = spec.forward(backend, x, stats)
+        y, _, kept = spec.record(backend, x, None, stats)
         ctx.backend, ctx.spec = backend, spec
-        ctx.save_for_backward(x, lazy.scale_shift, lazy.mean_invstd, *tensors)
+        ctx.save_for_backward(x, *kept, *tensors)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backend, spec = ctx.backend, ctx.spec
+        spec = ctx.spec
         x, scale_shift, mean_invstd, *tensors = ctx.saved_tensors
         if replays(grad):
             inputs = (x, *tensors)
             return None, None, None, *replay(lambda x, *t: spec.reference(x, None, *t), inputs, grad)
-        need_x, need_norm_weight, need_norm_bias, need_weight, need_bias = ctx.needs_input_grad[3:]
-        below = need_x or need_norm_weight or need_norm_bias
-        norm_weight, _, weight, bias = tensors
-        lazy = LazyMap(x, scale_shift, spec.norm.act, mean_invstd)
-        pooled_grad: Tensor | None = as_map(grad)
-        dweight = dbias = dx = None
-        if spec.conv is not None:
-            pooled, _ = backend.pool_forward(lazy, spec.pool)
-            if need_bias:
-                dbias = bias_grad(pooled_grad, bias)
-            pooled_grad, dweight = backend.conv_backward(
-                LazyGrad(pooled_grad),
-                LazyMap(pooled),
-                weight,
-                spec.conv.geometry,
-                FRESH if below else None,
-                need_weight,
-            )
-        dnorm: tuple[Tensor | None, Tensor | None] = None, None
-        if below:
-            sums, coeff = new_reduction(backend, spec.norm, x.shape[1], x), channel_empty(3, x.shape[1], x)
-            backend.pool_backward(pooled_grad, None, lazy, spec.pool, sums=sums)
-            norm_backward(backend, spec.norm, norm_weight, sums, row_count(x), mean_invstd, coeff)
-            dnorm = norm_grads(backend, spec.norm, sums, need_norm_weight, need_norm_bias)
-            if need_x:
-                dx = backend.pool_backward(pooled_grad, None, lazy, spec.pool, coeff=coeff)
-        return None, None, None, dx, *dnorm, dweight, dbias
+        need_x, *need = ctx.needs_input_grad[3:]
+        dx, _, *grads = spec.gradients(
+            ctx.backend, as_map(grad), x, None, (scale_shift, mean_invstd), tensors, (need_x, False, *need)
+        )
+        return None, None, None, dx, *grads

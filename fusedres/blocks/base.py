@@ -20,10 +20,12 @@ from ..backends.contract import Backend
 from ..backends.eager import BACKEND as EAGER
 from ..backends.select import resolve
 from ..errors import Unsupported
-from ..recognition import BlockGraph, Flow, Part, global_hooks
+from ..recognition import BlockGraph, Flow, Part, global_hooks, has_global_hooks
 from ..specs import BlockSpec
 from ..swap import FusedBlock, original_class, state_of
+from . import compiled
 from .handover import Handover, Order, arrive, contiguous, in_order, suggests_channels_last
+from .plan import Measures, Plan, Planner, part_takes
 from .reading import recall
 from .state import BlockState, CallRecord, Outcome
 
@@ -54,6 +56,10 @@ class Kind(ABC):
         self, block: Any, state: BlockState, found: Any, original: Original, given: Handover, place: Tensor | None
     ) -> Handover:
         """The block's output, by what has been ``found``; written into ``place`` where that is given and it can be."""
+
+    @abstractmethod
+    def tell(self, block: Any, state: BlockState, found: Any, planner: Planner) -> Any:
+        """Tell the ``planner`` the steps of :meth:`run`, of the map in slot 0; the output, as it writes values. Raises Unsupported."""
 
     def inside(self, block: Any, state: BlockState) -> list[nn.Module]:
         """The modules, the block among them, on which :meth:`read` depends."""
@@ -98,6 +104,41 @@ class Kind(ABC):
             note_unfused(state, reason)
             return original(*args, **kwargs)
         return self.run(block, state, found, original, Handover(x), None).leave()
+
+    # ---- for compilers -----------------------------------------------------------------------------------------------
+
+    def trace(self, block: Any, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's forward as compilers and exporters trace it."""
+        return compiled.forward(block, original, args, kwargs)
+
+    def plan(self, block: Any, state: BlockState) -> Plan:
+        """The steps that :meth:`trace` goes through; without any the original forward runs."""
+        state.plan = Plan()
+        try:
+            if functorch_active():
+                raise Unsupported("torch.func transforms the original modules")
+            if has_global_hooks():
+                raise Unsupported("a global module hook is registered")
+            found = self.recall(block, state)
+            planner = Planner(block, state.recompute)
+            output = self.tell(block, state, found, planner)
+            planner.depends_on(self.inside(block, state))
+            state.plan = planner.plan(output)
+        except Unsupported:
+            pass
+        return state.plan
+
+    @staticmethod
+    def measured(*measures: Any) -> Measures:
+        """What a trace knows of a part's maps, one by one, since its constants are."""
+        return Measures(*measures)
+
+    def takes(self, block: Any, state: BlockState, at: int, measures: Measures) -> bool:
+        """Whether part ``at`` of the plan runs on maps like these."""
+        assert state.plan is not None
+        if measures.autocast is not None and measures.dtype != measures.autocast and not self.casts:
+            return False
+        return part_takes(block, state.plan, at, measures)
 
     def cast(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """The input as autocast to ``dtype`` would hand it to the first module; raises Unsupported where that is not known."""

@@ -27,7 +27,8 @@ from ..specs import BlockSpec
 from ..swap import is_converted, original_class
 from .base import Kind, Original, Ran, note, run_part
 from .handover import Handover, Order, contiguous
-from .residual import SinglePart
+from .plan import Planner
+from .residual import SinglePart, tell_piece
 from .sequential import in_a_row, pass_on
 from .state import BlockState
 
@@ -103,6 +104,23 @@ class DenseKind(Kind):
         note(state, [ran])
         # the buffer is what backward reads again
         return ran.y._replace(keeper=state) if ran.outcome.fused and ran.y.x.requires_grad else ran.y
+
+    def tell(self, block: Any, state: BlockState, found: Part | list[tuple[Piece, ...]], planner: Planner) -> Any:
+        children, x = list(block._modules.values()), 0
+        first = len(children) - len(state.layers or ())
+        if state.layers is not None:
+            for child in children[:first]:
+                x = planner.child(child, x)
+        if isinstance(found, Part):
+            instead = planner.in_a_row(children[first:]) if first else ()
+            return ("slot", planner.fused(found, x, None, _behind_concatenation, instead))
+        features = [x]
+        for pieces in found:
+            x = planner.call(torch.cat, ("list", tuple(("slot", x) for x in features)), ("constant", 1))
+            for piece in pieces:
+                x = tell_piece(planner, piece, x, None)
+            features.append(x)
+        return ("slot", planner.call(torch.cat, ("list", tuple(("slot", x) for x in features)), ("constant", 1)))
 
     def _in_pieces(self, block: Any, state: BlockState, layers: list[tuple[Piece, ...]], given: Handover) -> Handover:
         """The output where layers are split: each reads a concatenation, as in the original."""

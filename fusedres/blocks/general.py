@@ -9,9 +9,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..recognition import Flow, Form, Fused, Part, Plain, Program, Slot, follow, form_of, program, read_flows
+from ..recognition import ONE_MAP, Flow, Form, Fused, Part, Plain, Program, Slot, follow, form_of, program, read_flows
 from .base import Kind, Original, Ran, note, note_unfused, run_part
 from .handover import Handover, contiguous, enter, order_of, suggests_channels_last
+from .plan import Planner
 from .residual import behind_sum
 from .state import BlockState
 
@@ -121,6 +122,42 @@ class GeneralKind(Kind):
         inputs = [given] if maps and maps[0] is given.x else [Handover(x) for x in maps]
         y = _Call(self, block, state, chosen, inputs).run(leaves=False)
         return y if isinstance(y, Handover) else Handover(y)
+
+    # ---- for compilers -----------------------------------------------------------------------------------------------
+
+    def tell(self, block: Any, state: BlockState, found: Programs, planner: Planner) -> Any:
+        chosen = self._program(block, state, found, ONE_MAP)
+        at = {0: 0}
+        for action in chosen.actions:
+            if isinstance(action, Fused):
+                source = None if action.source is None else at[action.source]
+                original = planner.original(action.piece, source is not None)
+                at[action.result] = planner.fused(
+                    action.piece.part, at[action.x], source, behind_sum(action.piece), original
+                )
+                continue
+            is_convolution = isinstance(action.call, nn.Conv2d)
+            at[action.result] = planner.call(
+                action.call,
+                *(_told(v, at, planner) for v in action.args),
+                kwargs=tuple((name, _told(v, at, planner)) for name, v in action.kwargs.items()),
+                keeps_layout=action.keeps_layout,
+                measures=action.measures,
+                to_channels_last=is_convolution and suggests_channels_last(action.call.weight),
+                reads=tuple(at[slot] for slot in action.reads),
+            )
+        return _told(chosen.output, at, planner)
+
+
+def _told(value: Any, at: dict[int, int], planner: Planner) -> Any:
+    """``value`` as a plan has it, with the slots of a program as those of the plan. Raises Unsupported."""
+    if isinstance(value, Slot):
+        return ("slot", at[value.at])
+    if isinstance(value, slice):
+        return ("slice", tuple(_told(v, at, planner) for v in (value.start, value.stop, value.step)))
+    if type(value) in (tuple, list):
+        return (type(value).__name__, tuple(_told(v, at, planner) for v in value))
+    return planner.written(value)
 
 
 class _Call:

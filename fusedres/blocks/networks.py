@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..errors import Unsupported
 from ..recognition import Part, check_family, head_part, last_norm, norm_part, stem_part
 from ..swap import original_class, state_of
-from .base import Kind, Original, note, run_part
+from .base import Kind, Original, behind_convolutions, note, run_part
 from .handover import Handover, is_direct
+from .plan import Planner
 from .residual import SinglePart
 from .sequential import SEQUENTIAL, in_a_row, pass_on
 from .state import BlockState
@@ -53,6 +54,12 @@ class StemKind(Kind):
         note(state, [ran])
         layers = [block.layer1, block.layer2, block.layer3, block.layer4, block.avgpool]
         return Handover(block.fc(torch.flatten(pass_on(ran.y, layers).leave(), 1)))
+
+    def tell(self, block: Any, state: BlockState, found: Part, planner: Planner) -> Any:
+        x = planner.fused(found, 0, None, behind_convolutions, planner.in_a_row(self.stem(block)))
+        for layer in (block.layer1, block.layer2, block.layer3, block.layer4, block.avgpool):
+            x = planner.child(layer, x)
+        return ("slot", planner.call(block.fc, ("slot", planner.call(torch.flatten, ("slot", x), ("constant", 1)))))
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,26 @@ class HeadKind(Kind):
         ran = run_part(self, block, state, found.part(tuple(given.x.shape[2:])), end, given)
         note(state, [ran])
         return Handover(block.classifier(torch.flatten(ran.y.leave(), 1)))
+
+    def tell(self, block: Any, state: BlockState, found: _Head, planner: Planner) -> Any:
+        features, x = block.features, 0
+        *before, last = list(features)
+        inner = state_of(features) if planner.is_direct(features) else None
+        if inner is not None and inner.kind is SEQUENTIAL:
+            x = SEQUENTIAL.tell_but_last(features, inner, planner)
+        else:
+            for child in before:
+                x = planner.child(child, x)
+        end = planner.in_a_row(
+            (
+                last,
+                functools.partial(F.relu, inplace=True),
+                functools.partial(F.adaptive_avg_pool2d, output_size=(1, 1)),
+            )
+        )
+        x = planner.fused(head_part(found.norm, ()), x, None, behind_convolutions, end)
+        flat = planner.call(torch.flatten, ("slot", x), ("constant", 1))
+        return ("slot", planner.call(block.classifier, ("slot", flat)))
 
 
 class SyncNormKind(SinglePart):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..recognition import BlockGraph, Layout, Part, Piece, child_of, highway_par
 from ..specs import BlockSpec
 from .base import Behind, Kind, Original, Ran, behind_convolutions, note, run_part
 from .handover import Handover, Order, contiguous, suggests_channels_last
+from .plan import Planner
 from .state import BlockState
 
 
@@ -27,6 +29,9 @@ class SinglePart(Kind):
         ran = run_part(self, block, state, found, original, given, None, place)
         note(state, [ran])
         return ran.y
+
+    def tell(self, block: Any, state: BlockState, found: Part, planner: Planner) -> Any:
+        return ("slot", planner.fused(found, 0, None, behind_convolutions))
 
 
 def behind_sum(piece: Piece) -> Behind:
@@ -49,6 +54,16 @@ def behind_sum(piece: Piece) -> Behind:
         return first if keeps and not units else contiguous(len(first))
 
     return behind
+
+
+def tell_piece(planner: Planner, piece: Piece, x: int, source: int | None) -> int:
+    """Tell the ``planner`` a piece, of the map in slot ``x``; the slot of its output. Raises Unsupported."""
+    if piece.fused:
+        return planner.fused(piece.part, x, source, behind_sum(piece), planner.original(piece, source is not None))
+    for op in piece.row:
+        for run in op.run:
+            x = planner.call(run, ("slot", x))
+    return x
 
 
 class ResidualKind(Kind):
@@ -95,6 +110,9 @@ class ResidualKind(Kind):
         y = found.run(given, run_piece)
         note(state, results)
         return y
+
+    def tell(self, block: Any, state: BlockState, found: Layout, planner: Planner) -> Any:
+        return ("slot", found.run(0, functools.partial(tell_piece, planner)))
 
     def out_shape(self, block: Any, state: BlockState, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         found = self.reading(block, state)

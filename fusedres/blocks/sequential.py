@@ -12,8 +12,9 @@ from ..errors import Unsupported
 from ..recognition import Part, conv_runs, is_sequential, shape_behind
 from ..recognition import run_part as part_of_run
 from ..swap import FusedBlock, state_of
-from .base import Kind, Original, Ran, run_part, take
+from .base import Kind, Original, Ran, behind_convolutions, run_part, take
 from .handover import Handover, is_direct
+from .plan import Planner
 from .state import BlockState, Outcome
 
 
@@ -111,6 +112,27 @@ class SequentialKind(Kind):
             state.outcome = next((o for o in outcomes if not o.fused), outcomes[-1])
         state.records = tuple(r.record for r in results)
         return given
+
+    def tell(self, block: Any, state: BlockState, found: tuple[Step, ...], planner: Planner) -> Any:
+        return ("slot", self._tell_steps(found, planner))
+
+    def tell_but_last(self, block: Any, state: BlockState, planner: Planner) -> int:
+        """Tell the steps of all children but the last, which stands alone; the slot of their output."""
+        *steps, last = self.recall(block, state)
+        if last.part is not None:
+            raise Unsupported("its last norm does not stand alone")
+        planner.depends_on(self.inside(block, state))
+        return self._tell_steps(steps, planner)
+
+    @staticmethod
+    def _tell_steps(steps: Sequence[Step], planner: Planner) -> int:
+        x = 0
+        for step in steps:
+            if step.part is None:
+                x = planner.child(step.children[0], x)
+            else:
+                x = planner.fused(step.part, x, None, behind_convolutions, planner.in_a_row(step.children))
+        return x
 
     def run_but_last(self, block: Any, state: BlockState, given: Handover) -> Handover:
         """The output of all children but the last, which stands alone."""

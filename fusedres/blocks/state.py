@@ -11,6 +11,7 @@ import torch
 if TYPE_CHECKING:
     from ..recognition import Flows, Graphs
     from .base import Kind
+    from .plan import Plan
     from .reading import Reading
 
 
@@ -51,7 +52,8 @@ class BlockState:
     the block's graphs by mode; ``layers``: those of the dense layers at the end of a Sequential; ``flows``: those of a general block by
     mode and form of the call; None: to be read when they are needed.
 
-    ``reading`` is what the block has read of itself (:mod:`fusedres.blocks.reading`). ``outcome`` and ``records`` are the last call's, one
+    ``reading`` is what the block has read of itself (:mod:`fusedres.blocks.reading`), ``plan`` what a compiler has last traced
+    (:mod:`fusedres.blocks.plan`). ``outcome`` and ``records`` are the last call's, one
     record for each part, None for one that ran its original modules; all three are replaced as a whole and never written into, so that
     threads do not see half of them.
     """
@@ -62,6 +64,7 @@ class BlockState:
     layers: dict[str, Graphs] | None = None
     flows: Flows | None = None
     reading: Reading | None = field(default=None, repr=False)
+    plan: Plan | None = field(default=None, repr=False)
     outcome: Outcome | None = None
     records: tuple[CallRecord | None, ...] = ()
 

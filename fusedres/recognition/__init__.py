@@ -54,11 +54,22 @@ from .lowering import (
     stem_part,
     transition_part,
 )
-from .modules import Hooked, child_of, classes_of, global_hooks, hooked, norm_types, plain, shape_behind, watched
+from .modules import (
+    Hooked,
+    child_of,
+    classes_of,
+    global_hooks,
+    has_global_hooks,
+    hooked,
+    norm_types,
+    plain,
+    shape_behind,
+    watched,
+)
 from .ops import Op, ops
 from .part import Part
 from .pieces import Piece
-from .regions import Fused, Plain, Program, Slot, program
+from .regions import Fused, Plain, Program, Slot, method, program
 from .trace import Refused, is_plain
 
 __all__ = [
@@ -94,6 +105,7 @@ __all__ = [
     "follows",
     "form_of",
     "global_hooks",
+    "has_global_hooks",
     "head_part",
     "highway_part",
     "hooked",
@@ -105,6 +117,7 @@ __all__ = [
     "last_norm",
     "layer_pieces",
     "layout",
+    "method",
     "norm_part",
     "norm_types",
     "ops",

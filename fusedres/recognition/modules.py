@@ -98,9 +98,14 @@ def watched(classes: list[type]) -> list[Any]:
     return found
 
 
+def has_global_hooks() -> bool:
+    """Whether a hook waits for every module of the process."""
+    return any(_hooks(torch_module.__dict__))
+
+
 def global_hooks() -> bool:
     """Whether something waits for every module of the process, which inner modules must run into: a hook, or another ``__call__``."""
-    return any(_hooks(torch_module.__dict__)) or _calls() != _TORCHS_CALLS
+    return has_global_hooks() or _calls() != _TORCHS_CALLS
 
 
 def call_is_plain(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ Every call is in exactly one action.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -361,9 +362,8 @@ class _Regions:
         if node.op == "function":
             return node.target
         if node.op == "attribute" and node.target not in harmless.MEASURES:
-            return operator.attrgetter(node.target)
-        name = node.target
-        return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
+            return attribute(node.target)
+        return method(node.target)
 
     def slots(self, value: Any) -> Any:
         """``value`` with slots in the places of nodes, and the tensors that modules hold now."""
@@ -374,6 +374,18 @@ class _Regions:
         if isinstance(value, slice):
             return slice(*map(self.slots, (value.start, value.stop, value.step)))
         return type(value)(map(self.slots, value)) if type(value) in (tuple, list) else value
+
+
+@functools.cache
+def attribute(name: str) -> Callable[..., Any]:
+    """What reads the attribute ``name``: the same function for every caller."""
+    return lambda x: getattr(x, name)
+
+
+@functools.cache
+def method(name: str) -> Callable[..., Any]:
+    """What calls the method ``name`` of its first argument: the same function for every caller."""
+    return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
 
 
 #: what computes the same in every memory format, and gives back the one it gets

@@ -1,0 +1,263 @@
+"""The families as PyTorch operators, for compilers and exporters: ``torch.ops.fusedres.residual_*``, ``dense_*`` and ``transition_*``.
+
+    *_forward(text, x, source, stats, weights, statistics) -> [y, stats of y, *the statistics that move, *what backward needs]
+    *_backward(text, grad, held, source, weights, kept, need) -> [the gradients that are needed, of x, source and weights]
+    *_infer(text, x, source, stats, weights, statistics) -> [y, stats of y, *the statistics that move]
+
+They run what a call in eager runs, on the backend that is chosen for the tensors when they are called. A description goes as text
+(:mod:`.encoding`). Nothing is written into an argument and no results share memory: statistics that move are results, and what is not there
+is a tensor without elements. Maps of any layout are taken; those that are returned are channels_last. :class:`Recorded` is their autograd
+node. Their fake implementations are the same schedules on :mod:`fusedres.backends.shapes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+from ..backends.contract import Backend
+from ..backends.conv3d import for_maps
+from ..backends.eager import BACKEND as EAGER
+from ..backends.layout import as_map, format_of
+from ..backends.shapes import BACKEND as SHAPES
+from ..specs import BlockSpec
+from .dense import Dense
+from .encoding import decode, updated
+from .residual import Residual
+from .transition import Transition
+
+#: by their names in those of operators
+FAMILIES: dict[type[BlockSpec], str] = {Residual: "residual", Dense: "dense", Transition: "transition"}
+_MOST_PASSED = 4096
+#: what has been checked: texts with the measures of their tensors
+_passed: set[tuple[Any, ...]] = set()
+
+
+class Operators(NamedTuple):
+    """The operators of a family."""
+
+    forward: Any
+    backward: Any
+    infer: Any
+
+
+def _backend(x: Tensor) -> Backend:
+    return select.resolve(x.device, x.dtype) or EAGER
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else contextlib.nullcontext()
+
+
+def _key(tensor: Tensor) -> int:
+    """What all views of a tensor share."""
+    return tensor.untyped_storage()._cdata
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=format_of(tensor.dim()))
+
+
+def _apart(results: Iterable[Tensor | None], x: Tensor, arguments: Iterable[Tensor | None]) -> list[Tensor]:
+    """``results`` in memory of their own, tensors without elements for those that are None."""
+    taken = {_key(t) for t in arguments if t is not None}
+    found: list[Tensor] = []
+    for result in results:
+        if result is None:
+            found.append(x.new_empty(0))
+            continue
+        if _key(result) in taken or result.storage_offset() or not _is_dense(result):
+            result = result.clone()
+        taken.add(_key(result))
+        found.append(result)
+    return found
+
+
+def _like(grad: Tensor, tensor: Tensor) -> Tensor:
+    """``grad`` with the strides of what it is the gradient of."""
+    pairs = zip(tensor.shape, grad.stride(), tensor.stride(), strict=True)
+    same = all(own == wanted or size == 1 for size, own, wanted in pairs)
+    return grad if same else torch.empty_like(tensor).copy_(grad)
+
+
+def _check(spec: BlockSpec, text: str, x: Tensor, source: Tensor | None, tensors: Sequence[Tensor]) -> None:
+    maps = (x,) if source is None else (x, source)
+    measures = (text, *((t.dtype, t.device, t.shape) for t in (*maps, *tensors)))
+    if measures in _passed:
+        return
+    spec.check(*maps)
+    if len(_passed) >= _MOST_PASSED:
+        _passed.clear()
+    _passed.add(measures)
+
+
+class _Call(NamedTuple):
+    """The arguments of a forward: maps as maps, the description with statistics of its own where they move."""
+
+    spec: BlockSpec
+    x: Tensor
+    source: Tensor | None
+    moved: list[Tensor]
+
+    @classmethod
+    def of(
+        cls, text: str, x: Tensor, source: Tensor | None, weights: list[Tensor], statistics: list[Tensor], fake: bool
+    ) -> _Call:
+        moves = updated(text)
+        own = [t.clone() if i in moves else t for i, t in enumerate(statistics)]
+        spec = decode(text, tuple(x.shape[2:]), weights, own, counts=not fake)
+        x, source = as_map(x), None if source is None else as_map(source)
+        if not fake:
+            _check(spec, text, x, source, [*weights, *own])
+        return cls(spec, x, source, [own[i] for i in moves])
+
+
+def _forward(
+    backend: Backend,
+    text: str,
+    x: Tensor,
+    source: Tensor | None,
+    stats: Tensor | None,
+    weights: list[Tensor],
+    statistics: list[Tensor],
+    recorded: bool,
+) -> list[Tensor]:
+    with torch.no_grad(), _without_autocast(x):
+        call = _Call.of(text, x, source, weights, statistics, backend is SHAPES)
+        backend = for_maps(backend, x.dim())
+        kept: list[Tensor | None] = []
+        if recorded:
+            y, measured, kept = call.spec.record(backend, call.x, call.source, stats)
+        else:
+            y, measured = call.spec.run(backend, call.x, call.source, stats=stats)
+        results = [y, measured, *call.moved, *kept]
+        return _apart(results, x, (x, call.x, source, call.source, stats, *weights, *statistics))
+
+
+def _backward(
+    backend: Backend,
+    text: str,
+    grad: Tensor,
+    held: Tensor,
+    source: Tensor | None,
+    weights: list[Tensor],
+    kept: list[Tensor],
+    need: list[bool],
+) -> list[Tensor]:
+    with torch.no_grad(), _without_autocast(held):
+        spec = decode(text, tuple(held.shape[2:]), weights, None)
+        needed = iter(need[2:])
+        wanted = [*need[:2], *(t is not None and next(needed) for t in spec.tensors)]
+        x, beside = as_map(held), None if source is None else as_map(source)
+        there = [t if t.numel() else None for t in kept]
+        found = spec.gradients(for_maps(backend, x.dim()), as_map(grad), x, beside, there, spec.tensors, wanted)
+        of_weights = [
+            None if g is None or t is None else _like(g, t) for g, t in zip(found[2:], spec.tensors, strict=True)
+        ]
+        results = [g for g, wants in zip((*found[:2], *of_weights), wanted, strict=True) if wants]
+        return _apart(results, held, (grad, held, x, source, beside, *weights, *kept))
+
+
+def _define(family: str) -> Operators:
+    @torch.library.custom_op(f"fusedres::{family}_forward", mutates_args=())
+    def forward(
+        text: str,
+        x: Tensor,
+        source: Tensor | None,
+        stats: Tensor | None,
+        weights: Sequence[Tensor],
+        statistics: Sequence[Tensor],
+    ) -> list[Tensor]:
+        return _forward(_backend(x), text, x, source, stats, list(weights), list(statistics), True)
+
+    @torch.library.custom_op(f"fusedres::{family}_backward", mutates_args=())
+    def backward(
+        text: str,
+        grad: Tensor,
+        held: Tensor,
+        source: Tensor | None,
+        weights: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        need: Sequence[bool],
+    ) -> list[Tensor]:
+        return _backward(_backend(held), text, grad, held, source, list(weights), list(kept), list(need))
+
+    @torch.library.custom_op(f"fusedres::{family}_infer", mutates_args=())
+    def infer(
+        text: str,
+        x: Tensor,
+        source: Tensor | None,
+        stats: Tensor | None,
+        weights: Sequence[Tensor],
+        statistics: Sequence[Tensor],
+    ) -> list[Tensor]:
+        return _forward(_backend(x), text, x, source, stats, list(weights), list(statistics), False)
+
+    forward.register_fake(
+        lambda text, x, source, stats, weights, statistics: _forward(
+            SHAPES, text, x, source, stats, list(weights), list(statistics), True
+        )
+    )
+    infer.register_fake(
+        lambda text, x, source, stats, weights, statistics: _forward(
+            SHAPES, text, x, source, stats, list(weights), list(statistics), False
+        )
+    )
+    backward.register_fake(
+        lambda text, grad, held, source, weights, kept, need: _backward(
+            SHAPES, text, grad, held, source, list(weights), list(kept), list(need)
+        )
+    )
+    of_family = [getattr(torch.ops.fusedres, f"{family}_{name}").default for name in Operators._fields]
+    return Operators(*of_family)
+
+
+OPERATORS = {family: _define(family) for family in FAMILIES.values()}
+
+
+class Recorded(torch.autograd.Function):
+    """``apply(family, text, moves, keeps_output, x, source, stats, count, *weights, *statistics)`` with ``count`` weights and ``moves``
+    statistics that move: ``(y, stats of y, *the statistics that move)``, of which only y is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        family: str,
+        text: str,
+        moves: int,
+        keeps_output: bool,
+        x: Tensor,
+        source: Tensor | None,
+        stats: Tensor | None,
+        count: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        weights, statistics = list(tensors[:count]), list(tensors[count:])
+        found = OPERATORS[family].forward(text, x, source, stats, weights, statistics)
+        head, kept = found[: 2 + moves], found[2 + moves :]
+        ctx.family, ctx.text, ctx.count, ctx.others = family, text, count, len(statistics)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(head[0] if keeps_output else x, source, *weights, *kept)
+        ctx.mark_non_differentiable(*head[1:])
+        return tuple(head)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        held, source, *rest = ctx.saved_tensors
+        weights, kept = list(rest[: ctx.count]), list(rest[ctx.count :])
+        needs = ctx.needs_input_grad
+        need = [needs[4], needs[5], *needs[8 : 8 + ctx.count]]
+        found = OPERATORS[ctx.family].backward(ctx.text, grad, held, source, weights, kept, need)
+        at, grads = 0, []
+        for wants in need:
+            grads.append(found[at] if wants else None)
+            at += wants
+        dx, dsource, *of_weights = grads
+        return None, None, None, None, dx, dsource, None, None, *of_weights, *([None] * ctx.others)

@@ -1,0 +1,206 @@
+"""A fused module under a compiler or exporter: :func:`forward` is what is traced, a loop over the steps of a plan (:mod:`.plan`).
+
+The plan is made at the time of the trace, outside of it. Whatever it depends on is read once more in traced code (:func:`_watch`), so that
+it is guarded: modes, momenta, hooks, children, plain attributes; tensors are arguments of the graph. A change of one of them makes a new
+plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from ..autograd.operators import OPERATORS, Recorded
+from ..backends.layout import format_of
+from ..swap import FusedBlock
+from .handover import suggests_channels_last
+from .plan import FUNCTIONS, ORDINARY, Call, Fused, Plan, module_at, tensor_at
+
+
+class _Map(NamedTuple):
+    """A value on its way, as :class:`~.handover.Handover`: what a part has returned is in channels_last, whatever eager's is."""
+
+    x: Any
+    stats: Tensor | None = None
+    owes_nchw: bool = False
+
+
+def _left(value: _Map) -> Any:
+    """A value for code that is not ours, in eager's memory format."""
+    if not value.owes_nchw:
+        return value.x
+    if isinstance(value.x, Tensor):
+        return value.x.contiguous()
+    return type(value.x)([x.contiguous() for x in value.x])
+
+
+def _watch(block: Any, plan: Plan) -> None:
+    """Read everything that the plan depends on, as it was: a tracer guards what it has read."""
+    same = (
+        len(torch_module._global_forward_hooks) == len(torch_module._global_forward_pre_hooks) == 0
+        and len(torch_module._global_backward_hooks) == len(torch_module._global_backward_pre_hooks) == 0
+        and block._fusedres.recompute == plan.recompute
+    )
+    for path, hooks, children, attributes, parameters, buffers in plan.facts:
+        module = module_at(block, path)
+        now = (
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._backward_hooks),
+            len(module._backward_pre_hooks),
+        )
+        same = same and now == hooks and tuple(module._modules) == children
+        for name, value in attributes:
+            same = same and getattr(module, name) == value
+        for name, missing in parameters:
+            same = same and (module._parameters[name] is None) == missing
+        for name, missing in buffers:
+            same = same and (module._buffers[name] is None) == missing
+    if not same:
+        raise RuntimeError("fusedres: a block has changed while it was traced")
+
+
+def _filled(block: Any, value: Any, values: list[Any], raw: bool) -> Any:
+    kind, inner = value
+    if kind == "slot":
+        return values[inner].x if raw else _left(values[inner])
+    if kind == "constant":
+        return inner
+    if kind == "tensor":
+        return tensor_at(block, inner)
+    found = [_filled(block, v, values, raw) for v in inner]
+    if kind == "slice":
+        return slice(found[0], found[1], found[2])
+    return tuple(found) if kind == "tuple" else found
+
+
+def _called(block: Any, step: Call, values: list[Any]) -> _Map:
+    raw = step.measures or step.keeps_layout
+    if step.direct:
+        return _handed(module_at(block, step.path), values[step.reads[0]])
+    args = [_filled(block, value, values, raw) for value in step.args]
+    kwargs = {name: _filled(block, value, values, raw) for name, value in step.kwargs}
+    y = (module_at(block, step.path) if step.function == "" else getattr(FUNCTIONS, step.function))(*args, **kwargs)
+    owes = step.keeps_layout and not step.to_channels_last and _owes_behind(step, y, values)
+    if owes and isinstance(y, Tensor) and y.dim() != 4:
+        return _Map(y.contiguous())
+    return _Map(y, None, owes)
+
+
+def _owes_behind(step: Call, y: Any, values: list[Any]) -> bool:
+    """Whether eager's result of a call that keeps the layout would be contiguous."""
+    if isinstance(y, Tensor):
+        for slot in step.reads:
+            read = values[slot].x
+            if isinstance(read, Tensor) and read.shape == y.shape:
+                return values[slot].owes_nchw
+    return any(values[slot].owes_nchw for slot in step.reads)
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _is_recorded(x: Tensor, source: Tensor | None, weights: list[Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if x.requires_grad or source is not None and source.requires_grad:
+        return True
+    for weight in weights:
+        if weight.requires_grad:
+            return True
+    return False
+
+
+def _entered(value: _Map) -> _Map:
+    """A map in channels_last."""
+    owes = value.owes_nchw or not suggests_channels_last(value.x)
+    return _Map(value.x.contiguous(memory_format=format_of(value.x.dim())), value.stats, owes)
+
+
+def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
+    """The output of a part by its operator."""
+    cast = _autocast(given.x)
+    x = _entered(given if cast is None else given._replace(x=given.x.to(cast)))
+    beside = None if source is None else _entered(source)
+    weights = [tensor_at(block, where) for where in step.weights]
+    if cast is not None:
+        weights = [w.to(cast) if casts else w for w, casts in zip(weights, step.casts)]  # noqa: B905
+    statistics = [tensor_at(block, where) for where in step.statistics]
+    beside_x = None if beside is None else beside.x
+    recorded = _is_recorded(x.x, beside_x, weights) and not (torch.compiler.is_exporting() and len(step.moves) == 0)
+    if recorded:
+        found = Recorded.apply(
+            step.family,
+            step.text,
+            len(step.moves),
+            step.keeps_output,
+            x.x,
+            beside_x,
+            x.stats,
+            len(weights),
+            *weights,
+            *statistics,
+        )
+    else:
+        found = OPERATORS[step.family].infer(step.text, x.x, beside_x, x.stats, weights, statistics)
+    for i, place in enumerate(step.moves):
+        statistics[place].copy_(found[2 + i])
+    for where, times in step.counters:
+        tensor_at(block, where).add_(times)
+    owed = (x.owes_nchw, x.owes_nchw if beside is None else beside.owes_nchw)
+    owes = (owed[0] or owed[1]) and step.stays[2 * owed[0] + owed[1]]
+    return _Map(found[0], found[1] if step.measures else None, owes)
+
+
+def _step(block: Any, step: Any, values: list[Any], original: Callable[..., Any]) -> _Map:
+    if isinstance(step, Call):
+        return _called(block, step, values)
+    given, source = values[step.x], None if step.source < 0 else values[step.source]
+    x, beside = given.x, None if source is None else source.x
+    measures = (x.dtype, x.device, x.dim(), x.shape[1])
+    if not block._fusedres_takes(step.at, _autocast(x), *measures, None if beside is None else beside.shape[1]):
+        maps = [_left(given)] if source is None else [_left(given), _left(source)]
+        if len(step.instead) == 0:
+            return _Map(original(*maps))
+        inner = [_Map(maps[0]), _Map(maps[-1])]
+        for call in step.instead:
+            inner.append(_called(block, call, inner))
+        return inner[-1]
+    return _ran(block, step, given, source)
+
+
+def _run(block: Any, plan: Plan, given: _Map, original: Callable[..., Any]) -> list[Any]:
+    values: list[Any] = [given] + [None] * (plan.size - 1)
+    for step in plan.steps:
+        values[step.result] = _step(block, step, values, original)
+    return values
+
+
+def _handed(block: Any, given: _Map) -> _Map:
+    """The output of a fused child, to which a map is handed over."""
+    original = super(FusedBlock, block).forward  # type: ignore[misc]
+    plan = block._fusedres_plan()
+    if len(plan.steps) == 0:
+        return _Map(original(_left(given)))
+    _watch(block, plan)
+    values = _run(block, plan, given, original)
+    kind, inner = plan.output
+    return values[inner] if kind == "slot" else _Map(_filled(block, plan.output, values, False))
+
+
+def forward(block: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward of a fused module, for compilers and exporters to trace; by the ``original`` one where it is not called with one map, or
+    nothing of it would run fused."""
+    if len(args) != 1 or len(kwargs) != 0 or type(args[0]) not in ORDINARY:
+        return original(*args, **kwargs)
+    plan = block._fusedres_plan()
+    if len(plan.steps) == 0:
+        return original(*args)
+    _watch(block, plan)
+    return _filled(block, plan.output, _run(block, plan, _Map(args[0]), original), False)

@@ -1,0 +1,329 @@
+"""Fused blocks under torch.compile: every part is one operator of the graph, which computes what a call in eager computes, to the bit, and
+whatever a block depends on is noticed after compilation."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fusedres
+from fusedres.swap import FusedBlock, state_of
+from fusedres.testing import assert_fused, randomize, run_training
+
+pytest.importorskip("torchvision")
+from torchvision.models import DenseNet, densenet121, regnet_y_400mf, resnet18, resnet50  # noqa: E402
+from torchvision.models.regnet import BlockParams, RegNet  # noqa: E402
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
+
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
+CPP = fusedres.backends()["cpp"] == "available"
+pytestmark = pytest.mark.skipif(not CPP, reason="no backend would serve these blocks by itself")
+
+
+def timm_model(name: str, **arguments):
+    return pytest.importorskip("timm").create_model(name, num_classes=5, **arguments)
+
+
+def preactivation(**arguments) -> nn.Module:
+    """A ResNetV2 with BatchNorm."""
+    layers = pytest.importorskip("timm.layers")
+    return timm_model("resnetv2_50d", norm_layer=layers.BatchNormAct2d, conv_layer=nn.Conv2d, **arguments)
+
+
+SMALL = {
+    "basic": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5),
+    "bottleneck": lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5),
+    "densenet": lambda: DenseNet(8, (2, 2), 8, bn_size=2, num_classes=5),
+    "preactivation": lambda: preactivation(layers=(1, 1, 1, 1), channels=(32, 32, 64, 64)),
+    "deep-stem": lambda: timm_model("resnet50d", layers=[1, 1, 1, 1]),
+    "squeeze": lambda: RegNet(BlockParams.from_init_params(2, 16, 8.0, 2.0, 8, se_ratio=0.25), num_classes=5),
+}
+FULL = {
+    "resnet18": lambda: resnet18(num_classes=5),
+    "resnet50": lambda: resnet50(num_classes=5),
+    "densenet121": lambda: densenet121(num_classes=5),
+    "preactivation": preactivation,
+    "regnet": lambda: regnet_y_400mf(num_classes=5),
+    "resnet50d": lambda: timm_model("resnet50d"),
+}
+#: whose unfused modules stand between operators: a compiler adds their gradients in an order of its own
+SUMS_DIFFER = {"squeeze", "regnet"}
+
+
+def twins(build: Callable[[], nn.Module], training: bool = True, **arguments) -> tuple[nn.Module, nn.Module]:
+    """A converted model, twice."""
+    torch.manual_seed(0)
+    model = build()
+    randomize(model)
+    model = fusedres.convert(model.train(training), **arguments)
+    return model, copy.deepcopy(model)
+
+
+def images(batch: int = 4, size: int = 64) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def step(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
+    """The results of a call, by the names of the model's own parameters."""
+    for p in model.parameters():
+        p.grad = None
+    if training:
+        found = run_training(model, x)
+        return {name.replace("_orig_mod.", ""): value.detach().clone() for name, value in found.items()}
+    with torch.no_grad():
+        return {"output": model(x)}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], but: str = "nothing") -> None:
+    assert found.keys() == expected.keys()
+    wrong = [name for name in found if not torch.equal(found[name], expected[name]) and but not in name]
+    assert not wrong, {name: (found[name] - expected[name]).abs().max().item() for name in wrong}
+
+
+def operators(counter: CompileCounterWithBackend) -> dict[str, int]:
+    """The fused operators in the last graph, by kind."""
+    modules = [m for m in counter.graphs[-1].modules() if isinstance(m, torch.fx.GraphModule)]
+    names = (str(node.target) for m in modules for node in m.graph.nodes if node.op == "call_function")
+    return dict(collections.Counter(name.split(".")[1] for name in names if name.startswith("fusedres.")))
+
+
+def parts(model: nn.Module) -> int:
+    """How many parts the last call in eager ran fused."""
+    states = [state_of(m) for m in model.modules() if isinstance(m, FusedBlock)]
+    return sum(record is not None for state in states if state is not None for record in state.records)
+
+
+def compiled(model: nn.Module, backend: str = "aot_eager", **options) -> tuple[nn.Module, CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(model, fullgraph=True, backend=counter, **options), counter
+
+
+def assert_runs_as_eager(
+    name: str, build: Callable[[], nn.Module], training: bool, backend: str, batches=(4, 1, 2, 64)
+) -> None:
+    model, twin = twins(build, training)
+    program, counter = compiled(model, backend)
+    for batch in batches:
+        found, expected = step(program, images(batch), training), step(twin, images(batch), training)
+        but = "gradient" if name in SUMS_DIFFER else "nothing"
+        assert_equal(found, expected, but)
+        if but != "nothing":
+            for key in (key for key in found if but in key):
+                scale = expected[key].abs().max()
+                assert (found[key] - expected[key]).abs().max() <= 1e-4 * scale, key
+    assert counter.frame_count <= 3 if 1 in batches else counter.frame_count <= 2, "compiled anew for a batch"
+    count = collections.Counter(key.rsplit("_")[-1] for key, n in operators(counter).items() for _ in range(n))
+    expected_count = {"forward": parts(twin), "backward": parts(twin)} if training else {"infer": parts(twin)}
+    assert dict(count) == expected_count
+
+
+MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+
+
+@MODES
+@pytest.mark.parametrize("name", SMALL)
+def test_a_network_is_one_graph_of_operators_that_equals_eager_to_the_bit(name, training):
+    assert_runs_as_eager(name, SMALL[name], training, "aot_eager", (4, 2))
+
+
+@pytest.mark.slow
+@MODES
+@pytest.mark.parametrize("name", FULL)
+def test_published_networks_are_one_graph_for_every_batch(name, training):
+    assert_runs_as_eager(name, FULL[name], training, "aot_eager")
+
+
+@pytest.mark.slow
+@COMPILER
+@MODES
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "densenet", "preactivation"])
+def test_inductor_equals_eager_to_the_bit(name, training):
+    assert_runs_as_eager(name, SMALL[name], training, "inductor", (4, 2))
+
+
+# ---- what differs from call to call ------------------------------------------------------------------------------------
+
+
+def block(recompute: bool = False) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(1)
+    return twins(
+        lambda: nn.Sequential(
+            Bottleneck(16, 8, 2, nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))),
+            Bottleneck(32, 8),
+        ),
+        recompute=recompute,
+    )
+
+
+def maps(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(batch))
+
+
+def frozen_norms(m: nn.Module) -> None:
+    for module in m.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+
+
+def replace_child(m: nn.Module) -> None:
+    torch.manual_seed(2)
+    m[1].conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=True)
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a norm to eval": lambda m: m[0].bn2.eval(),
+    "all to eval": lambda m: m.eval(),
+    "momentum": lambda m: setattr(m[0].bn1, "momentum", 0.5),
+    "no momentum": lambda m: setattr(m[0].bn1, "momentum", None),
+    "eps": lambda m: setattr(m[1].bn3, "eps", 0.1),
+    "a hook": lambda m: m[1].conv2.register_forward_hook(lambda module, args, y: y * 2),
+    "a hook on a block": lambda m: m[1].register_forward_hook(lambda module, args, y: y * 2),
+    "a child": replace_child,
+    "an activation": lambda m: setattr(m[1], "relu", nn.SiLU()),
+    "a frozen weight": lambda m: m[0].conv2.weight.requires_grad_(False),
+    "frozen norms": frozen_norms,
+    "weights in place": lambda m: m[0].conv2.weight.data.mul_(2),
+    "no affine": lambda m: setattr(m[0].bn2, "weight", None),
+    "dilation": lambda m: [setattr(m[1].conv2, name, (2, 2)) for name in ("dilation", "padding")],
+    "reverted": fusedres.revert,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_compilation_is_noticed(change):
+    model, twin = block()
+    program, _ = compiled(model, "eager")
+    assert_equal(step(program, maps(), True), step(twin, maps(), True))
+    unchanged = copy.deepcopy(twin)
+    CHANGES[change](model), CHANGES[change](twin)
+    for _ in range(2):
+        found, expected = step(program, maps(), True), step(twin, maps(), True)
+        otherwise = step(unchanged, maps(), True)
+        # original modules run in an order of a compiler's own
+        if change in ("a hook", "reverted"):
+            for name in found:
+                torch.testing.assert_close(found[name], expected[name], rtol=2e-3, atol=2e-4)
+        else:
+            assert_equal(found, expected)
+    same_names = found.keys() == otherwise.keys()
+    assert not (same_names and all(torch.equal(otherwise[name], value) for name, value in found.items()))
+
+
+def test_a_mode_that_comes_back_is_not_compiled_anew():
+    model, twin = block()
+    program, counter = compiled(model, "eager")
+    for _ in range(3):
+        for training in (True, False):
+            model.train(training), twin.train(training)
+            assert_equal(step(program, maps(), training), step(twin, maps(), training))
+    assert counter.frame_count == 2
+
+
+def test_the_choice_of_a_backend_is_noticed_without_compiling_anew():
+    model, twin = block()
+    program, counter = compiled(model)
+    before = step(program, maps(), True)
+    step(twin, maps(), True)
+    with fusedres.use_backend("eager"):
+        found, expected = step(program, maps(), True), step(twin, maps(), True)
+        assert_fused(twin, "eager")
+    assert_equal(found, expected)
+    assert not torch.equal(before["output"], found["output"])
+    assert counter.frame_count == 1
+
+
+def cumulative(m: nn.Module) -> None:
+    for module in m.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+
+
+def untracked(m: nn.Module) -> None:
+    m[0].bn1.track_running_stats, m[0].bn1.running_mean, m[0].bn1.running_var = False, None, None
+
+
+SETUPS: dict[str, Callable[[nn.Module], object]] = {
+    "as it is": lambda m: None,
+    "cumulative averages": cumulative,
+    "frozen norms": frozen_norms,
+    "half frozen": lambda m: [p.requires_grad_(False) for p in m[0].parameters()],
+    "untracked": untracked,
+    "channels_last": lambda m: m.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("setup", SETUPS)
+def test_training_equals_eager_to_the_bit(setup, recompute):
+    model, twin = block(recompute)
+    SETUPS[setup](model), SETUPS[setup](twin)
+    program, counter = compiled(model)
+    for batch in (3, 3, 5):
+        assert_equal(step(program, maps(batch), True), step(twin, maps(batch), True))
+    assert operators(counter) == {"residual_forward": 2, "residual_backward": 2}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
+def test_maps_of_every_layout_are_taken_and_left_as_in_eager(layout):
+    model, twin = block()
+    x = maps()
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, :16]
+    elif layout == "expanded":
+        x = x[:, :, :1, :1].expand(3, 16, 8, 8)
+    program, counter = compiled(model)
+    y, expected = program(x), twin(x)
+    assert torch.equal(y, expected) and y.stride() == expected.stride()
+    assert operators(counter) == {"residual_forward": 2}
+
+
+def test_training_without_gradients_moves_statistics_alone():
+    model, twin = block()
+    program, counter = compiled(model)
+    with torch.no_grad():
+        assert torch.equal(program(maps()), twin(maps()))
+    assert_equal(dict(model.named_buffers()), dict(twin.named_buffers()))
+    assert operators(counter) == {"residual_infer": 2}
+
+
+@MODES
+@pytest.mark.parametrize("name", ["basic", "densenet"])
+def test_autocast_equals_eager_to_the_bit(name, training):
+    model, twin = twins(SMALL[name], training)
+    program, counter = compiled(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(step(program, images(), training), step(twin, images(), training))
+    assert sum(operators(counter).values()) == (2 if training else 1) * parts(twin)
+
+
+def test_sizes_may_be_symbols():
+    model, twin = twins(SMALL["densenet"], False)
+    program, counter = compiled(model, dynamic=True)
+    for batch, size in ((2, 64), (3, 96), (5, 80)):
+        assert_equal(step(program, images(batch, size), False), step(twin, images(batch, size), False))
+    assert counter.frame_count == 1
+
+
+def test_what_no_operator_takes_runs_its_original_modules():
+    model, twin = block()
+    program, counter = compiled(model.double().half())
+    with torch.no_grad():
+        y = program(maps().half())
+        assert torch.equal(y, twin.half()(maps().half()))
+    assert operators(counter) in ({}, {"residual_infer": 2})
+
+
+def test_blocks_may_be_compiled_one_by_one():
+    model, twin = block()
+    model[0].compile(fullgraph=True, backend="aot_eager")
+    assert_equal(step(model, maps(), True), step(twin, maps(), True))

@@ -1,0 +1,119 @@
+"""The operators of whole blocks: schemas, fake implementations and layouts, by torch's own checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedres.autograd.dense import Dense, Layer
+from fusedres.autograd.encoding import decode, encode
+from fusedres.autograd.operators import FAMILIES, OPERATORS
+from fusedres.autograd.residual import Residual, Shortcut
+from fusedres.autograd.transition import Transition
+from fusedres.errors import Unsupported
+from fusedres.specs import BlockSpec, Conv, Geometry, Norm, Pool, Unit
+
+
+def norm(channels: int, act: str = "relu", training: bool = True) -> Norm:
+    mean, variance = torch.randn(channels), torch.rand(channels) + 0.5
+    return Norm(torch.rand(channels), torch.randn(channels), mean, variance, training, 0.1, 1e-5, act)
+
+
+def conv(channels: int, out: int, kernel: int = 1, stride: int = 1) -> Conv:
+    geometry = Geometry((stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
+    return Conv(torch.randn(out, channels, kernel, kernel) * 0.1, None, geometry)
+
+
+def bottleneck(training: bool) -> Residual:
+    units = [(8, 4, 1, 1), (4, 4, 3, 2), (4, 12, 1, 1)]
+    acts = ["relu", "relu", "none"]
+    found = tuple(Unit(conv(*u), norm(u[1], act, training)) for u, act in zip(units, acts, strict=True))
+    aside = Unit(conv(8, 12, 1, 2), norm(12, "none", training))
+    return Residual(found, shortcut=Shortcut(unit=aside), act="relu")
+
+
+SPECS = {
+    "bottleneck": bottleneck,
+    "preactivation": lambda training: Residual(
+        (Unit(conv(8, 4), norm(4, "relu", training)), Unit(conv(4, 8, 3), None)), norm(8, "relu", training), Shortcut()
+    ),
+    "stem": lambda training: Residual(
+        (Unit(conv(8, 6, 3), norm(6, "silu", training)),), pool=Pool("max", (3, 3), (2, 2), (1, 1))
+    ),
+    "dense": lambda training: Dense(
+        tuple(Layer(norm(c, training=training), conv(c, 6), norm(6, training=training), conv(6, 4, 3)) for c in (8, 12))
+    ),
+    "transition": lambda training: Transition(
+        norm(8, training=training), Pool("mean", (2, 2), (2, 2), (0, 0)), conv(8, 4)
+    ),
+    "head": lambda training: Transition(norm(8, training=training), Pool("mean", (), (), ()), None),
+}
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, : x.shape[1]],
+    "expanded": lambda x: x[:, :, :1, :1].expand(x.shape),
+}
+
+
+def checked(operator, *args) -> list[Tensor]:
+    found = torch.library.opcheck(operator, args)
+    assert set(found.values()) == {"SUCCESS"}, found
+    return operator(*args)
+
+
+def assert_checked(spec: BlockSpec, x: Tensor) -> None:
+    encoded, family = encode(spec, {}), OPERATORS[FAMILIES[type(spec)]]
+    call = (encoded.text, x, None, None, encoded.weights, encoded.statistics)
+    inferred, found = checked(family.infer, *call), checked(family.forward, *call)
+    head = 2 + len(encoded.moves)
+    for ours, recorded in zip(inferred, found[:head], strict=True):
+        torch.testing.assert_close(ours, recorded)
+    need = [True, False, *(True for _ in encoded.weights)]
+    held = found[0] if spec.keeps_output else x
+    for grad in (torch.randn_like(found[0]), torch.ones(()).expand(found[0].shape)):
+        checked(family.backward, encoded.text, grad, held, None, encoded.weights, found[head:], need)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["bottleneck", "dense", "transition"])
+def test_operators_keep_their_promises_for_every_layout(name, layout):
+    torch.manual_seed(0)
+    assert_checked(SPECS[name](True), LAYOUTS[layout](torch.randn(2, 8, 6, 6)))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("name", SPECS)
+def test_operators_keep_their_promises_for_every_structure(name, training):
+    torch.manual_seed(0)
+    spec = SPECS[name](training)
+    assert_checked(spec.recomputing, torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "preactivation", "stem", "dense", "transition"])
+def test_a_description_comes_back_from_its_text(name):
+    spec = SPECS[name](True)
+    encoded = encode(spec, {})
+    assert decode(encoded.text, (6, 6), encoded.weights, encoded.statistics) == spec
+
+
+def test_an_operator_checks_what_it_is_given():
+    spec = SPECS["bottleneck"](True)
+    encoded = encode(spec, {})
+    with pytest.raises(Unsupported, match="expects 8 channels"):
+        torch.ops.fusedres.residual_infer(
+            encoded.text, torch.randn(2, 9, 6, 6), None, None, encoded.weights, encoded.statistics
+        )
+
+
+def test_arguments_stay_what_they_were():
+    spec = SPECS["bottleneck"](True)
+    encoded = encode(spec, {})
+    before = [t.clone() for t in encoded.statistics]
+    found = torch.ops.fusedres.residual_forward(
+        encoded.text, torch.randn(2, 8, 6, 6), None, None, encoded.weights, encoded.statistics
+    )
+    assert all(map(torch.equal, before, encoded.statistics))
+    moved = found[2 : 2 + len(encoded.moves)]
+    assert not any(torch.equal(new, encoded.statistics[at]) for new, at in zip(moved, encoded.moves, strict=True))
