@@ -284,7 +284,7 @@ def test_maps_of_every_layout_are_taken_and_left_as_in_eager(layout):
     program, counter = compiled(model)
     y, expected = program(x), twin(x)
     assert torch.equal(y, expected) and y.stride() == expected.stride()
-    assert operators(counter) == {"residual_forward": 2}
+    assert operators(counter) == {"residual_forward": 2, "residual_backward": 2}
 
 
 def test_training_without_gradients_moves_statistics_alone():
