@@ -6,7 +6,7 @@
 
 from . import functional, nn, ops
 from .backends.select import backends, use_backend
-from .convert import convert, revert
+from .convert import convert, export_plain, revert
 from .errors import BackendError
 from .report import Report, report
 from .tuning import precompile, tune
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "backends",
     "convert",
+    "export_plain",
     "functional",
     "nn",
     "ops",

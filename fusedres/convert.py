@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from .recognition import (
     read_flows,
     read_layers,
 )
-from .swap import original_class, resume, state_of
+from .swap import KEY, original_class, resume, runs_fused, state_of
 from .verify import Claim, disproved, prove, structure_of
 
 #: kinds that hold whole blocks, which are converted one by one
@@ -360,6 +361,24 @@ def convert(model: nn.Module, *, recompute: bool = False, verify: bool = True) -
         elif kind_key(module) is None and is_sequential(module) and any(map(kind_key, module.children())):
             adopt(module, "sequential", recompute=recompute)  # its children hand their maps over
     return model
+
+
+def export_plain(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` that runs its original modules, on the very same parameters and buffers, whether its blocks were converted or are
+    of :mod:`fusedres.nn`: for exporters to other runtimes, which do not know the operators of fused blocks.
+
+    Raises TypeError if ``model`` is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"export_plain expects a torch.nn.Module, found {type(model).__name__}")
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    plain = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    for module in plain.modules():
+        # a class of a user's own, derived from one of fusedres.nn, says itself what it runs
+        if runs_fused(type(resume(module))) and "forward" in vars(type(module)):
+            module.__dict__.pop(KEY, None)
+            module.__class__ = original_class(module)
+    return plain
 
 
 def revert(model: nn.Module) -> nn.Module:

@@ -1,9 +1,11 @@
-"""Converted models under compilers, exporters and transforms: they see the original modules, and what they make of them is right."""
+"""Converted models under compilers, exporters and transforms: what they make of them is right, whether they see operators of fused blocks
+or, as torch.jit and torch.func do, the original modules. How blocks run compiled: ``test_compiled.py``."""
 
 from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import fusedres
+from fusedres.swap import FusedBlock
 from fusedres.testing import assert_fused, assert_parity, randomize, run_training
 
 pytest.importorskip("torchvision")
@@ -95,18 +98,60 @@ def test_inductor_makes_one_graph_for_every_batch(name, training):
     assert_compiles(FULL[name], training, "inductor")
 
 
-def exported(model: nn.Module) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+def exported(model: nn.Module, strict: bool = False) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(model, (images(2),), dynamic_shapes=shapes, strict=strict)
 
 
+def operators(program: torch.export.ExportedProgram) -> dict[str, int]:
+    """The fused operators of a program, by kind."""
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    return dict(Counter(name.split(".")[1] for name in names if name.startswith("fusedres.")))
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no-grad"])
 @pytest.mark.parametrize("name", MODELS)
-def test_torch_export_gives_a_program_for_every_batch(name, tmp_path):
+def test_torch_export_gives_a_program_of_operators_for_every_batch(name, gradients, strict, tmp_path):
     plain, model = pair(MODELS[name], False)
     model(images())  # what a block remembers of a call is nothing to the exporter
-    torch.export.save(exported(model), tmp_path / "model.pt2")
+    with fusedres.use_backend("eager"), torch.set_grad_enabled(gradients):
+        found = exported(model, strict)
+    of_resnet, of_densenet = {"residual_infer": 5}, {"residual_infer": 1, "dense_infer": 2, "transition_infer": 2}
+    assert operators(found) == (of_resnet if name == "resnet" else of_densenet)
+    torch.export.save(found, tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
     for batch in (2, 4):
         assert_same_step(program, plain, images(batch), False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_export_plain_gives_the_original_modules_on_the_same_weights(name):
+    plain, model = pair(MODELS[name], False)
+    original = fusedres.export_plain(model)
+    assert [type(m) for m in original.modules()] == [type(m) for m in plain.modules()]
+    assert all(mine is other for mine, other in zip(original.parameters(), model.parameters(), strict=True))
+    assert operators(exported(original)) == {}
+    assert_same_step(original, plain, images(), False)
+    assert any(isinstance(m, FusedBlock) for m in model.modules())
+
+
+def test_export_plain_takes_blocks_that_are_fused_from_the_start():
+    model = nn.Sequential(fusedres.nn.BasicBlock(3, 4), fusedres.nn.ConvBNAct(4, 4, 3)).double().eval()
+    original = fusedres.export_plain(model)
+    assert not any(isinstance(m, FusedBlock) for m in original.modules())
+    assert operators(exported(original)) == {} != operators(exported(model))
+    assert_same_step(model, original, images(), False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_torch_jit_scripts_the_original_modules(name):
+    plain, model = pair(MODELS[name], False)
+    scripted = torch.jit.script(model)
+    for batch in (3, 4):
+        assert_same_step(scripted, plain, images(batch), False)
+    assert_same_step(model, plain, images(), False)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fusedres.autograd.dense import Dense, Layer
 from fusedres.autograd.encoding import decode, encode
@@ -96,6 +97,21 @@ def test_a_description_comes_back_from_its_text(name):
     spec = SPECS[name](True)
     encoded = encode(spec, {})
     assert decode(encoded.text, (6, 6), encoded.weights, encoded.statistics) == spec
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "dense", "stem"])
+def test_flop_counters_see_the_convolutions(name):
+    spec, x = SPECS[name](True), torch.randn(2, 8, 6, 6)
+    encoded, family = encode(spec, {}), OPERATORS[FAMILIES[type(spec)]]
+    weights = [t.requires_grad_() for t in encoded.weights]
+    with FlopCounterMode(display=False) as plain:
+        spec.reference(x.requires_grad_(), None, *spec.tensors).sum().backward()
+    with FlopCounterMode(display=False) as ours, torch.no_grad():
+        found = family.forward(encoded.text, x, None, None, weights, encoded.statistics)
+        held, kept = found[0] if spec.keeps_output else x, found[2 + len(encoded.moves) :]
+        need = [True, False, *(True for _ in weights)]
+        family.backward(encoded.text, torch.randn_like(found[0]), held, None, weights, kept, need)
+    assert ours.get_total_flops() == plain.get_total_flops() > 0
 
 
 def test_an_operator_checks_what_it_is_given():

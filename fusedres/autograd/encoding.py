@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -17,10 +17,11 @@ from .dense import Dense, Layer
 from .residual import Residual, Shortcut, Subsample
 from .transition import Transition
 
-_PARTS: dict[str, type] = {
+_PARTS: dict[str, Callable[..., Any]] = {
     part.__name__: part
     for part in (Residual, Dense, Transition, Layer, Shortcut, Subsample, Unit, Conv, Norm, Pool, Geometry)
 }
+_PARTS["tuple"] = lambda *items: items
 #: what stands in front of the place of a tensor
 _WEIGHT, _STATISTIC, _COUNTER = "weight", "statistic", "counter"
 
@@ -74,14 +75,79 @@ def encode(spec: BlockSpec, counters: dict[int, Tensor]) -> Encoded:
     return Encoded(text, weights, [t for _, t in statistics.values()], tuple(moves))
 
 
+class _Tensors(NamedTuple):
+    """What a description is made of, beside its text."""
+
+    size: Shape
+    weights: Sequence[Tensor]
+    statistics: Sequence[Tensor] | None
+    counts: bool
+
+
+#: makes a part of a description of its tensors
+_Maker = Callable[[_Tensors], Any]
+
+
+def _weight(place: int) -> _Maker:
+    return lambda given: given.weights[place]
+
+
+def _statistic(place: int) -> _Maker:
+    return lambda given: None if given.statistics is None else given.statistics[place]
+
+
+def _momentum(place: int) -> _Maker:
+    """That of a cumulative average: torch reads the counter on the host, too."""
+
+    def make(given: _Tensors) -> float:
+        return 1.0 / (float(given.statistics[place]) + 1.0) if given.counts and given.statistics is not None else 0.0
+
+    return make
+
+
+def _window(kind: str) -> _Maker:
+    """A mean over the whole map."""
+    return lambda given: Pool(kind, tuple(given.size), tuple(given.size), (0,) * len(given.size))
+
+
+def _part(make: Callable[..., Any], arguments: list[tuple[_Maker | None, Any]]) -> tuple[_Maker | None, Any]:
+    """``(a maker, None)`` of a part, ``(None, the part)`` where no tensor is in it."""
+    if all(maker is None for maker, _ in arguments):
+        return None, make(*(value for _, value in arguments))
+
+    def made(given: _Tensors) -> Any:
+        return make(*[value if maker is None else maker(given) for maker, value in arguments])
+
+    return made, None
+
+
+def _maker(value: Any) -> tuple[_Maker | None, Any]:
+    if not isinstance(value, list):
+        return None, value
+    name, *rest = value
+    if name == _WEIGHT:
+        return _weight(rest[0]), None
+    if name == _STATISTIC:
+        return _statistic(rest[0]), None
+    if name == _COUNTER:
+        return _momentum(rest[0]), None
+    if name == "Pool" and rest[1] == ["tuple"]:
+        return _window(rest[0]), None
+    return _part(_PARTS[name], list(map(_maker, rest)))
+
+
 @functools.lru_cache(maxsize=4096)
-def _parsed(text: str) -> Any:
-    return json.loads(text)
+def _read(text: str) -> tuple[_Maker, tuple[int, ...]]:
+    """``(what makes the description of its tensors, the places of the statistics that move)``."""
+    block, moves = json.loads(text)
+    maker, _ = _maker(block)
+    assert maker is not None  # there is a weight or a statistic in every description
+    return maker, tuple(moves)
 
 
-def updated(text: str) -> list[int]:
+def moving(text: str) -> tuple[int, ...]:
     """The places of the statistics that a call of the description moves."""
-    return _parsed(text)[1]
+    return _read(text)[1]
 
 
 def decode(
@@ -89,21 +155,4 @@ def decode(
 ) -> Any:
     """The description of ``text`` with those tensors, for a map of spatial ``size``, which is the window of a mean over the whole map.
     ``statistics``: None for a backward, which reads none. ``counts``: whether counters may be read on the host, for cumulative averages."""
-
-    def read(value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        name, *rest = value
-        if name == _WEIGHT:
-            return weights[rest[0]]
-        if name == _STATISTIC:
-            return None if statistics is None else statistics[rest[0]]
-        if name == _COUNTER:
-            return 1.0 / (float(statistics[rest[0]]) + 1.0) if counts and statistics is not None else 0.0
-        if name == "tuple":
-            return tuple(map(read, rest))
-        if name == "Pool" and rest[1] == ["tuple"]:
-            return Pool(rest[0], tuple(size), tuple(size), (0,) * len(size))
-        return _PARTS[name](*map(read, rest))
-
-    return read(_parsed(text)[0])
+    return _read(text)[0](_Tensors(size, weights, statistics, counts))

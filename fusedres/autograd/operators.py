@@ -13,11 +13,13 @@ node. Their fake implementations are the same schedules on :mod:`fusedres.backen
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import select
 from ..backends.contract import Backend
@@ -25,9 +27,10 @@ from ..backends.conv3d import for_maps
 from ..backends.eager import BACKEND as EAGER
 from ..backends.layout import as_map, format_of
 from ..backends.shapes import BACKEND as SHAPES
+from ..backends.shapes import Counting, ShapeBackend
 from ..specs import BlockSpec
 from .dense import Dense
-from .encoding import decode, updated
+from .encoding import decode, moving
 from .residual import Residual
 from .transition import Transition
 
@@ -110,7 +113,7 @@ class _Call(NamedTuple):
     def of(
         cls, text: str, x: Tensor, source: Tensor | None, weights: list[Tensor], statistics: list[Tensor], fake: bool
     ) -> _Call:
-        moves = updated(text)
+        moves = moving(text)
         own = [t.clone() if i in moves else t for i, t in enumerate(statistics)]
         spec = decode(text, tuple(x.shape[2:]), weights, own, counts=not fake)
         x, source = as_map(x), None if source is None else as_map(source)
@@ -130,7 +133,7 @@ def _forward(
     recorded: bool,
 ) -> list[Tensor]:
     with torch.no_grad(), _without_autocast(x):
-        call = _Call.of(text, x, source, weights, statistics, backend is SHAPES)
+        call = _Call.of(text, x, source, weights, statistics, isinstance(backend, ShapeBackend))
         backend = for_maps(backend, x.dim())
         kept: list[Tensor | None] = []
         if recorded:
@@ -163,6 +166,17 @@ def _backward(
         ]
         results = [g for g, wants in zip((*found[:2], *of_weights), wanted, strict=True) if wants]
         return _apart(results, held, (grad, held, x, source, beside, *weights, *kept))
+
+
+def _flops(run: Callable[..., Any], last: tuple[Any, ...]) -> Callable[..., int]:
+    """The formula of an operator for torch.utils.flop_counter: those of the convolutions that it runs."""
+
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        counting = Counting()
+        run(counting, *tree_map_only(Tensor, lambda t: t.to("meta"), args), *last)
+        return counting.flops
+
+    return count
 
 
 def _define(family: str) -> Operators:
@@ -215,6 +229,9 @@ def _define(family: str) -> Operators:
             SHAPES, text, grad, held, source, list(weights), list(kept), list(need)
         )
     )
+    for operator, run in ((forward, _forward), (infer, _forward), (backward, _backward)):
+        last = () if operator is backward else (operator is forward,)
+        register_flop_formula(operator._opoverload._overloadpacket, get_raw=True)(_flops(run, last))
     of_family = [getattr(torch.ops.fusedres, f"{family}_{name}").default for name in Operators._fields]
     return Operators(*of_family)
 

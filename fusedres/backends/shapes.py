@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count
 
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
@@ -130,6 +131,33 @@ class ShapeBackend(Backend):
         self, norm: Norm, sums: Reduction, count: int, mean_invstd: Tensor, coeff: Tensor, accumulate: bool = False
     ) -> None:
         pass
+
+
+class Counting(ShapeBackend):
+    """Counts the floating-point operations of convolutions in ``flops``, as torch.utils.flop_counter does."""
+
+    def __init__(self) -> None:
+        self.flops = 0
+
+    def conv_forward(
+        self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue = PLAIN
+    ) -> Tensor:
+        y = super().conv_forward(x, weight, bias, geometry, epilogue)
+        self.flops += conv_flop_count(list(x.raw.shape), list(weight.shape), list(y.shape))
+        return y
+
+    def conv_backward(
+        self,
+        grad: LazyGrad,
+        x: LazyMap,
+        weight: Tensor,
+        geometry: Geometry,
+        target: GradTarget | None = FRESH,
+        need_dw: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        products = (target is not None) + need_dw
+        self.flops += products * conv_flop_count(list(x.raw.shape), list(weight.shape), list(grad.grad.shape))
+        return super().conv_backward(grad, x, weight, geometry, target, need_dw)
 
 
 BACKEND = ShapeBackend()
