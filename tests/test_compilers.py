@@ -137,7 +137,7 @@ def test_export_plain_gives_the_original_modules_on_the_same_weights(name):
 
 
 def test_export_plain_takes_blocks_that_are_fused_from_the_start():
-    model = nn.Sequential(fusedres.nn.BasicBlock(3, 4), fusedres.nn.ConvBNAct(4, 4, 3)).double().eval()
+    model = nn.Sequential(fusedres.nn.BasicBlock(3, 3), fusedres.nn.ConvBNAct(3, 4)).double().eval()
     original = fusedres.export_plain(model)
     assert not any(isinstance(m, FusedBlock) for m in original.modules())
     assert operators(exported(original)) == {} != operators(exported(model))
