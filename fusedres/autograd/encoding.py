@@ -28,9 +28,8 @@ _WEIGHT, _STATISTIC, _COUNTER = "weight", "statistic", "counter"
 
 @dataclass(frozen=True)
 class Encoded:
-    """A description as ``text``, and its tensors: ``weights``, the differentiable ones in the order of ``BlockSpec.tensors`` without those
-    that are None, and ``statistics``, each once, with the counters of cumulative averages; ``moves``: the places of those that a call
-    moves."""
+    """A description as ``text``, and its tensors, each once: ``weights``, the differentiable ones in the order of ``BlockSpec.tensors``,
+    and ``statistics``, with the counters of cumulative averages; ``moves``: the places of those that a call moves."""
 
     text: str
     weights: list[Tensor]
@@ -43,7 +42,7 @@ def encode(spec: BlockSpec, counters: dict[int, Tensor]) -> Encoded:
     momentum of a step. Raises Unsupported for what processes exchange."""
     if spec.exchanges:
         raise Unsupported("processes share its statistics, which compilers do not trace")
-    weights = [t for t in spec.tensors if t is not None]
+    weights = list({id(t): t for t in spec.tensors if t is not None}.values())
     at = {id(t): i for i, t in enumerate(weights)}
     statistics: dict[int, tuple[int, Tensor]] = {}
     moves: dict[int, None] = {}

@@ -156,15 +156,18 @@ def _backward(
 ) -> list[Tensor]:
     with torch.no_grad(), _without_autocast(held):
         spec = decode(text, tuple(held.shape[2:]), weights, None)
-        needed = iter(need[2:])
-        wanted = [*need[:2], *(t is not None and next(needed) for t in spec.tensors)]
+        at = {id(t): i for i, t in enumerate(weights, 2)}
+        wanted = [*need[:2], *(t is not None and need[at[id(t)]] for t in spec.tensors)]
         x, beside = as_map(held), None if source is None else as_map(source)
         there = [t if t.numel() else None for t in kept]
         found = spec.gradients(for_maps(backend, x.dim()), as_map(grad), x, beside, there, spec.tensors, wanted)
-        of_weights = [
-            None if g is None or t is None else _like(g, t) for g, t in zip(found[2:], spec.tensors, strict=True)
-        ]
-        results = [g for g, wants in zip((*found[:2], *of_weights), wanted, strict=True) if wants]
+        totals: dict[int, Tensor | None] = dict(enumerate(found[:2]))
+        for t, g in zip(spec.tensors, found[2:], strict=True):
+            if t is not None and g is not None:
+                i, g = at[id(t)], _like(g, t)
+                before = totals.get(i)  # one weight may stand at several places
+                totals[i] = g if before is None else before + g
+        results = [totals[i] for i, wants in enumerate(need) if wants]
         return _apart(results, held, (grad, held, x, source, beside, *weights, *kept))
 
 

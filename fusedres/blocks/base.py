@@ -41,6 +41,9 @@ class Kind(ABC):
     #: whether autocast casts the input of the block: where a convolution comes first
     casts: ClassVar[bool] = False
 
+    #: attributes of the modules inside that are read where no graph says so
+    attributes: ClassVar[tuple[str, ...]] = ()
+
     # ---- what a kind says ----------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -122,7 +125,8 @@ class Kind(ABC):
             found = self.recall(block, state)
             planner = Planner(block, state.recompute)
             output = self.tell(block, state, found, planner)
-            planner.depends_on(self.inside(block, state))
+            read = (name for graph in self.graphs(block, state) for name in graph.reads.names)
+            planner.depends_on(self.inside(block, state), (*self.attributes, *read))
             state.plan = planner.plan(output)
         except Unsupported:
             pass

@@ -45,7 +45,7 @@ def _watch(block: Any, plan: Plan) -> None:
         and len(torch_module._global_backward_hooks) == len(torch_module._global_backward_pre_hooks) == 0
         and block._fusedres.recompute == plan.recompute
     )
-    for path, hooks, children, attributes, parameters, buffers in plan.facts:
+    for path, hooks, children, attributes, functions, parameters, buffers in plan.facts:
         module = module_at(block, path)
         now = (
             len(module._forward_hooks),
@@ -53,9 +53,11 @@ def _watch(block: Any, plan: Plan) -> None:
             len(module._backward_hooks),
             len(module._backward_pre_hooks),
         )
-        same = same and now == hooks and tuple(module._modules) == children
+        same = same and now == hooks and tuple(module._modules) == children and callable(module.forward)
         for name, value in attributes:
             same = same and getattr(module, name) == value
+        for name in functions:
+            same = same and callable(getattr(module, name))
         for name, missing in parameters:
             same = same and (module._parameters[name] is None) == missing
         for name, missing in buffers:
@@ -132,7 +134,8 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
     if cast is not None:
         weights = [w.to(cast) if casts else w for w, casts in zip(weights, step.casts)]  # noqa: B905
     statistics = [tensor_at(block, where) for where in step.statistics]
-    beside_x = None if beside is None else beside.x
+    # two arguments of an autograd node may not be the same tensor
+    beside_x = None if beside is None else beside.x.view_as(beside.x) if source is given else beside.x
     recorded = _is_recorded(x.x, beside_x, weights) and not (torch.compiler.is_exporting() and len(step.moves) == 0)
     if recorded:
         found = Recorded.apply(

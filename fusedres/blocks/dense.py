@@ -46,6 +46,7 @@ class DenseKind(Kind):
     """A dense block; in a Sequential its layers may stand behind other modules, which run as they are."""
 
     key, title = "dense", "dense block"
+    attributes = ("drop_rate",)
 
     def _layers(self, block: Any, state: BlockState) -> dict[str, BlockGraph] | None:
         """The graphs of the layers that put their channels behind their input's by themselves and end a Sequential; None where the block's

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +50,13 @@ FUNCTIONS = _Functions()
 
 class Fact(NamedTuple):
     """What a plan depends on of the module at ``path``: how many hooks there are of each kind, the names of its children, its plain
-    attributes, and which of its parameters and buffers there are."""
+    attributes and those that are functions, and which of its parameters and buffers are missing."""
 
     path: Path
     hooks: tuple[int, ...]
     children: tuple[str, ...]
     attributes: tuple[tuple[str, Any], ...]
+    functions: tuple[str, ...]
     parameters: tuple[tuple[str, bool], ...]
     buffers: tuple[tuple[str, bool], ...]
 
@@ -128,12 +130,12 @@ class Planner:
 
     def __init__(self, block: nn.Module, recompute: bool) -> None:
         self.block, self.recompute = block, recompute
-        self.paths: dict[int, Path] = {}
+        self.paths: dict[int, list[Path]] = {}
         self.tensors: dict[int, Where] = {}
         self.cumulative: dict[int, Tensor] = {}
         for name, module in block.named_modules(remove_duplicate=False):
             path = tuple(name.split(".")) if name else ()
-            self.paths.setdefault(id(module), path)
+            self.paths.setdefault(id(module), []).append(path)
             for found, is_parameter in ((module._parameters, True), (module._buffers, False)):
                 for key, tensor in found.items():
                     if tensor is not None:
@@ -143,6 +145,7 @@ class Planner:
                 if counter is not None:
                     self.cumulative[id(module.running_mean)] = counter
         self.inside: list[nn.Module] = []
+        self.names: set[str] = set()
         self.parts = 0
         self.steps: list[Fused | Call] = []
         self.size = 1
@@ -252,7 +255,7 @@ class Planner:
         if isinstance(call, nn.Module):
             if id(call) not in self.paths:
                 raise Unsupported(f"its {type(call).__name__} is not one of its modules")
-            return Call(self.paths[id(call)], "", args, kwargs, result)
+            return Call(self.paths[id(call)][0], "", args, kwargs, result)
         if isinstance(call, functools.partial):
             own = tuple((name, self.written(v)) for name, v in call.keywords.items())
             return self._call(call.func, (*map(self.written, call.args), *args), (*own, *kwargs), result)
@@ -281,24 +284,30 @@ class Planner:
             return ("constant", value)
         raise Unsupported(f"a {type(value).__name__} among the arguments of a call")
 
-    def depends_on(self, modules: Sequence[nn.Module]) -> None:
-        """Note that what is told depends on ``modules`` of the block."""
+    def depends_on(self, modules: Sequence[nn.Module], names: Iterable[str] = ()) -> None:
+        """Note that what is told depends on ``modules`` of the block; on the attributes of those that hold others by these ``names``."""
         self.inside += modules
+        self.names.update(names)
 
     def plan(self, output: Any) -> Plan:
         """What has been told."""
-        facts = tuple(_fact(self.paths[id(m)], m) for m in dict.fromkeys(self.inside) if id(m) in self.paths)
+        modules = dict.fromkeys(self.inside)
+        # at every place where it stands: one of them may be given another module
+        facts = tuple(_fact(path, m, self.names) for m in modules for path in self.paths.get(id(m), ()))
         return Plan(facts, tuple(self.steps), self.size, output, self.recompute)
 
 
 def _is_constant(value: Any) -> bool:
-    if type(value) is tuple:
+    if type(value) in (tuple, list):
         return all(map(_is_constant, value))
     return value is None or type(value) in (bool, int, str) or type(value) is float and value == value
 
 
-def _fact(path: Path, module: nn.Module) -> Fact:
-    own = module.__dict__
+def _fact(path: Path, module: nn.Module, names: set[str]) -> Fact:
+    """What is watched of ``module``: all plain attributes of one that computes itself; of one that holds others, which may count its calls
+    or whatever its owner likes, its mode and those of ``names``."""
+    counts = names | {"training"} if module._modules and not isinstance(module, _BatchNorm) else module.__dict__.keys()
+    own = {name: value for name, value in module.__dict__.items() if name in counts}
     return Fact(
         path,
         tuple(
@@ -309,6 +318,7 @@ def _fact(path: Path, module: nn.Module) -> Fact:
         ),
         tuple(module._modules),
         tuple((name, value) for name, value in own.items() if name not in _OF_EVERY_MODULE and _is_constant(value)),
+        tuple(name for name, value in own.items() if isinstance(value, FunctionType | BuiltinFunctionType)),
         tuple((name, tensor is None) for name, tensor in module._parameters.items()),
         tuple((name, tensor is None) for name, tensor in module._buffers.items()),
     )

@@ -245,6 +245,11 @@ class Reads:
         self._own[path, name] = _counts_as(value)
         return value
 
+    @property
+    def names(self) -> set[str]:
+        """The names of what was read of modules."""
+        return {name for _, name in self._own}
+
     def mode(self, path: str, training: bool) -> None:
         """Note that the mode of the module at ``path`` was taken to be ``training``."""
         self._own[path, "training"] = training
