@@ -36,7 +36,7 @@ def timm_model(name: str, **arguments):
 def preactivation(**arguments) -> nn.Module:
     """A ResNetV2 with BatchNorm."""
     layers = pytest.importorskip("timm.layers")
-    return timm_model("resnetv2_50d", norm_layer=layers.BatchNormAct2d, conv_layer=nn.Conv2d, **arguments)
+    return timm_model("resnetv2_50d", norm_layer=layers.BatchNormAct2d, conv_layer=layers.create_conv2d, **arguments)
 
 
 SMALL = {
