@@ -59,7 +59,7 @@ wheel: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.models --json results/models.json \
-		--contenders eager compile compile-freezing fused fused-recompute memory_efficient
+		--contenders eager compile compile-freezing fused fused+compile fused-recompute memory_efficient
 	$(BIN)/python -m bench.models --json results/models-bfloat16.json --dtype bfloat16 --contenders eager fused
 	$(BIN)/python -m bench.report results/models.json results/models-bfloat16.json --out results
 

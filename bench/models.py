@@ -127,6 +127,7 @@ CONTENDERS = {
         lambda model: torch.compile(model, mode="max-autotune-no-cudagraphs"), compiles=True
     ),
     "fused": Contender(fusedres.convert),
+    "fused+compile": Contender(lambda model: torch.compile(Apart(fusedres.convert(model))), compiles=True),
     "fused-recompute": Contender(lambda model: fusedres.convert(model, recompute=True), ("train",)),
     "memory_efficient": Contender(memory_efficient, ("train",)),
 }

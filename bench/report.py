@@ -29,10 +29,11 @@ COLOURS = {
     "compile": "#e69f00",
     "compile-freezing": "#d55e00",
     "fused": "#0072b2",
+    "fused+compile": "#009e73",
     "fused-recompute": "#56b4e9",
     "memory_efficient": "#cc79a7",
 }
-OTHER_COLOURS = ("#009e73", "#b2912f", "#7f5fa8", "#4d4d4d")
+OTHER_COLOURS = ("#f0e442", "#b2912f", "#7f5fa8", "#4d4d4d")
 INK, FAINT, ALARM = "#222222", "#8a8a8a", "#c1121f"
 
 
