@@ -394,6 +394,30 @@ def test_blocks_may_be_compiled_one_by_one():
     assert_equal(step(model, maps(), True), step(twin, maps(), True))
 
 
+BLOCKS = {
+    "basic": lambda: fusedres.nn.BasicBlock(16, 16),
+    "bottleneck": lambda: fusedres.nn.Bottleneck(16, 4),
+    "pre-activation basic": lambda: fusedres.nn.PreActBasicBlock(16, 16),
+    "pre-activation bottleneck": lambda: fusedres.nn.PreActBottleneck(16, 4),
+    "plain": lambda: fusedres.nn.PlainBlock(16, 8),
+    "highway": lambda: fusedres.nn.HighwayBlock(16),
+    "dense": lambda: fusedres.nn.DenseBlock(2, 16, 4, 8, 0.0),
+    "transition": lambda: fusedres.nn.Transition(16, 8),
+    "row": lambda: fusedres.nn.ConvBNAct(16, 8),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_that_are_fused_from_the_start_run_compiled(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(BLOCKS[name]())
+    randomize(model)
+    twin = copy.deepcopy(model)
+    program, counter = compiled(model)
+    assert_equal(step(program, maps(), True), step(twin, maps(), True))
+    assert sum(operators(counter).values()) == 2
+
+
 # ---- around a compiled model -------------------------------------------------------------------------------------------
 
 
