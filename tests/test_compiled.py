@@ -179,6 +179,18 @@ def maps(batch: int = 3) -> Tensor:
     return torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(batch))
 
 
+class LeftSum(nn.Module):
+    """A block whose sum lies in memory as its input does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.bn(self.conv(x)))
+
+
 def frozen_norms(m: nn.Module) -> None:
     for module in m.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -336,20 +348,24 @@ def test_training_equals_eager_to_the_bit(setup, recompute):
     assert operators(counter) == {"residual_forward": 2, "residual_backward": 2}
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
-def test_maps_of_every_layout_are_taken_and_left_as_in_eager(layout):
-    model, twin = block()
+@pytest.mark.parametrize("identity", [False, True], ids=["projected", "added"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded", "transposed"])
+def test_maps_of_every_layout_are_taken_and_left_as_in_eager(layout, identity):
+    model, twin = twins(lambda: nn.Sequential(LeftSum())) if identity else block()
     x = maps()
     if layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     elif layout == "sliced":
         x = torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, :16]
+    elif layout == "transposed":
+        x = x.transpose(2, 3)
     elif layout == "expanded":
         x = x[:, :, :1, :1].expand(3, 16, 8, 8)
     program, counter = compiled(model)
     y, expected = program(x), twin(x)
     assert torch.equal(y, expected) and y.stride() == expected.stride()
-    assert operators(counter) == {"residual_forward": 2, "residual_backward": 2}
+    parts_run = 1 if identity else 2
+    assert operators(counter) == {"residual_forward": parts_run, "residual_backward": parts_run}
 
 
 def test_training_without_gradients_moves_statistics_alone():

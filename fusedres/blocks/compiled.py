@@ -119,17 +119,37 @@ def _is_recorded(x: Tensor, source: Tensor | None, weights: list[Any]) -> bool:
     return False
 
 
-def _entered(value: _Map) -> _Map:
-    """A map in channels_last."""
-    owes = value.owes_nchw or not suggests_channels_last(value.x)
-    return _Map(value.x.contiguous(memory_format=format_of(value.x.dim())), value.stats, owes)
+def _entered(value: _Map) -> tuple[_Map, str]:
+    """``(a map in channels_last, how eager's lies: "channels_last", "contiguous" or "other")``."""
+    x = value.x
+    order = "contiguous"
+    if suggests_channels_last(x):
+        order = "contiguous" if value.owes_nchw else "channels_last"
+    elif not x.is_contiguous() and not value.owes_nchw:
+        order = "other"
+    return _Map(x.contiguous(memory_format=format_of(x.dim())), value.stats), order
+
+
+def _as_eager(step: Fused, y: Tensor, x: Tensor, order: str, source: Tensor, source_order: str) -> tuple[Tensor, bool]:
+    """``(y, or a copy of it that lies as eager's would, whether it owes being contiguous)``."""
+    at = 2 * (order != "channels_last") + (source_order != "channels_last") - 1
+    lies = step.lies[at] if at >= 0 else "channels_last"
+    like = x
+    if lies == "x":
+        lies = order
+    elif lies == "source":
+        lies, like = source_order, source
+    if lies == "other":
+        return torch.empty_like(like, dtype=y.dtype).copy_(y), False
+    return y, lies == "contiguous"
 
 
 def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
     """The output of a part by its operator."""
     cast = _autocast(given.x)
-    x = _entered(given if cast is None else given._replace(x=given.x.to(cast)))
-    beside = None if source is None else _entered(source)
+    arrived = given.x if cast is None else given.x.to(cast)
+    x, order = _entered(_Map(arrived, given.stats, given.owes_nchw))
+    beside, beside_order = (None, order) if source is None else _entered(source)
     weights = [tensor_at(block, where) for where in step.weights]
     if cast is not None:
         weights = [w.to(cast) if casts else w for w, casts in zip(weights, step.casts)]  # noqa: B905
@@ -156,9 +176,8 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
         statistics[place].copy_(found[2 + i])
     for where, times in step.counters:
         tensor_at(block, where).add_(times)
-    owed = (x.owes_nchw, x.owes_nchw if beside is None else beside.owes_nchw)
-    owes = (owed[0] or owed[1]) and step.stays[2 * owed[0] + owed[1]]
-    return _Map(found[0], found[1] if step.measures else None, owes)
+    y, owes = _as_eager(step, found[0], arrived, order, arrived if source is None else source.x, beside_order)
+    return _Map(y, found[1] if step.measures else None, owes)
 
 
 def _step(block: Any, step: Any, values: list[Any], original: Callable[..., Any]) -> _Map:

@@ -26,6 +26,7 @@ from ..errors import BackendError, Unsupported
 from ..recognition import FunctionStep, Op, Part, Piece, hooked, is_plain, method
 from ..specs import BlockSpec, Conv, instances
 from ..swap import runs_fused, state_of
+from .handover import Order
 
 Path = tuple[str, ...]
 #: what every module has, and what says nothing of what it computes
@@ -34,8 +35,9 @@ _OF_EVERY_MODULE = nn.Module().__dict__.keys() - {"training"}
 ORDINARY = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 #: of the maps that stand in for those of a call
 _SOME_SIZE, _STRIDES = 1024, range(1, 9)
-#: whether a part's input, and what its shortcut reads, are not channels_last
-_FORMATS = ((False, False), (False, True), (True, False), (True, True))
+#: orders of a part's input and of what its shortcut reads that are no other's, each beside channels_last
+_OF_X, _OF_SOURCE = (3, 2, 1, 0), (2, 3, 1, 0)
+_ORDERS: tuple[tuple[Order, Order], ...] = ((None, _OF_SOURCE), (_OF_X, None), (_OF_X, _OF_SOURCE))
 
 
 class _Functions:
@@ -72,9 +74,10 @@ class Where(NamedTuple):
 class Fused(NamedTuple):
     """A part that runs as one operator of ``family``, and the slots that it reads (``source``: -1 for none) and writes.
 
-    ``casts``: of the weights, those that autocast casts. ``counters``: of the BatchNorms that use a batch, with how often. ``stays``:
-    whether its output would not be channels_last, by whether its maps are. ``instead``: its original steps, over slots of their own, of
-    which the first two are its maps; without any that is the forward of the block.
+    ``casts``: of the weights, those that autocast casts. ``counters``: of the BatchNorms that use a batch, with how often. ``lies``: how
+    its output would lie in memory (:func:`_lies_as`) where what its shortcut reads would not be channels_last, where its input would not,
+    and where both would not. ``instead``: its original steps, over slots of their own, of which the first two are its maps; without any
+    that is the forward of the block.
     """
 
     at: int
@@ -87,7 +90,7 @@ class Fused(NamedTuple):
     counters: tuple[tuple[Where, int], ...]
     keeps_output: bool
     measures: bool
-    stays: tuple[bool, ...]
+    lies: tuple[str, ...]
     x: int
     source: int
     result: int
@@ -166,8 +169,8 @@ class Planner:
         self,
         part: Part,
         x: int,
-        source: int | None = None,
-        stays_nchw: Callable[[BlockSpec, bool, bool], bool] | None = None,
+        source: int | None,
+        behind: Callable[[BlockSpec, Order, Order], Order],
         instead: tuple[Call, ...] = (),
     ) -> int:
         """A part. ``instead``: what runs where it cannot run on its input; without it that is the block's forward. Raises Unsupported."""
@@ -188,7 +191,7 @@ class Planner:
             tuple((self.where(counter), times) for counter, times in counters.items()),
             spec.keeps_output,
             spec.measures,
-            tuple(stays_nchw is None or stays_nchw(spec, *maps) for maps in _FORMATS),
+            tuple(_lies_as(behind(spec, *orders)) for orders in _ORDERS),
             x,
             -1 if source is None else source,
             self._slot(),
@@ -295,6 +298,11 @@ class Planner:
         # at every place where it stands: one of them may be given another module
         facts = tuple(_fact(path, m, self.names) for m in modules for path in self.paths.get(id(m), ()))
         return Plan(facts, tuple(self.steps), self.size, output, self.recompute)
+
+
+def _lies_as(order: Order) -> str:
+    """As ``"x"`` or ``"source"``, ``"contiguous"``, or ``"channels_last"``."""
+    return {None: "channels_last", _OF_X: "x", _OF_SOURCE: "source"}.get(order, "contiguous")
 
 
 def _is_constant(value: Any) -> bool:
