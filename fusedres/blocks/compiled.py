@@ -180,13 +180,17 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
     return _Map(y, found[1] if step.measures else None, owes)
 
 
+def _channels(x: Tensor) -> int:
+    """The channels of a map as a number, where all sizes are symbols, too: a range has no symbols for its ends."""
+    return len(range(x.shape[1]))
+
+
 def _step(block: Any, step: Any, values: list[Any], original: Callable[..., Any]) -> _Map:
     if isinstance(step, Call):
         return _called(block, step, values)
     given, source = values[step.x], None if step.source < 0 else values[step.source]
-    x, beside = given.x, None if source is None else source.x
-    measures = (x.dtype, x.device, x.dim(), x.shape[1])
-    if not block._fusedres_takes(step.at, _autocast(x), *measures, None if beside is None else beside.shape[1]):
+    x, beside = given.x, None if source is None else _channels(source.x)
+    if not block._fusedres_takes(step.at, _autocast(x), x.dtype, x.device, x.dim(), _channels(x), beside):
         maps = [_left(given)] if source is None else [_left(given), _left(source)]
         if len(step.instead) == 0:
             return _Map(original(*maps))
