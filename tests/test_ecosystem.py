@@ -7,6 +7,7 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,11 @@ def torchvision(name: str, **arguments) -> nn.Module:
 def torchvision_segmentation(name: str) -> nn.Module:
     models = pytest.importorskip("torchvision").models
     return models.get_model(name, weights=None, weights_backbone=None, num_classes=5)
+
+
+def optical_flow() -> Any:
+    pytest.importorskip("torchvision")
+    return importlib.import_module("torchvision.models.optical_flow").raft_large()
 
 
 def torchvision_pyramid(norm: Callable[[int], nn.Module]) -> nn.Module:
@@ -135,6 +141,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "torchvision-fcn-resnet50": (lambda: torchvision_segmentation("fcn_resnet50"), IMAGE, 17),
     "torchvision-pyramid": (lambda: torchvision_pyramid(nn.BatchNorm2d), IMAGE, 8),
     "torchvision-resnet18": (lambda: torchvision("resnet18"), IMAGE, 8),
+    # its blocks end in an activation in front of the addition, and one behind it
+    "torchvision-raft-encoder": (lambda: without_gradient(optical_flow().context_encoder, r"\.0\.bias"), IMAGE, 6),
     "torchvision-densenet121": (lambda: torchvision("densenet121"), IMAGE, 7),
     "torchvision-regnet-x-400mf": (lambda: torchvision("regnet_x_400mf"), IMAGE, 22),
     "torchvision-regnet-y-400mf": (lambda: torchvision("regnet_y_400mf"), IMAGE, 16),
@@ -173,7 +181,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 #: one of a kind; the others take minutes together
 QUICK = (
     "timm-resnet26d", "timm-seresnet18", "timm-resnetblur18", "timm-resnetv2-18d", "timm-densenetblur121d", "timm-regnety-002",
-    "pytorchcv-preresnet20", "pytorchcv-densenet40-bc", "monai-densenet", "segmentation-resnet18", "transformers-resnet",
+    "torchvision-raft-encoder", "pytorchcv-preresnet20", "pytorchcv-densenet40-bc", "monai-densenet", "segmentation-resnet18",
+    "transformers-resnet",
 )  # fmt: skip
 
 
@@ -186,6 +195,19 @@ def test_a_model_computes_the_same_converted(name, training):
     model = fusedres.convert(build())
     assert sum(isinstance(m, FusedBlock) for m in model.modules()) >= least
     compare(lambda: Output(build()), shape, torch.float64, "cpp", training, draws=1)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+def test_optical_flow_is_the_same_converted(training):
+    torch.manual_seed(0)
+    plain = optical_flow().train(training)
+    model = fusedres.convert(copy.deepcopy(plain))
+    images = torch.rand(2, 1, 3, 128, 128)
+    with torch.no_grad():
+        ours, theirs = (m(*images, num_flow_updates=1)[0] for m in (model, plain))
+    assert sum(isinstance(m, FusedBlock) for m in model.modules()) >= 7
+    # its coordinates are float32 whatever its dtype, so that there is no float64 to compare with: a hundred roundings
+    assert (ours - theirs).norm() <= 100 * torch.finfo(torch.float32).eps * theirs.norm()
 
 
 @pytest.mark.parametrize(
