@@ -220,6 +220,8 @@ def _functional(model: nn.Module, where: int) -> nn.Module:
 
 def _compile(model: nn.Module, where: int) -> nn.Module:
     """Compiled without code generation, which computes as the model does: what a tracer makes of it, with its autograd or without."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return model
     torch._dynamo.reset()
     return cast(nn.Module, torch.compile(model, backend="aot_eager" if where % 2 else "eager"))
 
