@@ -125,7 +125,7 @@ class Kind(ABC):
             if any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self.inside(block, state)):
                 raise Unsupported("processes may share its statistics")
             found = self.recall(block, state)
-            planner = Planner(block, state.recompute)
+            planner = Planner(block, state.recompute, self.casts)
             output = self.tell(block, state, found, planner)
             read = (name for graph in self.graphs(block, state) for name in graph.reads.names)
             planner.depends_on(self.inside(block, state), (*self.attributes, *read))
@@ -142,8 +142,6 @@ class Kind(ABC):
     def takes(self, block: Any, state: BlockState, at: int, measures: Measures) -> bool:
         """Whether part ``at`` of the plan runs on maps like these."""
         assert state.plan is not None
-        if measures.autocast is not None and measures.dtype != measures.autocast and not self.casts:
-            return False
         return part_takes(block, state.plan, at, measures)
 
     def cast(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -74,7 +74,7 @@ class Where(NamedTuple):
 class Fused(NamedTuple):
     """A part that runs as one operator of ``family``, and the slots that it reads (``source``: -1 for none) and writes.
 
-    ``casts``: of the weights, those that autocast casts. ``counters``: of the BatchNorms that use a batch, with how often. ``lies``: how
+    ``casts``: of the weights, those that autocast casts; ``casts_input``: whether it casts the input. ``counters``: of the BatchNorms that use a batch, with how often. ``lies``: how
     its output would lie in memory (:func:`_lies_as`) where what its shortcut reads would not be channels_last, where its input would not,
     and where both would not. ``instead``: its original steps, over slots of their own, of which the first two are its maps; without any
     that is the forward of the block.
@@ -85,6 +85,7 @@ class Fused(NamedTuple):
     text: str
     weights: tuple[Where, ...]
     casts: tuple[bool, ...]
+    casts_input: bool
     statistics: tuple[Where, ...]
     moves: tuple[int, ...]
     counters: tuple[tuple[Where, int], ...]
@@ -129,10 +130,11 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """Makes the plan of a block. Kinds tell it their steps, in order; every method that adds one returns the slot of its result."""
+    """Makes the plan of a block. Kinds tell it their steps, in order; every method that adds one returns the slot of its result.
+    ``casts``: whether autocast casts the input of a part where nothing else is said."""
 
-    def __init__(self, block: nn.Module, recompute: bool) -> None:
-        self.block, self.recompute = block, recompute
+    def __init__(self, block: nn.Module, recompute: bool, casts: bool) -> None:
+        self.block, self.recompute, self.casts = block, recompute, casts
         self.paths: dict[int, list[Path]] = {}
         self.tensors: dict[int, Where] = {}
         self.cumulative: dict[int, Tensor] = {}
@@ -172,8 +174,10 @@ class Planner:
         source: int | None,
         behind: Callable[[BlockSpec, Order, Order], Order],
         instead: tuple[Call, ...] = (),
+        casts: bool | None = None,
     ) -> int:
-        """A part. ``instead``: what runs where it cannot run on its input; without it that is the block's forward. Raises Unsupported."""
+        """A part. ``instead``: what runs where it cannot run on its input; without it that is the block's forward. ``casts``: whether autocast
+        casts its input, where that is not what the block does. Raises Unsupported."""
         spec, counters = part.describe(None)
         if self.recompute:
             spec = spec.recomputing
@@ -186,6 +190,7 @@ class Planner:
             encoded.text,
             tuple(map(self.where, encoded.weights)),
             tuple(id(t) in of_convolutions for t in encoded.weights),
+            self.casts if casts is None else casts,
             tuple(map(self.where, encoded.statistics)),
             encoded.moves,
             tuple((self.where(counter), times) for counter, times in counters.items()),
@@ -366,6 +371,8 @@ def part_takes(block: nn.Module, plan: Plan, at: int, measures: Measures) -> boo
     if any(t.device != device for t in (*weights, *statistics)) or not all(
         type(t) in ORDINARY for t in (*weights, *statistics)
     ):
+        return False
+    if autocast is not None and dtype != autocast and not step.casts_input:
         return False
     dtype = dtype if autocast is None else autocast
 

@@ -124,14 +124,15 @@ class SequentialKind(Kind):
         planner.depends_on(self.inside(block, state))
         return self._tell_steps(steps, planner)
 
-    @staticmethod
-    def _tell_steps(steps: Sequence[Step], planner: Planner) -> int:
+    def _tell_steps(self, steps: Sequence[Step], planner: Planner) -> int:
         x = 0
         for step in steps:
             if step.part is None:
                 x = planner.child(step.children[0], x)
             else:
-                x = planner.fused(step.part, x, None, behind_convolutions, planner.in_a_row(step.children))
+                instead = planner.in_a_row(step.children)
+                # told of another block, too, a network around this row
+                x = planner.fused(step.part, x, None, behind_convolutions, instead, self.casts)
         return x
 
     def run_but_last(self, block: Any, state: BlockState, given: Handover) -> Handover:
