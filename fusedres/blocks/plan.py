@@ -74,10 +74,10 @@ class Where(NamedTuple):
 class Fused(NamedTuple):
     """A part that runs as one operator of ``family``, and the slots that it reads (``source``: -1 for none) and writes.
 
-    ``casts``: of the weights, those that autocast casts; ``casts_input``: whether it casts the input. ``counters``: of the BatchNorms that use a batch, with how often. ``lies``: how
-    its output would lie in memory (:func:`_lies_as`) where what its shortcut reads would not be channels_last, where its input would not,
-    and where both would not. ``instead``: its original steps, over slots of their own, of which the first two are its maps; without any
-    that is the forward of the block.
+    ``casts``: of the weights, those that autocast casts; ``casts_input``: whether it casts the input. ``counters``: of the BatchNorms that
+    use a batch, with how often. ``lies``: how its output would lie in memory (:func:`_lies_as`) where what its shortcut reads would not be
+    channels_last, where its input would not, and where both would not. ``instead``: its original steps, over slots of their own, of which
+    the first two are its maps; without any that is the forward of the block.
     """
 
     at: int
@@ -176,8 +176,8 @@ class Planner:
         instead: tuple[Call, ...] = (),
         casts: bool | None = None,
     ) -> int:
-        """A part. ``instead``: what runs where it cannot run on its input; without it that is the block's forward. ``casts``: whether autocast
-        casts its input, where that is not what the block does. Raises Unsupported."""
+        """A part. ``instead``: what runs where it cannot run on its input; without it that is the block's forward. ``casts``: whether
+        autocast casts its input, where that is not what the block does. Raises Unsupported."""
         spec, counters = part.describe(None)
         if self.recompute:
             spec = spec.recomputing
