@@ -26,7 +26,7 @@ SANITIZE = os.environ.get("FUSEDRES_SANITIZE", "")
 FLAGS = ["-O3", "-g0", "-Werror=switch", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 LINK_FLAGS: list[str] = []
 if SANITIZE:
-    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+    FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O2", "-g1"]
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
 
 

@@ -28,7 +28,8 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
     for (int j = 0; j < V; ++j) weights[j] = load(b + k * ldb + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const float value = a[i][k];
+      // read, because a pair of bfloat16 in its place may begin at an odd channel
+      const float value = read<float>(a[i] + k);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) acc[i][j] = multiply_add(acc[i][j], value, weights[j]);
     }
@@ -56,7 +57,7 @@ __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, cons
     for (int j = 0; j < V; ++j) values[j] = load(other + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      const float value = from[i];
+      const float value = read<float>(from + i);
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) acc[i][j] = multiply_add(acc[i][j], value, values[j]);
     }
