@@ -1,10 +1,11 @@
 """The class of a fused module: one mixin in front of the class it had, so that its children, parameters, hooks and names stay the very
 objects they were.
 
-The mixin has nothing on it but the one attribute ``_fusedres`` and what Python and torch call by themselves; the class made with it has a
-``forward`` with the signature of the original. Anything else would hide a child, or a method, that a user has given the same name. What a
-block computes stands in its :class:`~fusedres.blocks.state.BlockState`. A module of a mixed class without a state (a slice of a converted
-Sequential, ``type(block)(...)``) behaves as one of the original class.
+The mixin has nothing on it but the one attribute ``_fusedres``, what Python and torch call by themselves, and three methods with that name
+in front, which compilers run outside of their trace: they do so for methods of modules alone. The class made with it has a ``forward`` with
+the signature of the original. Anything else would hide a child, or a method, that a user has given the same name. What a block computes
+stands in its :class:`~fusedres.blocks.state.BlockState`. A module of a mixed class without a state (a slice of a converted Sequential,
+``type(block)(...)``) behaves as one of the original class.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ A schedule that runs on it says what the same schedule returns on any backend. I
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import conv_flop_count
 
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
-from .contract import Backend, Reduction
+from .contract import Backend, Reduction, Wrapped
 from .layout import empty_map
 
 
@@ -133,31 +134,23 @@ class ShapeBackend(Backend):
         pass
 
 
-class Counting(ShapeBackend):
+BACKEND = ShapeBackend()
+
+
+class Counting(Wrapped):
     """Counts the floating-point operations of convolutions in ``flops``, as torch.utils.flop_counter does."""
 
     def __init__(self) -> None:
+        super().__init__(BACKEND)
         self.flops = 0
 
-    def conv_forward(
-        self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue = PLAIN
-    ) -> Tensor:
-        y = super().conv_forward(x, weight, bias, geometry, epilogue)
-        self.flops += conv_flop_count(list(x.raw.shape), list(weight.shape), list(y.shape))
-        return y
-
-    def conv_backward(
-        self,
-        grad: LazyGrad,
-        x: LazyMap,
-        weight: Tensor,
-        geometry: Geometry,
-        target: GradTarget | None = FRESH,
-        need_dw: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        products = (target is not None) + need_dw
-        self.flops += products * conv_flop_count(list(x.raw.shape), list(weight.shape), list(grad.grad.shape))
-        return super().conv_backward(grad, x, weight, geometry, target, need_dw)
-
-
-BACKEND = ShapeBackend()
+    def call(self, primitive: str, *args: Any, **kwargs: Any) -> Any:
+        found = super().call(primitive, *args, **kwargs)
+        if primitive in ("conv_forward", "conv_backward"):
+            given = inspect.signature(getattr(BACKEND, primitive)).bind(*args, **kwargs).arguments
+            forward = primitive == "conv_forward"
+            out = found if forward else given["grad"].grad
+            products = 1 if forward else sum(gradient is not None for gradient in found)
+            x, weight = given["x"].raw, given["weight"]
+            self.flops += products * conv_flop_count(list(x.shape), list(weight.shape), list(out.shape))
+        return found
