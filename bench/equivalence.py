@@ -22,17 +22,14 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torchvision.models.densenet import _DenseBlock, _Transition
 from torchvision.models.resnet import BasicBlock
@@ -40,13 +37,13 @@ from torchvision.models.resnet import BasicBlock
 import fusedres
 from fusedres.swap import FusedBlock
 
-from . import environment, models, report
+from . import data, environment, models, report, training
+from .data import CLASSES, Images
 from .progress import progress
 
 #: of all tests of a run together
 LEVEL = 0.05
 ARMS = ("eager", "nudged", "converted")
-CLASSES = 10
 #: the quantities that are compared, as their curves are called
 CURVES = {"training loss": "train_loss", "test loss": "test_loss", "final accuracy": "accuracy"}
 
@@ -129,26 +126,6 @@ class Verdict:
         return self.ratio <= self.limit and abs(self.difference) <= self.interval
 
 
-class Digits:
-    """The data: images as N x 1 x 8 x 8 in -1 to 1, a quarter of them kept for the test, the same in every run."""
-
-    def __init__(self) -> None:
-        found = load_digits()
-        images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
-        parts = train_test_split(images.numpy(), found.target, test_size=0.25, random_state=0, stratify=found.target)
-        self.train_images, self.test_images = (torch.from_numpy(part) for part in parts[:2])
-        self.train_labels, self.test_labels = (torch.from_numpy(part) for part in parts[2:])
-
-    def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """An epoch in a random order, each batch shifted by up to a pixel; what does not fill a batch is left out."""
-        order = torch.randperm(len(self.train_images), generator=generator)
-        for at in range(0, len(order) - size + 1, size):
-            chosen = order[at : at + size]
-            down, right = torch.randint(3, (2,), generator=generator).tolist()
-            images = F.pad(self.train_images[chosen], (1, 1, 1, 1), value=-1.0)
-            yield images[:, :, down : down + 8, right : right + 8], self.train_labels[chosen]
-
-
 def nudge(model: nn.Module, generator: torch.Generator) -> None:
     """Move every parameter by one rounding, up or down."""
     with torch.no_grad():
@@ -157,7 +134,7 @@ def nudge(model: nn.Module, generator: torch.Generator) -> None:
             parameter.mul_(1 + sign * torch.finfo(parameter.dtype).eps)
 
 
-def train(name: str, arm: str, seed: int, digits: Digits, settings: Settings, advance: Callable[[], None]) -> Run:
+def train(name: str, arm: str, seed: int, digits: Images, settings: Settings, advance: Callable[[], None]) -> Run:
     """One run. Raises RuntimeError where a block of the converted model did not run fused."""
     torch.manual_seed(seed)
     model = MODELS[name]().to(memory_format=torch.channels_last)
@@ -166,39 +143,16 @@ def train(name: str, arm: str, seed: int, digits: Digits, settings: Settings, ad
     elif arm == "converted":
         fusedres.convert(model)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(), settings.learning_rate, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
     run = Run(name, arm, seed, [], [], [])
-    for _ in range(settings.epochs):
-        losses = []
-        model.train()
-        for images, labels in digits.batches(settings.batch, generator):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        schedule.step()
-        assert_fused(model, arm)
-        with torch.inference_mode():
-            logits = model.eval()(digits.test_images)
-        assert_fused(model, arm)
-        run.train_loss.append(sum(losses) / len(losses))
-        run.test_loss.append(F.cross_entropy(logits, digits.test_labels).item())
-        run.accuracy.append((logits.argmax(1) == digits.test_labels).float().mean().item())
+    recipe = training.Recipe(**asdict(settings))
+    for epoch in training.train(model, digits, recipe, generator, fused=arm == "converted"):
+        if arm != "converted" and any(isinstance(module, FusedBlock) for module in model.modules()):
+            raise RuntimeError(f"the {arm} model has fused blocks")
+        run.train_loss.append(epoch.train_loss)
+        run.test_loss.append(epoch.test_loss)
+        run.accuracy.append(1 - epoch.test_error)
         advance()
     return run
-
-
-def assert_fused(model: nn.Module, arm: str) -> None:
-    """Raise RuntimeError where the arm is converted and a block's last call was not fused."""
-    rows = fusedres.report(model)
-    if arm == "converted" and not (rows and all(row.fused for row in rows)):
-        raise RuntimeError(f"the converted model did not run fused:\n{rows}")
-    if arm != "converted" and any(isinstance(module, FusedBlock) for module in model.modules()):
-        raise RuntimeError(f"the {arm} model has fused blocks")
 
 
 def judge(runs: Sequence[Run]) -> list[Verdict]:
@@ -343,7 +297,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def measure(names: Sequence[str], seeds: int, settings: Settings, digits: Digits, console: Console) -> list[Run]:
+def measure(names: Sequence[str], seeds: int, settings: Settings, digits: Images, console: Console) -> list[Run]:
     """All runs, the three arms of a seed one after the other."""
     runs = []
     with progress(console, len(names) * seeds * len(ARMS) * settings.epochs) as advance:
@@ -369,7 +323,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    console, digits = models.new_console(), Digits()
+    console, digits = models.new_console(), data.digits()
     where = environment.describe(torch.device("cpu"), environment.command("bench.equivalence", arguments))
     runs = measure(args.models, args.seeds, settings, digits, console)
     verdicts, images = judge(runs), len(digits.test_labels)
