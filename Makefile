@@ -11,7 +11,7 @@ VENV := build/system
 BIN := $(patsubst %/,%,$(dir $(shell command -v $(PYTHON))))
 endif
 
-.PHONY: demo test lint bench gpu sanitize wheel clean
+.PHONY: demo test lint bench studies gpu sanitize wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo
@@ -62,6 +62,10 @@ bench: $(VENV)/installed
 		--contenders eager compile compile-freezing fused fused+compile fused-recompute memory_efficient
 	$(BIN)/python -m bench.models --json results/models-bfloat16.json --dtype bfloat16 --contenders eager fused
 	$(BIN)/python -m bench.report results/models.json results/models-bfloat16.json --out results
+
+# why skip connections work: the papers' claims on the fused blocks, about eleven minutes on two cores; results/studies
+studies: $(VENV)/installed
+	$(BIN)/python -m bench.studies $(STUDIES)
 
 # everything that needs a GPU, in nine minutes; GPU_FLAGS=--dry-run rehearses it at toy size on the CPU
 gpu: $(VENV)/installed

@@ -6,6 +6,7 @@ python -m bench.demo --help             the main job on photographs: convert, ch
 python -m bench.sweep --help            many models at many sizes against eager
 python -m bench.roofline --help         primitive by primitive against the machine's limits
 python -m bench.cross_compile --help    how the Triton kernels compile, without a GPU
+python -m bench.studies --help          why skip connections work: the papers' claims, run on the fused blocks
 python -m bench.host --help             what a step costs the host, without a GPU
 python -m bench.gpu --help              everything that needs a GPU, in one command
 pytest bench/                           single blocks and primitives

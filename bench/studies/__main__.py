@@ -47,7 +47,7 @@ def record(name: str, study: Study, preset: str, images: Images, where: dict, ad
         "data": {"name": images.name, "training": len(images.train_labels), "test": len(images.test_labels)},
         "settings": asdict(settings),
         "environment": where,
-        "sentences": study.sentences(result),
+        "sentences": list(study.sentences(result)),
         "result": result,
     }
 

@@ -204,13 +204,20 @@ def plot(result: Result) -> Figure:
     drawing.legend(parameters)
     block = result["reuse"][1]
     size = len(block)
+    least = math.floor(10 * min(value for row in block for value in row)) / 10
     grid = [[block[j][i] if i < len(block[j]) else math.nan for j in range(size)] for i in range(size)]
     drawing.style(
         weights, "Who reads whom? (second block)", "reading layer", "layer that is read; 0: the block's input"
     )
     weights.grid(False)
     shown = weights.imshow(
-        grid, cmap="viridis", vmin=0, vmax=1, origin="upper", aspect="auto", extent=(0.5, size + 0.5, size - 0.5, -0.5)
+        grid,
+        cmap="viridis",
+        vmin=least,
+        vmax=1,
+        origin="upper",
+        aspect="auto",
+        extent=(0.5, size + 0.5, size - 0.5, -0.5),
     )
     figure.colorbar(shown, ax=weights, shrink=0.8).set_label(
         "mean |weight|, beside the largest", fontsize=10, color="#555555"
@@ -229,7 +236,8 @@ def plot(result: Result) -> Figure:
             f"~ layers$^{{{exponent(result, arm):.1f}}}$", (layers[-1], values[-1]), (-16, 4), textcoords="offset points",
             ha="right", color=INK,
         )  # fmt: skip
-    drawing.legend(counted)
+    counted.set_ylim(top=1.35 * max(row["eager"] for row in result["memory"]) / 2**20)
+    drawing.legend(counted, loc="upper left")
     return figure
 
 
@@ -249,8 +257,8 @@ def sentences(result: Result) -> tuple[str, str, str]:
         f"A block of {last['layers']} layers has {last['connections']} connections, L (L + 1) / 2; layers read those before the previous "
         f"one with {early:.2f} of their largest mean weight, and in the paper, too, they spread their weights over many inputs.",
         f"For backward such a block keeps {last['eager'] / 2**20:.1f} MiB in eager and {last['fused'] / 2**20:.1f} MiB in one buffer, "
-        f"growing as depth^{exponent(result, 'eager'):.2f} and depth^{exponent(result, 'fused'):.2f}; Pleiss et al. 2017 (arXiv 1707.06990) derive "
-        "2 and 1.",
+        f"growing as depth^{exponent(result, 'eager'):.2f} and depth^{exponent(result, 'fused'):.2f}; Pleiss et al. 2017 (arXiv "
+        "1707.06990) derive 2 and 1.",
     )
 
 

@@ -40,8 +40,8 @@ class Preset:
 
 
 PRESETS = {
-    "toy": Preset(0.25, 8, 2, 2, 2),
-    "quick": Preset(48, 64, 4, 8, 5),
+    "toy": Preset(0.12, 8, 2, 2, 2),
+    "quick": Preset(24, 128, 4, 8, 5),
     "full": Preset(1024, 128, 16, 12, 20),
 }
 

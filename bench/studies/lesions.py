@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import Images
 from ..report import INK
@@ -148,8 +148,8 @@ def hurt(kind: str, network: Network, images: Images, preset: Preset) -> dict:
     }
 
 
-def gradient_of_path(network: Network, passed: set[int], images: Images, batch: int) -> float:
-    """Norm of the loss' gradient at the first block's input, by way of the one path that passes these blocks and skips the others.
+def gradient_by_path(network: Network, passed: set[int], images: Images, batch: int) -> Tensor:
+    """The loss' gradient at the first block's input, by way of the one path that passes these blocks and skips the others.
 
     Forward is the whole network's. A pre-activation block is shortcut plus residual function, so that the block without its shortcut is
     the latter.
@@ -164,7 +164,7 @@ def gradient_of_path(network: Network, passed: set[int], images: Images, batch: 
         x = whole.detach() + (way - way.detach())
     loss = F.cross_entropy(network.head(x), labels)
     (gradient,) = torch.autograd.grad(loss, start)
-    return gradient.norm().item()
+    return gradient
 
 
 def lengths(blocks: int) -> list[int]:
@@ -179,7 +179,7 @@ def paths(network: Network, images: Images, preset: Preset) -> dict:
     each = [
         mean(
             [
-                gradient_of_path(network, set(draw.sample(range(blocks), k)), images, preset.recipe.batch)
+                gradient_by_path(network, set(draw.sample(range(blocks), k)), images, preset.recipe.batch).norm().item()
                 for _ in range(preset.paths)
             ]
         )
