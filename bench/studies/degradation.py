@@ -85,7 +85,7 @@ def plot(result: Result) -> Figure:
     """Curves of training error, plain and residual, and the final error against depth."""
     found = depths(result)
     figure, axes = drawing.panels(
-        "Deeper plain networks train worse; with shortcuts they do not",
+        "Deeper plain networks train worse; residual ones train alike",
         "Error on the images that the network learns from: a network of more layers could copy a shallow one, so worse is no overfitting",
         3,
     )

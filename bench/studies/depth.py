@@ -41,7 +41,7 @@ class Preset:
 
 PRESETS = {
     "toy": Preset(0.12, 8, 2, 2, 2),
-    "quick": Preset(24, 128, 4, 8, 5),
+    "quick": Preset(24, 64, 4, 8, 5),
     "full": Preset(1024, 128, 16, 12, 20),
 }
 

@@ -40,7 +40,7 @@ class Preset:
 PRESETS = {
     "toy": Preset(14, 4, 1, 64, Recipe(epochs=2)),
     "quick": Preset(56, 8, 2, 450, Recipe(epochs=12)),
-    "full": Preset(110, 16, 3, 2000, Recipe(164, 128, 0.1, 1e-4, False, (0.5, 0.75), 0.8)),
+    "full": Preset(110, 16, 3, 500, Recipe(164, 128, 0.1, 1e-4, False, (0.5, 0.75), 0.8)),
 }
 
 
@@ -77,19 +77,24 @@ def refinements(network: Network, inputs: Tensor, labels: Tensor) -> dict:
     return {"ratio": ratios, "cosine": cosines}
 
 
+def means(network: Network, images: Tensor, batch: int = 250) -> list[Tensor]:
+    """Means over the pixels of the maps in front of every block and behind the last, images x channels each."""
+    parts = [[x.mean((2, 3)) for x in network.states(some)] for some in images.split(batch)]
+    return [torch.cat(same) for same in zip(*parts, strict=True)]
+
+
 def read_out(network: Network, images: Images, inputs: int) -> dict:
     """Percent that are right when the map in front of block i goes through all later blocks' shortcuts to the network's own classifier, and
     when a logistic regression reads its means over the pixels."""
     network.eval()
     own, probe = [], []
-    labels = images.test_labels[:inputs]
+    labels, wanted = images.test_labels[:inputs], images.train_labels[: 4 * inputs]
     with torch.inference_mode():
-        seen = network.states(images.train_images[: 4 * inputs])
+        learnt, asked = (means(network, x) for x in (images.train_images[: 4 * inputs], images.test_images[:inputs]))
         maps = network.states(images.test_images[:inputs])
         for i, x in enumerate(maps):
-            features, wanted = seen[i].mean((2, 3)).numpy(), images.train_labels[: 4 * inputs].numpy()
-            regression = LogisticRegression(max_iter=200).fit(features, wanted)
-            probe.append(100 * float(regression.score(x.mean((2, 3)).numpy(), labels.numpy())))
+            regression = LogisticRegression(max_iter=200).fit(learnt[i].numpy(), wanted.numpy())
+            probe.append(100 * float(regression.score(asked[i].numpy(), labels.numpy())))
             for shortcut in network.shortcuts[i:]:
                 assert shortcut is not None
                 x = shortcut(x)
