@@ -97,6 +97,14 @@ def test_it_runs_is_drawn_and_says_three_sentences(name, images, tmp_path):
     assert picture.shape[1] >= 1200 and picture.std() > 0.05
 
 
+def test_a_study_runs_on_larger_images_in_colour():
+    generator = torch.Generator().manual_seed(0)
+    pixels, labels = torch.randn(96, 3, 16, 16, generator=generator), torch.arange(96) % 10
+    coloured = data.Images("noise", pixels, labels, pixels[:32], labels[:32], data.Crop(4, 0.0, mirrors=True))
+    found = command.record("lesions", STUDIES["lesions"], "toy", coloured, {}, lambda what: None)
+    assert len(found["result"]["networks"]) == 3 and "nan" not in " ".join(found["sentences"])
+
+
 def test_the_command_writes_and_says_what_it_found(tmp_path, capsys, monkeypatch, images):
     monkeypatch.setattr(command, "images_of", lambda name, download: images)
     threads = torch.get_num_threads()

@@ -184,6 +184,7 @@ def plot(result: Result) -> Figure:
             layers = of_arm(result, family, arm)["layers"]
             bars.bar(i + 0.27 * (j - 1), layers, 0.25, color=colour)
             bars.text(i + 0.27 * (j - 1), layers, f"{layers}", ha="center", va="bottom", fontsize=11, color=colour)
+    bars.margins(y=0.12)
     bars.set_xticks([0, 1], ["ResNet", "DenseNet"])
     bars.tick_params(axis="x", labelsize=12)
     return figure
