@@ -194,8 +194,8 @@ def plot(result: Result) -> Figure:
     """Errors by variant, training curves, and both activations at depth."""
     figure, (bars, curves, deep) = drawing.panels(
         "The best thing a shortcut can do is nothing",
-        f"The same {result['depth']} layers, with shortcuts that change what they carry. In brackets: the published test error of 110 layers "
-        "on CIFAR-10. Marks: single seeds",
+        f"The same {result['depth']} layers, with shortcuts that change what they carry. In brackets: the published test error of 110 "
+        "layers on CIFAR-10. Marks: single seeds",
         3,
         width=15,
         ratios=(1.5, 1, 1),
