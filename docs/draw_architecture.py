@@ -66,7 +66,6 @@ LAYERS = (
         (
             Room("eager", ("backends.eager",)),
             Room("conv3d", ("backends.conv3d",)),
-            Room("shapes", ("backends.shapes",)),
             Room("cpp", ("backends.cpp",)),
             Room("triton", ("backends.triton", "tuning.convolutions", "tuning.estimate", "tuning.plans")),
         ),

@@ -1,11 +1,10 @@
 """The class of a fused module: one mixin in front of the class it had, so that its children, parameters, hooks and names stay the very
 objects they were.
 
-The mixin has nothing on it but the one attribute ``_fusedres``, what Python and torch call by themselves, and three methods with that name
-in front, which compilers run outside of their trace: they do so for methods of modules alone. The class made with it has a ``forward`` with
-the signature of the original. Anything else would hide a child, or a method, that a user has given the same name. What a block computes
-stands in its :class:`~fusedres.blocks.state.BlockState`. A module of a mixed class without a state (a slice of a converted Sequential,
-``type(block)(...)``) behaves as one of the original class.
+The mixin has nothing on it but the one attribute ``_fusedres`` and what Python and torch call by themselves. The class made with it has a
+``forward`` with the signature of the original. Anything else would hide a child, or a method, that a user has given the same name. What a
+block computes stands in its :class:`~fusedres.blocks.state.BlockState`. A module of a mixed class without a state (a slice of a converted
+Sequential, ``type(block)(...)``) behaves as one of the original class.
 """
 
 from __future__ import annotations
@@ -33,14 +32,6 @@ _scripted: dict[type[nn.Module], type[nn.Module]] = {}
 _names: dict[type[nn.Module], str] = {}
 #: the forwards of fused classes
 _forwards: set[Callable[..., Any]] = set()
-#: classes that are fused from the start, and how their states are made
-_fused_from_start: dict[type, Callable[[], BlockState]] = {}
-
-
-def _constant(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method`` with the mark of torch.compiler.assume_constant_result, which would import the compiler."""
-    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return method
 
 
 class FusedBlock:
@@ -51,31 +42,13 @@ class FusedBlock:
     def __init_subclass__(
         cls, *, mixed: bool = False, state: Callable[[], BlockState] | None = None, **arguments: Any
     ) -> None:
-        if state is not None:
-            _fused_from_start[cls] = state
         if mixed or state is not None:
             module = cast(type[nn.Module], cls)
             module.forward = _fused_forward(_original_of(module))
+            if state is not None:
+                module.__init__ = _fused_from_start(module.__init__, state)
         if not mixed:  # what registers its subclasses has registered the original
             super().__init_subclass__(**arguments)
-
-    # what a compiler runs as it is, and takes the result for a constant of its trace
-
-    @_constant
-    def _fusedres_is_there(self) -> bool:
-        return state_of(cast(nn.Module, self)) is not None
-
-    @_constant
-    def _fusedres_plan(self) -> Any:
-        module = cast(nn.Module, self)
-        state = cast("BlockState", state_of(module))
-        return state.kind.plan(module, state)
-
-    @_constant
-    def _fusedres_takes(self, at: int, *measures: Any) -> bool:
-        module = cast(nn.Module, self)
-        state = cast("BlockState", state_of(module))
-        return state.kind.takes(module, state, at, state.kind.measured(*measures))
 
     def _get_name(self) -> str:
         module = cast(nn.Module, self)
@@ -85,8 +58,14 @@ class FusedBlock:
     def _replicate_for_data_parallel(self) -> nn.Module:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
         if KEY in replica.__dict__:
-            replica.__dict__[KEY] = replica.__dict__[KEY].fresh()
+            replica.__dict__[KEY] = replica.__dict__[KEY].fresh().of(replica)
         return replica
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # copies and pickles have theirs from here
+        super().__setstate__(state)  # type: ignore[misc]
+        module = cast(nn.Module, self)
+        if KEY in module.__dict__:
+            module.__dict__[KEY].of(module)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script reads: the same module with its original forward, until its next call in Python."""
@@ -118,9 +97,11 @@ def _fused_forward(original: type[nn.Module]) -> Callable[..., Any]:
             return type(self).forward(self, *args, **kwargs)
         plain = super(FusedBlock, self).forward  # type: ignore[misc]
         if torch.compiler.is_compiling():
-            if not self._fusedres_is_there():
+            traced = self._fusedres
+            # what is planned for a trace is the state's own module
+            if traced is None or not traced.is_of(self):
                 return plain(*args, **kwargs)
-            return self._fusedres.kind.trace(self, plain, args, kwargs)  # type: ignore[union-attr]
+            return traced.kind.trace(self, plain, args, kwargs)
         state = state_of(self)
         if state is None:
             return plain(*args, **kwargs)
@@ -128,6 +109,17 @@ def _fused_forward(original: type[nn.Module]) -> Callable[..., Any]:
 
     _forwards.add(forward)
     return forward
+
+
+def _fused_from_start(init: Callable[..., None], state: Callable[[], BlockState]) -> Callable[..., None]:
+    """``init`` of a class whose modules have a state as soon as they are there."""
+
+    @functools.wraps(init)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.__dict__[KEY] = state().of(self)
+
+    return __init__
 
 
 class _Scripted:
@@ -215,13 +207,10 @@ def runs_fused(cls: type) -> bool:
 
 
 def state_of(module: nn.Module) -> BlockState | None:
-    """The state of a fused module; None for a module that behaves as its class says. Those of classes that are fused from the start come
-    into being here."""
+    """The state of a fused module, of its own; None for a module that behaves as its class says."""
     state = module.__dict__.get(KEY)
-    if state is None and isinstance(module, FusedBlock):
-        make = next((_fused_from_start[cls] for cls in type(module).__mro__ if cls in _fused_from_start), None)
-        if make is not None:
-            state = module.__dict__.setdefault(KEY, make())  # threads may come together
+    if state is not None and not state.is_of(module):  # somebody has copied the attributes of a module by hand
+        state = module.__dict__[KEY] = state.fresh().of(module)
     return state
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import pickle
 import shutil
 from collections.abc import Callable
 
@@ -489,3 +490,27 @@ def test_data_parallel_training_equals_eager():
     finally:
         dist.destroy_process_group()
     assert operators(counter)
+
+
+def by_hand(model: nn.Module) -> nn.Module:
+    """A copy whose modules share all attributes with those of ``model``, its state included."""
+    twin = type(model).__new__(type(model))
+    twin.__dict__.update(model.__dict__)
+    return twin
+
+
+@pytest.mark.parametrize("made", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), by_hand])
+@pytest.mark.parametrize("build", [lambda: fusedres.convert(BasicBlock(8, 8)), lambda: fusedres.nn.BasicBlock(8, 8)])
+def test_a_copy_is_planned_by_its_own_modules(build, made):
+    block = build().eval()
+    randomize(block)
+    twin = made(block)
+    twin._modules = {**twin._modules, "bn2": nn.Identity()}  # what the block itself does not know of
+    program, counter = compiled(twin)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        found, before = program(x), block(x)
+        assert bool(operators(counter)) == (made is not by_hand), "a state of two modules plans for one of them"
+        torch.testing.assert_close(found, twin(x))  # by hand, it is the original modules beside fused ones
+        assert torch.equal(block(x), before) and (found - before).abs().max() > 0.01
+    assert state_of(twin).is_of(twin) and state_of(block).is_of(block)

@@ -7,7 +7,8 @@
 They run what a call in eager runs, on the backend that is chosen for the tensors when they are called. A description goes as text
 (:mod:`.encoding`). Nothing is written into an argument and no results share memory: statistics that move are results, and what is not there
 is a tensor without elements. Maps of any layout are taken; those that are returned are channels_last. :class:`Recorded` is their autograd
-node. Their fake implementations are the same schedules on :mod:`fusedres.backends.shapes`.
+node. Their fake implementations are the same schedules on the eager backend, which takes tensors without
+values.
 """
 
 from __future__ import annotations
@@ -19,15 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from ..backends import select
 from ..backends.contract import Backend
 from ..backends.conv3d import for_maps
 from ..backends.eager import BACKEND as EAGER
 from ..backends.layout import as_map, format_of
-from ..backends.shapes import BACKEND as SHAPES
-from ..backends.shapes import Counting, ShapeBackend
 from ..specs import BlockSpec
 from .dense import Dense
 from .encoding import decode, moving
@@ -39,6 +38,8 @@ FAMILIES: dict[type[BlockSpec], str] = {Residual: "residual", Dense: "dense", Tr
 _MOST_PASSED = 4096
 #: what has been checked: texts with the measures of their tensors
 _passed: set[tuple[Any, ...]] = set()
+#: what fake calls have returned, by what they were given
+_faked: dict[Any, Any] = {}
 
 
 class Operators(NamedTuple):
@@ -131,9 +132,10 @@ def _forward(
     weights: list[Tensor],
     statistics: list[Tensor],
     recorded: bool,
+    fake: bool = False,
 ) -> list[Tensor]:
     with torch.no_grad(), _without_autocast(x):
-        call = _Call.of(text, x, source, weights, statistics, isinstance(backend, ShapeBackend))
+        call = _Call.of(text, x, source, weights, statistics, fake)
         backend = for_maps(backend, x.dim())
         kept: list[Tensor | None] = []
         if recorded:
@@ -171,13 +173,35 @@ def _backward(
         return _apart(results, held, (grad, held, x, source, beside, *weights, *kept))
 
 
+def _measures(argument: Any) -> Any:
+    """What of an argument says what a call returns, but for its values. Raises TypeError for sizes that are symbols."""
+    if isinstance(argument, Tensor):
+        if any(isinstance(n, torch.SymInt) for n in (*argument.shape, *argument.stride())):
+            raise TypeError("a size is a symbol")
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return tuple(map(_measures, argument)) if isinstance(argument, list) else argument
+
+
+def _fake(run: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
+    """What ``run`` returns, without values; remembered, since tracers ask several times for every call, and blocks are alike."""
+    try:
+        key = (run, _measures(list(arguments)))
+    except TypeError:
+        return run(EAGER, *arguments)
+    if key not in _faked:
+        if len(_faked) >= _MOST_PASSED:
+            _faked.clear()
+        _faked[key] = _measures(run(EAGER, *arguments))
+    return [torch.empty_strided(*place, dtype=dtype, device=device) for *place, dtype, device in _faked[key]]
+
+
 def _flops(run: Callable[..., Any], last: tuple[Any, ...]) -> Callable[..., int]:
     """The formula of an operator for torch.utils.flop_counter: those of the convolutions that it runs."""
 
     def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        counting = Counting()
-        run(counting, *tree_map_only(Tensor, lambda t: t.to("meta"), args), *last)
-        return counting.flops
+        with FlopCounterMode(display=False) as counter:
+            run(EAGER, *tree_map_only(Tensor, lambda t: t.to("meta"), args), *last)
+        return counter.get_total_flops()
 
     return count
 
@@ -218,22 +242,22 @@ def _define(family: str) -> Operators:
         return _forward(_backend(x), text, x, source, stats, list(weights), list(statistics), False)
 
     forward.register_fake(
-        lambda text, x, source, stats, weights, statistics: _forward(
-            SHAPES, text, x, source, stats, list(weights), list(statistics), True
+        lambda text, x, source, stats, weights, statistics: _fake(
+            _forward, text, x, source, stats, list(weights), list(statistics), True, True
         )
     )
     infer.register_fake(
-        lambda text, x, source, stats, weights, statistics: _forward(
-            SHAPES, text, x, source, stats, list(weights), list(statistics), False
+        lambda text, x, source, stats, weights, statistics: _fake(
+            _forward, text, x, source, stats, list(weights), list(statistics), False, True
         )
     )
     backward.register_fake(
-        lambda text, grad, held, source, weights, kept, need: _backward(
-            SHAPES, text, grad, held, source, list(weights), list(kept), list(need)
+        lambda text, grad, held, source, weights, kept, need: _fake(
+            _backward, text, grad, held, source, list(weights), list(kept), list(need)
         )
     )
     for operator, run in ((forward, _forward), (infer, _forward), (backward, _backward)):
-        last = () if operator is backward else (operator is forward,)
+        last = () if operator is backward else (operator is forward, True)
         register_flop_formula(operator._opoverload._overloadpacket, get_raw=True)(_flops(run, last))
     of_family = [getattr(torch.ops.fusedres, f"{family}_{name}").default for name in Operators._fields]
     return Operators(*of_family)

@@ -74,7 +74,7 @@ def _batch_coefficients(
 
 
 class EagerBackend(Backend):
-    """Plain PyTorch, on every device; it takes meta tensors too, for counting."""
+    """Plain PyTorch, on every device; it takes meta and fake tensors, too: what it returns of them is what every backend would."""
 
     name = "eager"
 
@@ -199,7 +199,9 @@ class EagerBackend(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         a, index = _value(x), None
         if pool.kind == "mean":
-            y = F.avg_pool2d(a, pool.kernel, pool.stride)
+            # a window whose size is a symbol, which avg_pool2d does not take, is the whole map
+            symbols = any(isinstance(size, torch.SymInt) for size in pool.kernel)
+            y = a.mean((2, 3), keepdim=True) if symbols else F.avg_pool2d(a, pool.kernel, pool.stride)
         elif pool.kind == "max":
             y, flat = F.max_pool2d(a, pool.kernel, pool.stride, pool.padding, return_indices=True)
             top, left = _window_origins(y, pool)
@@ -228,8 +230,9 @@ class EagerBackend(Backend):
         if pool.kind == "mean":
             kh, kw = pool.kernel
             da = torch.zeros_like(z)
-            spread = (dy / (kh * kw)).repeat_interleave(kh, 2).repeat_interleave(kw, 3)
-            da[:, :, : kh * dy.shape[2], : kw * dy.shape[3]] = spread
+            n, c, h, w = dy.shape
+            spread = (dy / (kh * kw)).view(n, c, h, 1, w, 1).expand(n, c, h, kh, w, kw)
+            da[:, :, : kh * h, : kw * w] = spread.reshape(n, c, kh * h, kw * w)
         elif pool.kind == "max" and index is not None:
             top, left = _window_origins(dy, pool)
             position = index.long()

@@ -68,7 +68,7 @@ def adopt(
     resume(module)
     if not isinstance(module, FusedBlock):
         module.__class__ = mixed_class(type(module))
-    module.__dict__[KEY] = state
+    module.__dict__[KEY] = state.of(module)
 
 
 def release(module: nn.Module) -> None:

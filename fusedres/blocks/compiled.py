@@ -190,7 +190,7 @@ def _step(block: Any, step: Any, values: list[Any], original: Callable[..., Any]
         return _called(block, step, values)
     given, source = values[step.x], None if step.source < 0 else values[step.source]
     x, beside = given.x, None if source is None else _channels(source.x)
-    if not block._fusedres_takes(step.at, _autocast(x), x.dtype, x.device, x.dim(), _channels(x), beside):
+    if not block._fusedres.takes(step.at, _autocast(x), x.dtype, x.device, x.dim(), _channels(x), beside):
         maps = [_left(given)] if source is None else [_left(given), _left(source)]
         if len(step.instead) == 0:
             return _Map(original(*maps))
@@ -211,7 +211,7 @@ def _run(block: Any, plan: Plan, given: _Map, original: Callable[..., Any]) -> l
 def _handed(block: Any, given: _Map) -> _Map:
     """The output of a fused child, to which a map is handed over."""
     original = super(FusedBlock, block).forward  # type: ignore[misc]
-    plan = block._fusedres_plan()
+    plan = block._fusedres.planned()
     if len(plan.steps) == 0:
         return _Map(original(_left(given)))
     _watch(block, plan)
@@ -225,7 +225,7 @@ def forward(block: Any, original: Callable[..., Any], args: tuple[Any, ...], kwa
     nothing of it would run fused."""
     if len(args) != 1 or len(kwargs) != 0 or type(args[0]) not in ORDINARY:
         return original(*args, **kwargs)
-    plan = block._fusedres_plan()
+    plan = block._fusedres.planned()
     if len(plan.steps) == 0:
         return original(*args)
     _watch(block, plan)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from ..recognition import Flows, Graphs
@@ -46,11 +48,18 @@ class CallRecord(NamedTuple):
     copied: bool = False
 
 
+def _constant(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` with the mark of torch.compiler.assume_constant_result, which would import the compiler: one runs it outside of its trace,
+    and takes what it returns for a constant."""
+    method._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return method
+
+
 @dataclass(eq=False, slots=True)
 class BlockState:
-    """The state of a fused module. ``recompute``: backward recomputes cheap convolutions instead of keeping their outputs. ``structure``:
-    the block's graphs by mode; ``layers``: those of the dense layers at the end of a Sequential; ``flows``: those of a general block by
-    mode and form of the call; None: to be read when they are needed.
+    """The state of a fused module, of one alone (:meth:`of`). ``recompute``: backward recomputes cheap convolutions instead of keeping
+    their outputs. ``structure``: the block's graphs by mode; ``layers``: those of the dense layers at the end of a Sequential; ``flows``:
+    those of a general block by mode and form of the call; None: to be read when they are needed.
 
     ``reading`` is what the block has read of itself (:mod:`fusedres.blocks.reading`), ``plan`` what a compiler has last traced
     (:mod:`fusedres.blocks.plan`). ``outcome`` and ``records`` are the last call's, one
@@ -67,9 +76,35 @@ class BlockState:
     plan: Plan | None = field(default=None, repr=False)
     outcome: Outcome | None = None
     records: tuple[CallRecord | None, ...] = ()
+    module: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+
+    def of(self, module: nn.Module) -> BlockState:
+        """Itself, as the state of ``module``."""
+        self.module = weakref.ref(module)
+        return self
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it is the state of ``module``, and not of one whose attributes somebody has copied by hand."""
+        return self.module is not None and self.module() is module
+
+    def _owner(self) -> nn.Module:
+        module = None if self.module is None else self.module()
+        if module is None:
+            raise RuntimeError("the state of a fused module that is gone")
+        return module
+
+    @_constant
+    def planned(self) -> Plan:
+        """What a compiler traces of the module, as it is now."""
+        return self.kind.plan(self._owner(), self)
+
+    @_constant
+    def takes(self, at: int, *measures: Any) -> bool:
+        """Whether the part number ``at`` runs fused with maps of these ``measures``, those of :meth:`~.base.Kind.measured`."""
+        return self.kind.takes(self._owner(), self, at, self.kind.measured(*measures))
 
     def fresh(self) -> BlockState:
-        """The same without anything that a call has left."""
+        """The same of no module, without anything that a call has left."""
         # a flow may hold parameters of the block itself, which a copy has its own of
         return BlockState(self.kind, self.recompute, self.structure, self.layers)
 
