@@ -139,7 +139,18 @@ def accuracy(result: Result, what: str) -> list[float]:
     return [mean(list(values)) for values in zip(*(run["accuracy"][what] for run in result["runs"]), strict=True)]
 
 
-def _stages(axes: Axes, result: Result) -> None:
+def stages(blocks: list[int], values: list[float]) -> list[list[float]]:
+    """The values by stage: blocks that follow each other."""
+    found: list[list[float]] = []
+    for i, value in enumerate(values):
+        if i and blocks[i] == blocks[i - 1] + 1:
+            found[-1].append(value)
+        else:
+            found.append([value])
+    return found
+
+
+def _mark_stages(axes: Axes, result: Result) -> None:
     for i, same in enumerate(result["runs"][0]["same"]):
         if not same:
             axes.axvline(i + 1, color="#888888", linewidth=1, linestyle=":")
@@ -148,7 +159,7 @@ def _stages(axes: Axes, result: Result) -> None:
 def plot(result: Result) -> Figure:
     """Size and direction of the steps, and the accuracy after each."""
     figure, (size, direction, right) = drawing.panels(
-        "Each residual block takes a small step, and the steps go downhill",
+        "Residual blocks refine: within a stage the steps get smaller, and they go downhill",
         f"A pre-activation network of {result['depth']} layers: block i adds F(x) to x. Dotted: where the map is halved",
         3,
     )
@@ -169,24 +180,24 @@ def plot(result: Result) -> Figure:
         values = accuracy(result, what)
         right.plot(range(len(values)), values, "o-", color=tone, markersize=4, linewidth=2, label=words)
     right.set_ylim(0, 102)
-    drawing.legend(right, loc="lower right")
+    drawing.legend(right, loc=(0.04, 0.25))
     for panel in (size, direction, right):
-        _stages(panel, result)
+        _mark_stages(panel, result)
     return figure
 
 
 def sentences(result: Result) -> tuple[str, str, str]:
     """Size, direction, accuracy."""
-    _, ratios = by_block(result, "trained", "ratio")
+    steps_ = ", ".join(f"{v[0]:.2f} to {v[-1]:.2f}" for v in stages(*by_block(result, "trained", "ratio")))
     _, cosines = by_block(result, "trained", "cosine")
     _, before = by_block(result, "untrained", "cosine")
     own, probe = accuracy(result, "own"), accuracy(result, "probe")
-    third = len(ratios) // 3
+    third = len(cosines) // 3
     down = sum(value > 0 for value in cosines)
     half = next(i for i, value in enumerate(own) if value >= own[-1] / 2)
     return (
-        f"|F(x)| / |x| is {mean(ratios[:third]):.2f} on average over the first third of the blocks and {mean(ratios[-third:]):.2f} over "
-        "the last; Jastrzebski et al. see the large steps in the first blocks and small ones above.",
+        f"|F(x)| / |x| goes from the first to the last block of each stage from {steps_}; Jastrzebski et al. see the large steps where "
+        "a stage begins, too.",
         f"In {down} of {len(cosines)} blocks F(x) points down the loss' gradient, with a mean cosine of {mean(cosines):.3f} ("
         f"{mean(before):.3f} before training) and {mean(cosines[-third:]):.3f} in the last third; in the paper it does as well.",
         f"Read out early, the network's own classifier passes half of its final {own[-1]:.1f} % after {half} of {len(own) - 1} blocks, a "
