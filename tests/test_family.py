@@ -407,7 +407,7 @@ def test_statistics_are_not_carried_past_a_change(counting):
     found = second(y)
     assert counting.calls == 2
     wanted = super(FusedBlock, plain[1]).forward(2 * super(FusedBlock, plain[0]).forward(x))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, wanted)
 
 
 # ---- what a structure takes and what it leaves -----------------------------------------------------------------------
@@ -502,7 +502,7 @@ def test_a_changed_block_runs_its_own_forward_until_it_is_converted_again():
     wanted = PreAct.forward(copy.deepcopy(block), x)
     assert torch.equal(block(x), wanted) and "changed" in ran(block)
     fusedres.convert(block)
-    torch.testing.assert_close(block(x), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block(x), wanted)
     assert ran(block) == "cpp"
 
 
@@ -511,7 +511,7 @@ def test_a_replaced_convolution_is_used():
     block = fusedres.convert(PreAct(5, 5))
     block.conv2 = nn.Conv2d(5, 5, 3, 1, 1)
     x = torch.randn(2, 5, 4, 4)
-    torch.testing.assert_close(block(x), PreAct.forward(copy.deepcopy(block), x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(block(x), PreAct.forward(copy.deepcopy(block), x))
     assert ran(block) == "cpp"
 
 
@@ -565,7 +565,7 @@ def test_dropout_splits_a_dense_block_and_draws_as_the_original():
         torch.manual_seed(1)
         results.append(model(x))
     assert ran(twin) == "cpp"
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*results)
 
 
 def test_autocast_of_pre_activation_blocks():

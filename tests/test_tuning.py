@@ -209,8 +209,9 @@ def test_the_two_gradients_have_plans_of_their_own(dgrad, wgrad):
     found = kernels_of(lambda: BACKEND.conv_backward(*given))
     assert ("conv_dgrad" in found, "conv_wgrad" in found) == (dgrad, wgrad)
     for ours, theirs in zip(BACKEND.conv_backward(*given), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, theirs)
+    # in another order: numbers around 10 are what is left of products that add up to hundreds
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-4)
 
 
 # ---- tune ------------------------------------------------------------------------------------------------------------
