@@ -222,6 +222,9 @@ def plot(result: Result) -> Figure:
     layers, _ = correlated(result, "plain", "strangers")
     fine = [layers[0] + (layers[-1] - layers[0]) * i / 200 for i in range(201)]
     far.plot(fine, [2.0**-n for n in fine], ":", color="#888888", linewidth=2, label="theory, plain: $2^{-L}$")
+    begin = correlated(result, "residual", "strangers")[1][0] * math.sqrt(layers[0])
+    words = "theory, residual: ~ $1/\\sqrt{L}$"
+    far.plot(fine, [begin / math.sqrt(n) for n in fine], "--", color="#888888", linewidth=1.5, label=words)
     near.set_ylim(-0.05, 1.02)
     far.set_ylim(bottom=-0.02)
     drawing.legend(far)
