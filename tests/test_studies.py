@@ -9,6 +9,8 @@ import math
 import pickle
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy
@@ -26,13 +28,14 @@ matplotlib_image = pytest.importorskip("matplotlib.image")
 import fusedres  # noqa: E402
 from bench import data, training  # noqa: E402
 from bench.studies import __main__ as command  # noqa: E402
-from bench.studies import degradation, dense, depth, gradients, lesions, refinement  # noqa: E402
+from bench.studies import degradation, dense, depth, gradients, lesions, refinement, running  # noqa: E402
 from bench.studies import networks as built  # noqa: E402
 from bench.studies.registry import STUDIES  # noqa: E402
 from fusedres.nn import DenseBlock  # noqa: E402
 from fusedres.testing import assert_fused, assert_parity  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+ORDER = running.Order("toy", "digits", 1, "here")
 CASES = [
     (name, network)
     for name, study in STUDIES.items()
@@ -85,7 +88,7 @@ def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
 @pytest.mark.parametrize("name", STUDIES)
 def test_it_runs_is_drawn_and_says_three_sentences(name, images, tmp_path):
     study, begun = STUDIES[name], []
-    found = command.record(name, study, "toy", images, {"command": "here"}, begun.append)
+    found = running.record(name, ORDER, images, begun.append)
     assert len(begun) == study.steps(study.presets["toy"])
     again = json.loads(json.dumps(found))
     assert again["data"] == {"name": "digits", "training": 256, "test": 128}
@@ -101,12 +104,12 @@ def test_a_study_runs_on_larger_images_in_colour():
     generator = torch.Generator().manual_seed(0)
     pixels, labels = torch.randn(96, 3, 16, 16, generator=generator), torch.arange(96) % 10
     coloured = data.Images("noise", pixels, labels, pixels[:32], labels[:32], data.Crop(4, 0.0, mirrors=True))
-    found = command.record("lesions", STUDIES["lesions"], "toy", coloured, {}, lambda what: None)
+    found = running.record("lesions", ORDER, coloured, lambda what: None)
     assert len(found["result"]["networks"]) == 3 and "nan" not in " ".join(found["sentences"])
 
 
 def test_the_command_writes_and_says_what_it_found(tmp_path, capsys, monkeypatch, images):
-    monkeypatch.setattr(command, "images_of", lambda name, download: images)
+    monkeypatch.setattr(running.Order, "images", lambda order, download: images)
     threads = torch.get_num_threads()
     assert command.main(["degradation", "--preset", "toy", "--threads", "1", "--out", str(tmp_path)]) == 0
     torch.set_num_threads(threads)
@@ -116,6 +119,24 @@ def test_the_command_writes_and_says_what_it_found(tmp_path, capsys, monkeypatch
     written = " ".join(capsys.readouterr().out.split())
     assert "1 of 8: degradation: plain-8, seed 0" in written
     assert all(sentence in written for sentence in found["sentences"])
+
+
+def test_several_studies_run_at_a_time_and_find_what_they_find_one_by_one(tmp_path):
+    names = ["degradation", "refinement"]
+    options = ["--preset", "toy", "--threads", "2", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.studies", *names, *options], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    images = ORDER.images()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in names:
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["environment"]["threads"] == 1
+        assert found["result"] == running.record(name, ORDER, images, lambda what: None)["result"]
+        assert all(sentence in " ".join(done.stdout.split()) for sentence in found["sentences"])
+    torch.set_num_threads(threads)
 
 
 def test_an_unknown_study_is_a_clear_error(capsys):
