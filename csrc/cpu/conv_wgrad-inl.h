@@ -70,6 +70,50 @@ void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const flo
   }
 }
 
+// As outer_tile, tap by tap, without the pixels that read padding through it: what is not finite would not be zero
+// times the padding's zeros.
+void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient,
+                  int64_t ldg, int64_t begin, int64_t end, float* sums, bool fresh) {
+  const Problem& p = plan.p;
+  int64_t* base = scratch_strided.get(2 * where.pixels);
+  int64_t* gradient_base = base + where.pixels;
+  for (int t = 0; t < p.taps(); ++t) {
+    const int i = t / p.w.taps, j = t % p.w.taps;
+    int64_t count = 0;
+    for (int64_t m = 0; m < where.pixels; ++m) {
+      const int64_t row = where.pixel[m] / p.w.grid % p.h.grid, column = where.pixel[m] % p.w.grid;
+      const int64_t y = row * p.h.step + p.h.offset[i], x = column * p.w.step + p.w.offset[j];
+      if (y < 0 || y >= p.h.src_size || x < 0 || x >= p.w.src_size) continue;
+      base[count] = where.base[m];
+      gradient_base[count++] = m * ldg;
+    }
+    const int64_t offset = (p.h.shift(i) * p.scratch_w + p.w.shift(j)) * chunk.width,
+                  first = chunk.row + t * chunk.width;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t width = panel_width(p.dst_c, panel);
+      const int vectors = static_cast<int>(width / kLanes);
+      const float* values = gradient + (panel - begin) * kPanel;
+      float* to = sums + panel * kPanel * p.depth() + first * width;
+      const int64_t block = even_block(chunk.width, rows_for(vectors));
+      for (int64_t k = 0; k < chunk.width; k += block)
+        kernels().outer[vectors][least(block, chunk.width - k)](scratch + offset + k, base, values, gradient_base,
+                                                                count, to + k * width, width, fresh);
+    }
+  }
+}
+
+// Whether all of a tile's output gradients are finite.
+bool is_finite(const float* gradient, int64_t count) {
+  Finite finite;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) finite.see(load(gradient + i));
+  for (; i < count; ++i)
+    if (gradient[i] * 0.f != 0.f) return false;
+  return static_cast<bool>(finite);
+}
+
+bool is_padded(const Geometry2d& g) { return g.pad_h > 0 || g.pad_w > 0; }
+
 // As outer_tile, for one panel, by Winograd's algorithm.
 void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const float* scratch, const float* gradient,
                     int64_t panel, float* sums, bool fresh, Prefetch* prefetch) {
@@ -115,13 +159,15 @@ void store_weights(const Weight& w, const float* block, int64_t width, int64_t r
     for (int64_t c = 0; c < rows; ++c) put(to + n * w.so + c * w.si, block[c * width + n]);
 }
 
-// Every product is a finished number of the weight's gradient, which is written in its rows.
+// Every product is a finished number of the weight's gradient, which is written in its rows. Returns whether that is
+// right: where the operand is `padded`, of gradients that are finite.
 template <class Args>
-void wgrad_few(const Args& a, const Problem& p, Parallel parallel) {
+bool wgrad_few(const Args& a, const Problem& p, bool padded, Parallel parallel) {
   Run runs[kMaxRuns];
   const auto& dweight = a.dweight;
   const int count = make_runs(p, dweight, true, runs);
   const int64_t block = rows_for(kPanelVectors), each = few_per_task(p.dst_c, block);
+  bool wrong = false;
   run_parallel(parallel, div_up(p.dst_c, each), p.dst_c * p.depth(), [&](int64_t task) {
     const int64_t first = task * each, columns = least(each, p.dst_c - first);
     Tile where;
@@ -129,6 +175,7 @@ void wgrad_few(const Args& a, const Problem& p, Parallel parallel) {
     float* gradient = scratch_b.get(where.pixels * columns);
     for (int64_t m = 0; m < where.pixels; ++m)
       load_pixel(a.grad, where.pixel[m], first, columns, gradient + m * columns);
+    if (padded && !is_finite(gradient, where.pixels * columns)) __atomic_store_n(&wrong, true, __ATOMIC_RELAXED);
     const int64_t* base = strided_base(where.pixels, columns);
     for (int64_t n = 0; n < columns; n += block) {
       for (int i = 0; i < count; ++i) {
@@ -141,28 +188,41 @@ void wgrad_few(const Args& a, const Problem& p, Parallel parallel) {
       }
     }
   });
+  return !wrong;
+}
+
+inline Problem wgrad_problem(const Geometry2d& g) {
+  return {forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
+          forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+          g.batch,
+          g.in_c,
+          g.out_c,
+          g.out_h,
+          g.out_w};
+}
+
+// Few pixels. Returns whether that was done, and right.
+template <class Args>
+bool wgrad_of_few(const Args& a, Parallel parallel) {
+  const Geometry2d& g = a.g;
+  Problem problem = wgrad_problem(g);
+  if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, is_padded(g), parallel);
+  if (!unfolds(g, a.dweight, kFewPixels)) return false;
+  Args by_pixels = a;
+  by_pixels.g = unfolded(g);
+  by_pixels.x = unfold(g, a.x, parallel);
+  by_pixels.dweight = unfolded(a.dweight);
+  Problem by_pixel = wgrad_problem(by_pixels.g);
+  by_pixel.plan_few(by_pixels.dweight, by_pixels.g.in_c, kFewPixels);
+  return wgrad_few(by_pixels, by_pixel, is_padded(g), parallel);
 }
 
 template <class Args>
 void conv_wgrad_of(const Args& a, bool never_winograd, Parallel parallel) {
   const Geometry2d& g = a.g;
-  Problem problem{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
-                  forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
-                  g.batch,
-                  g.in_c,
-                  g.out_c,
-                  g.out_h,
-                  g.out_w};
-  if constexpr (!kPairs) {
-    if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, parallel);
-    if (unfolds(g, a.dweight, kFewPixels)) {
-      Args by_pixels = a;
-      by_pixels.g = unfolded(g);
-      by_pixels.x = unfold(g, a.x, parallel);
-      by_pixels.dweight = unfolded(a.dweight);
-      return conv_wgrad_of(by_pixels, never_winograd, parallel);
-    }
-  }
+  Problem problem = wgrad_problem(g);
+  if constexpr (!kPairs)
+    if (wgrad_of_few(a, parallel)) return;
   problem.never_winograd = never_winograd;
   const WgradPlan plan(problem);
   const Problem& p = plan.p;
@@ -192,6 +252,8 @@ void conv_wgrad_of(const Args& a, bool never_winograd, Parallel parallel) {
       }
       float* own = sums + group * plan.size();
       if (p.winograd) outer_winograd(plan, tile, chunk, scratch, gradient, begin, own, fresh, &prefetch);
+      else if (!kPairs && is_padded(g) && !is_finite(gradient, where.pixels * ldg))
+        outer_inside(plan, chunk, where, scratch, gradient, ldg, begin, end, own, fresh);
       else outer_tile(plan, chunk, where, scratch, gradient, ldg, begin, end, own, fresh, &prefetch);
     }
   });
