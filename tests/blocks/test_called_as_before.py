@@ -125,6 +125,24 @@ def test_the_forward_has_the_signature_of_the_original(kind):
     ]
 
 
+def test_the_signature_is_that_of_the_present_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Block):
+        pass
+
+    def patched(self: Block, x: Tensor, scale: float = 1.0) -> Tensor:
+        return torch.relu(self.bn1(self.conv1(x))) * scale
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Own, "forward", patched)
+        first = fusedres.convert(Own())
+        assert inspect.signature(first.forward) == inspect.signature(Own().forward)
+        assert "scale" in inspect.signature(first.forward).parameters
+    second = fusedres.convert(Own())
+    assert type(second) is type(first)
+    assert inspect.signature(second.forward) == inspect.signature(Own().forward)
+    assert second.forward.__name__ == "forward"
+
+
 # ---- slices and new instances ----------------------------------------------------------------------------------------
 
 ROWS = {
