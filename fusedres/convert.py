@@ -40,19 +40,21 @@ _AROUND = ("stem", "head", "sequential")
 
 
 class Recognised(NamedTuple):
-    """The ``kind`` of block that a module can be, and the graphs or flows that say so."""
+    """The ``kind`` of block that a module can be, and the graphs or flows that say so. ``only_a_row``: whether that is general for what it
+    does beside computing alone."""
 
     kind: str
     structure: Graphs | None = None
     layers: dict[str, Graphs] | None = None
     flows: Flows | None = None
+    only_a_row: bool = False
 
     @property
     def is_row(self) -> bool:
         """Whether it is a row of modules, which a larger block may go through."""
         if self.kind == "residual":
             return self.structure is not None and all(graph.shortcut is None for graph in self.structure.values())
-        return self.kind in ("sequential", "transition")
+        return self.kind in ("sequential", "transition") or self.only_a_row
 
 
 class Candidate(NamedTuple):
@@ -110,14 +112,17 @@ def _by_structure(module: nn.Module, graphs: Graphs) -> Recognised | None:
 def _by_flow(module: nn.Module) -> Recognised | None:
     """What ``module`` can be by the calls of its forward, whatever its shape; raises Refused."""
     flows = read_flows(module)
+    is_row = True
     try:
         for of_mode in flows.values():
             for flow in of_mode.values():
                 assert isinstance(flow, Flow)
-                program(module, flow)
+                found = program(module, flow)
+                adds = any(piece.shortcut is not None for piece in found.pieces)
+                is_row = is_row and not found.only_computes and not adds
     except Unsupported:
         return None
-    return Recognised("general", flows=flows)
+    return Recognised("general", flows=flows, only_a_row=is_row)
 
 
 class _Recogniser:
@@ -164,9 +169,11 @@ class _Recogniser:
                 return _by_structure(module, graphs)
         if id(module) in self._of_any_shape and not self._holds_a_block(module):
             try:
-                return _by_flow(module)
+                found = _by_flow(module)
+                if found is not None or refused is None:
+                    return found
             except Refused as why:
-                refused = refused or why
+                refused = why  # which allows more, and says what is left
         if refused is not None:
             raise refused
         return None
@@ -275,7 +282,7 @@ def left_alone(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def _adopt(module: nn.Module, found: Recognised, recompute: bool) -> None:
-    kind, structure, layers, flows = found
+    kind, structure, layers, flows, _ = found
     adopt(module, kind, recompute=recompute, structure=structure, layers=layers, flows=flows)
 
 
@@ -306,14 +313,16 @@ def _claims(candidate: Candidate, recompute: bool) -> Iterator[Claim]:
         else:
             modules = structure_of(module)
         structure = found.kind, recompute, original_class(module), modules, _steps(found)
-        form, followed = ONE_MAP, frozenset[str]()
+        form, followed, asks = ONE_MAP, frozenset[str](), False
         if found.flows is not None:
-            form, flow = next(iter(found.flows[True].items()))
-            followed = frozenset({"", *flow.through}) if isinstance(flow, Flow) else followed
+            form = next(iter(found.flows[True]))
+            flows = [of[form] for of in found.flows.values() if form in of]
+            followed = frozenset({"", *(path for flow in flows if isinstance(flow, Flow) for path in flow.through)})
+            asks = any(isinstance(flow, Flow) and flow.asks for flow in flows)
         of_copy = found._replace(
             flows=None
         )  # a flow holds parameters of the block's own, which a copy reads as its own
-        yield Claim(module, module, structure, lambda twin: _adopt(twin, of_copy, recompute), form, followed)
+        yield Claim(module, module, structure, lambda twin: _adopt(twin, of_copy, recompute), form, followed, asks)
         return
     for run in runs:
         structure = "row", recompute, structure_of(*run)

@@ -31,10 +31,13 @@ _SIZES = (5, 8, 16)
 _TOLERANCE = 1e-8
 
 #: below this part of the largest gradient one counts as that large: where it vanishes (a bias in front of a BatchNorm) it is all rounding,
-#: of terms that are as large as others and cancel
+#: of terms that are as large as others and cancel; likewise of outputs, buffers and attributes (the mean of what was normalised)
 _FLOOR = 1e-4
 
-#: gradients, outputs and buffers by name
+#: what every module holds
+_OF_EVERY_MODULE = frozenset({*nn.Module().__dict__, KEY})
+
+#: gradients, outputs, buffers and attributes by name
 Results = dict[str, Tensor]
 
 
@@ -80,7 +83,7 @@ def structure_of(*modules: nn.Module) -> tuple[Any, ...]:
 def _twin(block: nn.Module) -> nn.Module | None:
     """A copy of ``block`` that nobody knows: original classes, no hooks, random values in float64; None where there is none."""
     try:
-        twin = copy.deepcopy(block)
+        twin = copy.deepcopy(block, _without_graphs(block))
         for module in twin.modules():
             release(module)
             for name, held in module.__dict__.items():
@@ -95,6 +98,17 @@ def _twin(block: nn.Module) -> nn.Module | None:
     except Exception:  # a module may hold anything
         return None
     return twin
+
+
+def _without_graphs(block: nn.Module) -> dict[int, Any]:
+    """By their ids, what stands in a copy of ``block`` for tensors that a call has left in it, which no copy can be made of."""
+    found: dict[int, Any] = {}
+    for module in block.modules():
+        left = (*module.__dict__.items(), *module._buffers.items())
+        for _, tensor in named_tensors({name: value for name, value in left if name not in _OF_EVERY_MODULE}, ""):
+            if not tensor.is_leaf:
+                found[id(tensor)] = tensor.detach().clone().requires_grad_()
+    return found
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -133,15 +147,19 @@ def _draw(module: nn.Module, numbers: _Numbers) -> None:
 
 
 def _step(model: nn.Module, form: Form, maps: list[Tensor]) -> Results:
-    """The outputs, every gradient and every buffer of one call in that form."""
+    """The outputs, every gradient, every buffer and what modules keep beside them, of one call in that form."""
     torch.manual_seed(0)
     maps = [x.clone().requires_grad_() for x in maps]
     args, kwargs = arguments(form, iter(maps))
     model.zero_grad(set_to_none=True)
-    found: Results = dict(named_tensors(model(*args, **kwargs), "the output"))
+    with torch.set_grad_enabled(form.grad):
+        outputs = dict(named_tensors(model(*args, **kwargs), "the output"))
+    found: Results = outputs | _kept(model)
+    found |= {f"whether {name} requires a gradient": torch.tensor(t.requires_grad) for name, t in found.items()}
     generator = torch.Generator().manual_seed(1)
-    ys = [*found.values()]
-    torch.autograd.backward(ys, [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in ys])
+    ys = {y: torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs.values() if y.requires_grad}
+    if ys:
+        torch.autograd.backward([*ys], [*ys.values()])
     for i, x in enumerate(maps):
         number = f" {i}" if i else ""
         found[f"the gradient of the input{number}"] = torch.zeros_like(x) if x.grad is None else x.grad
@@ -149,18 +167,42 @@ def _step(model: nn.Module, form: Form, maps: list[Tensor]) -> Results:
         if parameter.requires_grad:
             given = parameter.grad
             found[f"the gradient of {name}"] = torch.zeros_like(parameter) if given is None else given
+            found[f"whether there is a gradient of {name}"] = torch.tensor(given is not None)
     found |= {f"the buffer {name}": buffer.clone() for name, buffer in model.named_buffers()}
     return {name: value.detach() for name, value in found.items()}
 
 
+def _kept(model: nn.Module) -> Results:
+    """The tensors and numbers that the modules of ``model`` keep as attributes, by name."""
+    found: Results = {}
+    for path, module in model.named_modules():
+        held = {name: value for name, value in module.__dict__.items() if name not in _OF_EVERY_MODULE}
+        for name, value in held.items():
+            what = f"the attribute {path}.{name}" if path else f"the attribute {name}"
+            found |= named_tensors(_as_tensors(value), what)
+    return found
+
+
+def _as_tensors(value: Any) -> Any:
+    """``value`` with tensors in the places of numbers."""
+    if isinstance(value, dict):
+        return {key: _as_tensors(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_as_tensors(item) for item in value]
+    return torch.tensor(value) if isinstance(value, bool | int | float) else value
+
+
 def _worst(found: Results, wanted: Results) -> str | None:
     """What differs most, None where nothing does."""
-    scale = max((t.norm().item() for name, t in wanted.items() if name.startswith("the gradient")), default=0.0)
+    gradients, others = [], []
+    for name, t in wanted.items():
+        (gradients if name.startswith("the gradient") else others).append(t.double().norm().item())
+    scales = max(gradients, default=0.0), max(others, default=0.0)
     worst, what = _TOLERANCE, None
     for name, truth in wanted.items():
         if name not in found or found[name].shape != truth.shape or found[name].dtype != truth.dtype:
             return f"{name} has another shape"
-        least = _FLOOR * scale if name.startswith("the gradient") else 0.0
+        least = _FLOOR * scales[not name.startswith("the gradient")]
         difference = (found[name].double() - truth.double()).norm().item() / (
             max(truth.double().norm().item(), least) or 1.0
         )
@@ -199,8 +241,8 @@ def _undisturbed() -> Iterator[None]:
 
 class Claim(NamedTuple):
     """That ``fuse`` makes of a copy of ``block`` what computes the same. ``owner``: the module that is left alone where it does not;
-    ``structure``: what blocks share of which one proof is enough, hashable; ``form``: how the block is called; ``followed``: the paths of
-    the modules inside whose forwards have been followed."""
+    ``structure``: what blocks share of which one proof is enough, hashable; ``form``: how the block is called; ``asks``: whether it does
+    something else without gradients; ``followed``: the paths of the modules inside whose forwards have been followed."""
 
     owner: nn.Module
     block: nn.Module
@@ -208,6 +250,7 @@ class Claim(NamedTuple):
     fuse: Callable[[nn.Module], None]
     form: Form = ONE_MAP
     followed: frozenset[str] = frozenset()
+    asks: bool = False
 
 
 def disprove(claim: Claim) -> str | None:
@@ -217,6 +260,8 @@ def disprove(claim: Claim) -> str | None:
     others = [module for path, module in block.named_modules() if path not in claim.followed]
     if global_hooks() or not all(map(follows, others)):
         return None
+    forms = (form, form.other) if claim.asks else (form,)
+    steps = [(training, of) for of in forms for training in (True, False)]
     with _undisturbed():
         twin = _twin(block)
         if twin is None:
@@ -224,18 +269,19 @@ def disprove(claim: Claim) -> str | None:
         for maps in _inputs(twin, form.count()):
             plain = copy.deepcopy(twin)
             try:
-                wanted = [_step(plain.train(training), form, maps) for training in (True, False)]
+                wanted = [_step(plain.train(training), of, maps) for training, of in steps]
             except Exception:  # no map that fits
                 continue
             claim.fuse(twin)
             try:
-                found = [_step(twin.train(training), form, maps) for training in (True, False)]
+                found = [_step(twin.train(training), of, maps) for training, of in steps]
             except Exception as reason:
                 return f"fused, it raises {type(reason).__name__}: {reason}"
-            for mode, ours, theirs in zip(("training", "evaluation"), found, wanted, strict=True):
+            for (training, of), ours, theirs in zip(steps, found, wanted, strict=True):
                 what = _worst(ours, theirs)
                 if what is not None:
-                    return f"fused, {what} in {mode}"
+                    mode = "training" if training else "evaluation"
+                    return f"fused, {what} in {mode}{'' if of.grad else ' without gradients'}"
             return None
     return None
 
@@ -374,12 +420,12 @@ def verify(model: nn.Module, *example: Any, seed: int = 0) -> Verification:
     whatever the model raises."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify expects a torch.nn.Module, found {type(model).__name__}")
-    original = copy.deepcopy(model)
+    original = copy.deepcopy(model, _without_graphs(model))
     for module in original.modules():
         if is_converted(module):
             release(module)
     with torch.random.fork_rng():
-        found = _run(copy.deepcopy(model), example, seed)
+        found = _run(copy.deepcopy(model, _without_graphs(model)), example, seed)
         inputs = [example, *(_nudged(example, seed + i) for i in range(1, _EAGER_RUNS))]
         eager = [_run(copy.deepcopy(original), given, seed) for given in inputs]
         truth = _run(original.double(), _mapped(example, Tensor.double), seed)

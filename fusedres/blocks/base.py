@@ -26,7 +26,7 @@ from ..swap import FusedBlock, original_class, state_of
 from . import compiled
 from .handover import Handover, Order, arrive, contiguous, in_order, suggests_channels_last
 from .plan import Measures, Plan, Planner, part_takes
-from .reading import recall
+from .reading import Sets, recall
 from .state import BlockState, CallRecord, Outcome
 
 #: a forward of original modules
@@ -72,6 +72,10 @@ class Kind(ABC):
         """The graphs on which :meth:`read` depends."""
         return ()
 
+    def sets(self, block: Any, state: BlockState) -> Sets:
+        """What the forward of the block sets; raises Unsupported."""
+        return {}
+
     def label(self, block: Any, state: BlockState) -> str:
         """What ``report`` calls this block."""
         return self.title
@@ -93,6 +97,7 @@ class Kind(ABC):
             state,
             lambda: self.inside(block, state),
             lambda: self.graphs(block, state),
+            lambda: self.sets(block, state),
             lambda: self.read(block, state),
         )
 

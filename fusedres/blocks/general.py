@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
-from ..recognition import ONE_MAP, Flow, Form, Fused, Part, Plain, Program, Slot, follow, form_of, program, read_flows
+from ..recognition import (
+    ONE_MAP,
+    Flow,
+    Form,
+    Fused,
+    Part,
+    Plain,
+    Program,
+    Slot,
+    child_of,
+    follow,
+    form_of,
+    program,
+    read_flows,
+)
 from .base import Kind, Original, Ran, note, note_unfused, run_part
 from .handover import Handover, contiguous, enter, order_of, suggests_channels_last
 from .plan import Planner
+from .reading import Sets
 from .residual import behind_sum
 from .state import BlockState
 
@@ -56,9 +73,20 @@ class GeneralKind(Kind):
     def graphs(self, block: Any, state: BlockState) -> tuple[Flow, ...]:
         return tuple(flow for flow in self._flows(block, state).values() if isinstance(flow, Flow))
 
+    def sets(self, block: Any, state: BlockState) -> Sets:
+        flows = self.graphs(block, state)
+        read = {name for flow in flows for name in flow.reads.attributes}
+        found: dict[nn.Module, set[str]] = {}
+        for path, name in {name for flow in flows for name in flow.stored} - read:
+            module = child_of(block, path)
+            if module is not None:
+                found.setdefault(module, set()).add(name)
+        return found
+
     def read(self, block: Any, state: BlockState) -> Programs:
         found: dict[Form, Program | Unsupported] = {}
-        for form, flow in self._flows(block, state).items():
+        flows = self._flows(block, state)
+        for form, flow in flows.items():
             if isinstance(flow, Unsupported):
                 found[form] = flow
                 continue
@@ -67,6 +95,8 @@ class GeneralKind(Kind):
                 found[form] = program(block, flow)
             except Unsupported as reason:
                 found[form] = reason.anew()
+            if not flow.asks and form.other not in flows:
+                found[form.other] = found[form]
         return Programs(found)
 
     def parts(self, found: Programs) -> list[Part]:
@@ -81,22 +111,27 @@ class GeneralKind(Kind):
 
     # ---- a call ------------------------------------------------------------------------------------------------------
 
-    def _program(self, block: Any, state: BlockState, found: Programs, form: Form) -> Program:
-        """What the block runs as when it is called in ``form``: followed now, where that is new. Raises Unsupported."""
+    def _program(
+        self, block: Any, state: BlockState, found: Programs, form: Form, maps: Sequence[Tensor] = ()
+    ) -> Program:
+        """What the block runs as when it is called in ``form`` with ``maps``: followed now, where that is new. Raises Unsupported."""
         if form not in found.by_form:
             known = self._flows(block, state)
             if len(known) >= MOST_FORMS:
                 raise Unsupported("its forward is called in too many ways")
             flow: Flow | Unsupported
             try:
-                flow = follow(block, form, block.training)
+                stored = {name for of in known.values() if isinstance(of, Flow) for name in of.stored}
+                flow = follow(block, form, block.training, stored)
             except Unsupported as reason:
                 flow = reason.anew()
             assert state.flows is not None
             state.flows = {**state.flows, block.training: {**known, form: flow}}
             state.reading = None  # it depends on what the new flow has read
             found = self.reading(block, state)
-        return found.get(form)
+        chosen = found.get(form)
+        _check_kept(chosen, maps)
+        return chosen
 
     def forward(
         self, block: Any, state: BlockState, original: Original, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -104,7 +139,7 @@ class GeneralKind(Kind):
         try:
             found = self.reading(block, state)
             form, maps = form_of(args, kwargs)
-            chosen = self._program(block, state, found, form)
+            chosen = self._program(block, state, found, form, maps)
         except Unsupported as reason:
             note_unfused(state, reason)
             return original(*args, **kwargs)
@@ -115,18 +150,21 @@ class GeneralKind(Kind):
     ) -> Handover:
         try:
             form, maps = form_of((given.x,), {})
-            chosen = self._program(block, state, found, form)
+            chosen = self._program(block, state, found, form, maps)
         except Unsupported as reason:
             note_unfused(state, reason)
             return Handover(original(given.leave()))
         inputs = [given] if maps and maps[0] is given.x else [Handover(x) for x in maps]
-        y = _Call(self, block, state, chosen, inputs).run(leaves=False)
+        # what is copied later would be copied with gradients recorded as they are there
+        y = _Call(self, block, state, chosen, inputs).run(leaves=chosen.switches)
         return y if isinstance(y, Handover) else Handover(y)
 
     # ---- for compilers -----------------------------------------------------------------------------------------------
 
     def tell(self, block: Any, state: BlockState, found: Programs, planner: Planner) -> Any:
         chosen = self._program(block, state, found, ONE_MAP)
+        if not chosen.only_computes:
+            raise Unsupported("a compiler follows by itself what its forward does beside computing")
         at = {0: 0}
         for action in chosen.actions:
             if isinstance(action, Fused):
@@ -149,6 +187,22 @@ class GeneralKind(Kind):
         return _told(chosen.output, at, planner)
 
 
+def _check_kept(chosen: Program, maps: Sequence[Tensor]) -> None:
+    """Check that there is, what a program takes for granted where it reads what is another at every call; raises Unsupported."""
+    if chosen.switches and torch.is_inference_mode_enabled():
+        raise Unsupported("its forward records gradients or not, in inference mode")
+    for getter, kind in chosen.found:
+        held = getter.held()
+        if not isinstance(held, Tensor) if kind is Tensor else type(held) is not kind:
+            raise Unsupported(f"its {getter.name} is a {type(held).__name__}, and was a {kind.__name__}")
+    if chosen.overwrites:
+        given = {x.untyped_storage().data_ptr() for x in maps if x.numel()}
+        for getter in chosen.overwrites:
+            held = getter.held()
+            if isinstance(held, Tensor) and held.numel() and held.untyped_storage().data_ptr() in given:
+                raise Unsupported(f"its forward overwrites {getter.name}, which it is given")
+
+
 def _told(value: Any, at: dict[int, int], planner: Planner) -> Any:
     """``value`` as a plan has it, with the slots of a program as those of the plan. Raises Unsupported."""
     if isinstance(value, Slot):
@@ -168,6 +222,8 @@ class _Call:
     ) -> None:
         self.kind, self.block, self.state, self.program = kind, block, state, chosen
         self.values: list[Any] = [*inputs, *[None] * (chosen.size - len(inputs))]
+        #: by slot, whether gradients were recorded when its value was made
+        self.recorded = [torch.is_grad_enabled()] * chosen.size
         reads = (slot for a in chosen.actions if isinstance(a, Fused) for slot in (a.x, a.source) if slot is not None)
         self.often = {slot for slot, times in Counter(reads).items() if times > 1}
         #: maps in channels_last of those that are not, which several pieces read
@@ -178,6 +234,8 @@ class _Call:
         """The output; ``leaves``: for code that is not ours, else a single map is handed over."""
         for action in self.program.actions:
             result = self._fused(action) if isinstance(action, Fused) else self._plain(action)
+            if action.grad is not None:
+                self.recorded[action.result] = action.grad
             self.values[action.result] = result
             for slot in action.done:
                 self.values[slot] = None
@@ -191,11 +249,16 @@ class _Call:
         x = self._map(action.x)
         source = None if action.source is None else self._map(action.source)
         piece = action.piece
-        ran = run_part(
-            self.kind, self.block, self.state, piece.part, piece.original, x, source, behind=behind_sum(piece)
-        )
+        with _recording(action.grad):
+            ran = run_part(
+                self.kind, self.block, self.state, piece.part, piece.original, x, source, behind=behind_sum(piece)
+            )
         self.results.append(ran)
         return self.results[-1].y
+
+    def _as_made(self, slot: int) -> contextlib.AbstractContextManager[Any]:
+        """A context in which a value is copied: gradients flow through the copy as they do through the value."""
+        return _recording(self.recorded[slot] if self.program.switches else None)
 
     def _map(self, slot: int) -> Handover:
         """A map for a piece: in channels_last, once for all pieces that read it, where eager's would be that or contiguous."""
@@ -205,16 +268,20 @@ class _Call:
         if slot not in self.entered:
             if order_of(value.x) != contiguous(value.x.dim()):
                 return value
-            self.entered[slot] = value._replace(x=enter(value.x), owes_nchw=True)
+            with self._as_made(slot):
+                self.entered[slot] = value._replace(x=enter(value.x), owes_nchw=True)
         return self.entered[slot]
 
     def _plain(self, action: Plain) -> Handover:
         take = self._raw if action.measures or action.keeps_layout else self._leave
-        y = action.call(
-            *self._filled(action.args, take), **{name: self._filled(v, take) for name, v in action.kwargs.items()}
-        )
-        owes = action.keeps_layout and self._owes_behind(action, y)
-        return Handover(_as_eager(y) if owes else y, owes_nchw=owes and not _is_contiguous(y))
+        args = self._filled(action.args, take)
+        kwargs = {name: self._filled(v, take) for name, v in action.kwargs.items()}
+        with _recording(action.grad):
+            y = action.call(*args, **kwargs)
+            owes = action.keeps_layout and self._owes_behind(action, y)
+            if owes:
+                y = _as_eager(y)
+        return Handover(y, owes_nchw=owes and not _is_contiguous(y))
 
     def _owes_behind(self, action: Plain, y: Any) -> bool:
         """Whether eager's result of a call that keeps the layout would be contiguous: arithmetic has the format of its first operand, a
@@ -236,13 +303,14 @@ class _Call:
     def _leave(self, slot: int) -> Any:
         """A value for code that is not ours, which may overwrite it: the same for all of it, without what was known of its contents."""
         value: Handover = self.values[slot]
-        if isinstance(value.x, Tensor):
-            left = value.leave()
-        elif value.owes_nchw:
-            several = cast(Sequence[Tensor], value.x)
-            left = type(value.x)(Handover(x, owes_nchw=True).leave() for x in several)
-        else:
-            left = value.x
+        with self._as_made(slot):
+            if isinstance(value.x, Tensor):
+                left = value.leave()
+            elif value.owes_nchw:
+                several = cast(Sequence[Tensor], value.x)
+                left = type(value.x)(Handover(x, owes_nchw=True).leave() for x in several)
+            else:
+                left = value.x
         self.values[slot] = Handover(left)
         return left
 
@@ -253,6 +321,11 @@ class _Call:
         if isinstance(value, slice):
             return slice(*(self._filled(v, take) for v in (value.start, value.stop, value.step)))
         return type(value)(self._filled(v, take) for v in value) if type(value) in (tuple, list) else value
+
+
+def _recording(mode: bool | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which gradients are recorded or not; None: as they are."""
+    return contextlib.nullcontext() if mode is None else torch.set_grad_enabled(mode)
 
 
 def _as_eager(y: Any) -> Any:

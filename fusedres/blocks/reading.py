@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,19 +25,34 @@ _contents = operator.itemgetter(
 )  # fmt: skip
 
 
-class _Seen:
-    """Every object that a reading of ``modules`` and ``graphs`` depends on. Asked at every call, so that what it is found by is kept: the
-    classes of the modules, and the dictionaries in them, which are among the objects themselves."""
+#: the names of the attributes that a block's forward sets, by the module that has them
+Sets = Mapping[nn.Module, set[str]]
 
-    def __init__(self, modules: list[nn.Module], graphs: tuple[BlockGraph | Flow, ...]) -> None:
+
+class _Seen:
+    """Every object that a reading of ``modules`` and ``graphs`` depends on, but for what the block itself sets (``sets``). Asked at every
+    call, so that what it is found by is kept: the classes of the modules, and the dictionaries in them, which are among the objects
+    themselves."""
+
+    def __init__(self, modules: list[nn.Module], graphs: tuple[BlockGraph | Flow, ...], sets: Sets) -> None:
         self._modules, self._graphs = modules, graphs
         self._classes = classes_of(modules)
-        self._mappings = [mapping for m in modules for mapping in (m.__dict__, *_contents(m.__dict__))]
+        self._mappings: list[dict[str, object]] = []
+        #: with the names that do not count
+        self._set: list[tuple[dict[str, object], set[str]]] = []
+        for module in modules:
+            held, names = module.__dict__, sets.get(module)
+            if names is None:
+                self._mappings += (held, *_contents(held))
+            else:
+                self._set += ((mapping, names) for mapping in (held, *_contents(held)))
         self.then = self._now()
 
     def _now(self) -> list[object]:
         found: list[object] = [*map(type, self._modules), *map(_own, self._modules), *watched(self._classes)]
         found += itertools.chain.from_iterable(map(dict.values, self._mappings))
+        for mapping, names in self._set:
+            found += [value for name, value in mapping.items() if name not in names]
         for graph in self._graphs:
             found += graph.outside()
         return found
@@ -64,13 +79,14 @@ def recall(
     state: BlockState,
     inside: Callable[[], list[nn.Module]],
     graphs: Callable[[], tuple[BlockGraph | Flow, ...]],
+    sets: Callable[[], Sets],
     read: Callable[[], Any],
 ) -> Any:
-    """``read()``, or what it gave before where nothing of the modules ``inside()`` and of ``graphs()`` has changed since; raises
-    Unsupported."""
+    """``read()``, or what it gave before where nothing of the modules ``inside()`` and of ``graphs()`` has changed since but what the block
+    ``sets()``; raises Unsupported."""
     known = state.reading
     if known is None or not known.holds():
-        known = _read(state, inside, graphs, read)
+        known = _read(state, inside, graphs, sets, read)
     if isinstance(known.found, Unsupported):
         raise known.found.anew()
     return known.found
@@ -80,16 +96,17 @@ def _read(
     state: BlockState,
     inside: Callable[[], list[nn.Module]],
     graphs: Callable[[], tuple[BlockGraph | Flow, ...]],
+    sets: Callable[[], Sets],
     read: Callable[[], Any],
 ) -> Reading:
     modules, depends, found = [], (), None
     try:
         modules = inside()
         depends = graphs()
-        seen = _Seen(modules, depends)
+        seen = _Seen(modules, depends, sets())
         found = read()
     except Unsupported as reason:
-        seen, found = _Seen(modules, depends), reason.anew()
+        seen, found = _Seen(modules, depends, {}), reason.anew()
     reading = Reading(seen, found)
     # weights that were computed (torch.func.functional_call) would be kept with their graph
     if not any(isinstance(o, Tensor) and o.grad_fn is not None for o in seen.then):

@@ -8,8 +8,9 @@
     modules.py     torch's modules, one by one: convolution, BatchNorm, activation, pool, hooks, the code behind them
     ops.py         Op: what a step is
     layout.py      Layout: a block in the fewest pieces, every op in exactly one (pieces.py: Piece)
+    effects.py     what a forward does beside computing: it sets attributes, changes what its modules keep, records gradients or not
     flow.py        Flow: a forward of any shape, all its calls in their order, for one form of its arguments
-    regions.py     Program: a flow as a fixed order of pieces and of calls as they stand
+    regions.py     from a flow to its Program, a fixed order of pieces and of calls as they stand (actions.py)
     lowering.py    the other descriptions: dense blocks, transitions, stems, a BatchNorm alone
     part.py        Part: a description as it runs, and its check against the input
     families.py    the only file that names torchvision and timm
@@ -33,6 +34,7 @@ Every function raises :class:`fusedres.errors.Unsupported` with the reason where
     shape_behind(module, shape) -> shape | None          the shape of a module's output
 """
 
+from .actions import Fused, Getter, Plain, Program, Setter, Slot
 from .calls import is_sequential
 from .families import check_family
 from .families import kind_of as family_kind
@@ -69,7 +71,7 @@ from .modules import (
 from .ops import Op, ops
 from .part import Part
 from .pieces import Piece
-from .regions import Fused, Plain, Program, Slot, method, program
+from .regions import method, program
 from .trace import Refused, is_plain
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "Form",
     "FunctionStep",
     "Fused",
+    "Getter",
     "Graphs",
     "Hooked",
     "Layout",
@@ -90,6 +93,7 @@ __all__ = [
     "Plain",
     "Program",
     "Refused",
+    "Setter",
     "Slot",
     "arguments",
     "block_ids",

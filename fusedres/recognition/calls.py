@@ -6,13 +6,15 @@ import ast
 import builtins
 import inspect
 import operator
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import harmless
-from .lookup import Bound, Children, Frame, Local, Lookup, Method
+from .lookup import Beside, Bound, Children, Frame, Local, Lookup, Method, is_list
 from .modules import CONVOLUTIONS, call_is_plain, class_of, holds, norm_types
 from .source import syntax
 from .trace import MISSING, Refused, Traced, holds_traced, is_plain
@@ -62,9 +64,9 @@ def bind(
 class Calls(Lookup):
     """What a call gives."""
 
-    def __init__(self, root: nn.Module, training: bool, deep: bool) -> None:
+    def __init__(self, root: nn.Module, training: bool, deep: bool, beside: Beside | None = None) -> None:
         """``deep``: go through modules that hold a BatchNorm even where they are no rows."""
-        super().__init__(root, training)
+        super().__init__(root, training, beside)
         #: the paths of the modules that were gone through
         self.through: list[str] = []
         #: lists that the caller of the forward has made
@@ -91,6 +93,11 @@ class Calls(Lookup):
 
     def function(self, function: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Follow a Python function."""
+        decorated = self.grad_mode_around(function)
+        if decorated is not None:
+            mode, inner = decorated
+            with self.in_grad_mode(mode):
+                return self.function(inner, args, kwargs)
         module = function.__module__ or ""
         if module == "torch" or module.startswith("torch."):
             raise Refused(f"its forward calls {function.__qualname__} of {module}")
@@ -104,6 +111,18 @@ class Calls(Lookup):
             raise Refused(f"a default of {function.__qualname__} may change unseen")
         local = frozenset(function.__code__.co_varnames) | frozenset(function.__code__.co_cellvars)
         return self._follow(node, Frame(function.__qualname__, names, function, None, local))
+
+    def grad_mode_around(self, function: FunctionType) -> tuple[bool, FunctionType] | None:
+        """``(whether gradients are recorded in it, the function inside)`` of a function decorated by that; None of others."""
+        raise NotImplementedError
+
+    def keepable(self, value: Any) -> Any:
+        """``value`` as something that outlives the forward; raises Refused."""
+        raise NotImplementedError
+
+    def in_grad_mode(self, mode: bool) -> AbstractContextManager[None]:
+        """A context in which calls are made with gradients recorded, or without."""
+        raise NotImplementedError
 
     def _local(self, target: Local, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         around = target.frame
@@ -189,6 +208,8 @@ class Calls(Lookup):
     def _method(self, target: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         owner = target.owner
         if isinstance(owner, Traced):
+            if is_list(owner.node):
+                return self.record("method", target.name, (owner, *map(self.keepable, args)), kwargs)
             if target.name in harmless.MEASURES:
                 return self.record("attribute", target.name, (owner, *args), kwargs)
             return self.record("method", target.name, (owner, *args), kwargs, harmless.overwrites(target.name, (), {}))
@@ -207,12 +228,18 @@ class Calls(Lookup):
             raise Refused(f"its forward calls a {type(target).__name__}")
         if _among(target, harmless.ANSWERS):
             return harmless.ANSWERS[target]
+        if target is torch.is_grad_enabled and self.beside is not None and not args:
+            self.beside.asks = self.beside.asks or self.recording is None
+            return self.beside.grad if self.recording is None else self.recording
         if target in (builtins.isinstance, builtins.hasattr, builtins.getattr, builtins.type, builtins.callable):
             return self._question(target, args)
+        if target in (builtins.list, builtins.tuple) and len(args) == 1 and _is_shape(args[0]):
+            return self.record("function", target, args, kwargs)
         if _among(target, harmless.CONTAINERS):
             return self._container(target, args, kwargs)
         if target is builtins.len and len(args) == 1 and isinstance(args[0], list | tuple | nn.Module):
             return len(self.items(args[0]))
+        args, kwargs = self.symbols(args), dict(zip(kwargs, self.symbols(tuple(kwargs.values())), strict=True))
         if _among(target, harmless.FUNCTIONS) and holds_traced((*args, *kwargs.values())):
             return self.record("function", target, args, kwargs, harmless.overwrites(target, args, kwargs))
         if (
@@ -289,6 +316,10 @@ def _among(target: Any, known: Any) -> bool:
         return target in known
     except TypeError:  # what cannot be hashed
         return False
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, Traced) and (value.node.op, value.node.target) == ("attribute", "shape")
 
 
 def _is_constant(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Following a forward: its syntax, statement by statement, with a symbol in the place of the map.
 
-Nothing of it is executed. What stands here is what is understood; everything else (a store on the module, a ``with``, a ``while``, an
-exception, an import, a branch on what a map holds) raises :class:`~.trace.Refused` with what it is.
+Nothing of it is executed. What stands here is what is understood; everything else (a store on the module, where that is not told, another
+``with`` than that of a gradient mode, a ``while``, an exception, an import, a branch on what a map holds) raises :class:`~.trace.Refused`
+with what it is.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from . import harmless
-from .calls import Calls
-from .lookup import Bound, Frame, Local, Super
+from .effects import Effects
+from .lookup import Bound, Frame, Local, Super, is_list
 from .modules import class_of, has_own_code
 from .trace import MISSING, Node, Refused, Traced, as_nodes, holds_traced, is_plain
 
@@ -42,7 +43,7 @@ def _said(node: ast.AST) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-class Evaluator(Calls):
+class Evaluator(Effects):
     """Follows the forward of a module."""
 
     _statements = 0
@@ -112,6 +113,13 @@ class Evaluator(Calls):
     def _store(self, target: ast.expr, value: Any, frame: Frame) -> None:
         if isinstance(target, ast.Name):
             frame.names[target.id] = value
+        elif isinstance(target, ast.Attribute) and self.beside is not None:
+            self.set_attribute(
+                self.value(target.value, frame), target.attr, value, f"{frame.name} stores {_said(target)}"
+            )
+        elif isinstance(target, ast.Subscript) and self.beside is not None:
+            owner, at = self.value(target.value, frame), self.value(target.slice, frame)
+            self.set_item(owner, at, value, f"{frame.name} stores {_said(target)}")
         elif isinstance(target, ast.Tuple | ast.List) and not any(isinstance(t, ast.Starred) for t in target.elts):
             if isinstance(value, Traced):
                 parts: list[Any] = [self._item(value, i) for i in range(len(target.elts))]
@@ -125,26 +133,44 @@ class Evaluator(Calls):
             raise Refused(f"{frame.name} stores {_said(target)}")
 
     def _augmented(self, node: ast.AugAssign, frame: Frame) -> None:
+        if isinstance(node.target, ast.Attribute) and self.beside is not None:
+            what = f"{frame.name} stores {_said(node.target)}"
+            owner, name = self.value(node.target.value, frame), node.target.attr
+            self.stores(owner, name, what)
+            before = self.value(node.target, frame)
+            self.set_attribute(owner, name, self._changed(before, self.value(node.value, frame), node, frame), what)
+            return
         if not isinstance(node.target, ast.Name):
             raise Refused(f"{frame.name} stores {_said(node.target)}")
-        name, kind = node.target.id, type(node.op).__name__
+        name = node.target.id
         if name not in frame.names:
             raise Refused(f"{frame.name} changes {name}, which is not its own")
-        before, by = frame.names[name], self.value(node.value, frame)
-        if isinstance(before, Traced):
-            if kind not in harmless.AUGMENTED:
-                raise Refused(f"{frame.name} does what cannot be followed: {_said(node)}")
-            self.record_in_place(harmless.AUGMENTED[kind], before, by)
-        else:
-            if isinstance(before, list):
-                raise Refused(f"{frame.name} changes a list in place")
-            frame.names[name] = self._binary(kind, before, by, node, frame)
+        frame.names[name] = self._changed(frame.names[name], self.value(node.value, frame), node, frame)
 
-    def record_in_place(self, target: Any, before: Traced, by: Any) -> None:
-        """``before op= by``; what is made of a shape is a number, which is not overwritten."""
-        if not before.node.is_map:
-            raise Refused("its forward computes with the shape of a map in place")
-        self.record("function", target, (before, by), {}, True)
+    def _changed(self, before: Any, by: Any, node: ast.AugAssign, frame: Frame) -> Any:
+        """``before op= by``, which overwrites a map, and makes another value of what is a number."""
+        kind = type(node.op).__name__
+        if isinstance(before, list) or isinstance(before, Traced) and is_list(before.node):
+            raise Refused(f"{frame.name} changes a list in place")
+        (before,) = self.symbols((before,))
+        if not isinstance(before, Traced) or not before.node.is_map:
+            return self._binary(kind, before, by, node, frame)
+        if kind not in harmless.AUGMENTED:
+            raise Refused(f"{frame.name} does what cannot be followed: {_said(node)}")
+        return self.record("function", harmless.AUGMENTED[kind], (before, by), {}, True)
+
+    def _with(self, node: ast.With, frame: Frame) -> None:
+        modes = [self._grad_mode(item, frame) for item in node.items]
+        if None in modes:
+            raise Refused(f"{frame.name} does what cannot be followed: {_said(node)}")
+        with self.in_grad_mode(bool(modes[-1])):
+            self._block(node.body, frame)
+
+    def _grad_mode(self, item: ast.withitem, frame: Frame) -> bool | None:
+        call = item.context_expr
+        if not isinstance(call, ast.Call) or call.keywords or item.optional_vars is not None or self.beside is None:
+            return None
+        return self.grad_mode(self.value(call.func, frame), [self.value(argument, frame) for argument in call.args])
 
     def _if(self, node: ast.If, frame: Frame) -> None:
         self._block(node.body if self._truth(node.test, frame) else node.orelse, frame)
@@ -197,6 +223,7 @@ class Evaluator(Calls):
         ast.Assign: _assign,
         ast.AnnAssign: _annotated,
         ast.AugAssign: _augmented,
+        ast.With: _with,
         ast.If: _if,
         ast.For: _for,
         ast.Break: _break,
@@ -347,6 +374,7 @@ class Evaluator(Calls):
         if kind not in harmless.BINARY:
             raise Refused(f"{frame.name} does what cannot be followed: {_said(node)}")
         target = harmless.BINARY[kind]
+        left, right = self.symbols((left, right))
         if isinstance(left, list) and isinstance(right, list) and kind == "Add":
             return left + right
         if isinstance(left, tuple) and isinstance(right, tuple) and kind == "Add":

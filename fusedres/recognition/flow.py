@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import Unsupported
 from .graph import CONCATENATIONS, Tracer
+from .lookup import Beside, Stores
 from .modules import CONVOLUTIONS, child_of, is_uninitialised, norm_types, unhooked
 from .trace import Node, Reads, Refused, Traced, is_plain
 
+#: more attributes than the forward of a block sets
+_MOST_STORED = 32
 #: more convolutions than any block has whose paths split and meet again
 MOST_CONVOLUTIONS = 16
 
@@ -37,10 +41,16 @@ Given = Leaf | Several
 
 
 class Form(NamedTuple):
-    """How a forward is called: which arguments are maps, and what the others are."""
+    """How a forward is called: which arguments are maps, what the others are, and whether gradients are recorded."""
 
     args: tuple[Given, ...]
     kwargs: tuple[tuple[str, Given], ...] = ()
+    grad: bool = True
+
+    @property
+    def other(self) -> Form:
+        """The same with gradients recorded where they are not here, or the reverse."""
+        return self._replace(grad=not self.grad)
 
     def count(self) -> int:
         """How many maps it has."""
@@ -78,7 +88,8 @@ def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Form, lis
     """How a forward is called, and the maps that it is given, in order. Raises Unsupported for what is neither map nor constant."""
     maps: list[Tensor] = []
     places = tuple(_given(value, maps) for value in args)
-    return Form(places, tuple((name, _given(value, maps)) for name, value in kwargs.items())), maps
+    by_name = tuple((name, _given(value, maps)) for name, value in kwargs.items())
+    return Form(places, by_name, torch.is_grad_enabled()), maps
 
 
 def arguments(form: Form, maps: Iterator[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -98,21 +109,25 @@ def arguments(form: Form, maps: Iterator[Any]) -> tuple[tuple[Any, ...], dict[st
 @dataclass(frozen=True, eq=False)
 class Flow:
     """A forward, followed for one form: the nodes of its ``inputs``, all ``nodes`` in the order of the forward, and its ``output``, one of
-    them, or lists, tuples and constants around them. ``through``: the paths of the modules inside that were gone through."""
+    them, or lists, tuples and constants around them. ``through``: the paths of the modules inside that were gone through. ``stored``: what
+    it sets, as the paths of modules, each with the name of an attribute. ``asks``: whether it asks if gradients are recorded, so that it
+    is the flow of that answer alone."""
 
     inputs: tuple[Node, ...]
     nodes: tuple[Node, ...]
     output: Any
     through: tuple[str, ...]
     reads: Reads
+    stored: frozenset[tuple[str, str]] = frozenset()
+    asks: bool = False
 
     def outside(self) -> list[Any]:
         """What was read outside of the modules, as it is now, to be compared by identity with what it was."""
         return self.reads.outside.values()
 
-    def outline(self) -> tuple[tuple[str, str], ...]:
-        """The calls, by their names."""
-        return tuple((node.op, str(node.target)) for node in self.nodes)
+    def outline(self) -> tuple[tuple[str, str, bool | None], ...]:
+        """The calls, by their names, and whether gradients are recorded."""
+        return tuple((node.op, str(node.target), node.grad) for node in self.nodes)
 
     def inside(self, block: nn.Module) -> list[nn.Module]:
         """The modules of ``block`` that the flow goes through, and those of its calls that pieces are made of, of those that it still
@@ -144,8 +159,19 @@ def _is_output(value: Any) -> bool:
     return isinstance(value, Node) or is_plain(value) or type(value) in (list, tuple) and all(map(_is_output, value))
 
 
-def _follow(block: nn.Module, form: Form, training: bool, deep: bool) -> Flow:
-    tracer = Tracer(block, training, deep, {})
+def _follow(block: nn.Module, form: Form, training: bool, deep: bool, stored: Iterable[tuple[str, str]]) -> Flow:
+    known = set(stored)
+    for _ in range(_MOST_STORED):
+        try:
+            return _followed(block, form, training, deep, known)
+        except Stores as found:
+            known.add(found.attribute)
+    raise Refused("its forward sets more attributes than a block's")
+
+
+def _followed(block: nn.Module, form: Form, training: bool, deep: bool, stored: set[tuple[str, str]]) -> Flow:
+    beside = Beside(form.grad, stored)
+    tracer = Tracer(block, training, deep, {}, beside)
     inputs: list[Node] = []
 
     def stand_ins() -> Iterator[Traced]:
@@ -162,21 +188,48 @@ def _follow(block: nn.Module, form: Form, training: bool, deep: bool) -> Flow:
     for node in tracer.nodes:
         if node.target in CONCATENATIONS and any(id(argument) in started for argument in node.args[:1]):
             raise Refused("its forward concatenates what may be one map")
-    return Flow(tuple(inputs), tuple(tracer.nodes), output, tuple(tracer.through), tracer.reads)
+    return Flow(
+        tuple(inputs),
+        tuple(tracer.nodes),
+        output,
+        tuple(tracer.through),
+        tracer.reads,
+        frozenset(stored),
+        beside.asks,
+    )
 
 
-def follow(block: nn.Module, form: Form, training: bool) -> Flow:
+def follow(block: nn.Module, form: Form, training: bool, stored: Iterable[tuple[str, str]] = ()) -> Flow:
     """The forward of ``block`` in a mode, called in that form. Modules that hold a BatchNorm are gone through; where one of them does what
-    is not known to be harmless, only rows of steps are. Nothing of it runs and nothing of it changes. Raises :class:`~.trace.Refused`."""
+    is not known to be harmless, only rows of steps are. ``stored``: what its other flows set. Nothing of it runs and nothing of it changes.
+    Raises :class:`~.trace.Refused`."""
     if is_uninitialised(block):
         raise Refused("a module inside has not been initialised yet; fusedres.convert reads it after its first call")
     try:
-        return _follow(block, form, training, True)
+        return _follow(block, form, training, True, stored)
     except Unsupported as reason:
         try:
-            return _follow(block, form, training, False)
+            return _follow(block, form, training, False, stored)
         except Unsupported:
             raise (reason if isinstance(reason, Refused) else Refused(str(reason))) from None
+
+
+def _flows_in(block: nn.Module, form: Form) -> Flows:
+    stored: frozenset[tuple[str, str]] = frozenset()
+    while True:
+        flows: dict[bool, dict[Form, Flow]] = {}
+        names = stored
+        for training in (True, False):
+            flow = follow(block, form, training, names)
+            flows[training] = {form: flow}
+            names |= flow.stored
+            if flow.asks:
+                other = follow(block, form.other, training, names)
+                flows[training][form.other] = other
+                names |= other.stored
+        if all(flow.stored == names for of_mode in flows.values() for flow in of_mode.values()):
+            return flows
+        stored = names
 
 
 def read_flows(block: nn.Module, likely: Sequence[Form] = _LIKELY) -> Flows:
@@ -184,7 +237,7 @@ def read_flows(block: nn.Module, likely: Sequence[Form] = _LIKELY) -> Flows:
     first: Refused | None = None
     for form in likely:
         try:
-            return {training: {form: follow(block, form, training)} for training in (True, False)}
+            return _flows_in(block, form)
         except Refused as reason:
             first = first or reason
     assert first is not None

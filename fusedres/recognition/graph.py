@@ -22,9 +22,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import activations
 from ..errors import Unsupported
+from . import harmless
 from .calls import is_sequential
 from .evaluate import Evaluator
 from .families import norm_act
+from .lookup import Beside
 from .modules import CONVOLUTIONS, child_of, class_of, has_own_code, holds, is_uninitialised, norm_types, unhooked
 from .trace import Node, Reads, Refused, is_plain
 
@@ -234,7 +236,17 @@ def is_fresh(module: nn.Module, node: Node) -> bool:
         return False
     if node.op == "module":
         return isinstance(module.get_submodule(node.target), (*CONVOLUTIONS, _BatchNorm))
-    return node.target in (*CONCATENATIONS, operator.add, torch.add, "add", F.relu, torch.relu, "relu")
+    if node.op not in ("function", "method"):
+        return False
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return name in harmless.FRESH or node.target in (*CONCATENATIONS, F.relu, torch.relu, "relu")
+
+
+def shares(module: nn.Module, node: Node) -> list[Node]:
+    """What the result of a call may share memory with, of what it reads."""
+    if node.op == "set" or is_fresh(module, node):
+        return []
+    return [source for source in node.args[:1] if isinstance(source, Node)] if node.in_place else node.sources
 
 
 def _order(match: _Match, nodes: list[Node]) -> bool | None:
@@ -253,8 +265,15 @@ def _order(match: _Match, nodes: list[Node]) -> bool | None:
 class Tracer(Evaluator):
     """Follows the forward of a module and of the rows inside it."""
 
-    def __init__(self, root: nn.Module, training: bool, deep: bool, rows: dict[tuple[int, bool], bool]) -> None:
-        super().__init__(root, training, deep)
+    def __init__(
+        self,
+        root: nn.Module,
+        training: bool,
+        deep: bool,
+        rows: dict[tuple[int, bool], bool],
+        beside: Beside | None = None,
+    ) -> None:
+        super().__init__(root, training, deep, beside)
         self._rows = rows
 
     def reads_as_row(self, module: nn.Module) -> bool:

@@ -48,7 +48,7 @@ FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
 METHODS: frozenset[str] = frozenset(
     (
         "abs add add_ amax amin bernoulli_ chunk clamp clamp_ clone contiguous detach dim div div_ double exp expand expand_as flatten "
-        "flip float half hardtanh_ log matmul mean mul mul_ narrow new_empty numel permute pow relu relu_ reshape reshape_as roll "
+        "flip float half hardtanh_ item log matmul mean mul mul_ narrow new_empty numel permute pow relu relu_ reshape reshape_as roll "
         "rsqrt sigmoid sigmoid_ size softmax split sqrt square squeeze sub sub_ sum tanh tanh_ to transpose type_as unbind unsqueeze "
         "view view_as"
     ).split()
@@ -57,6 +57,22 @@ METHODS: frozenset[str] = frozenset(
 ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 #: methods whose result is no map
 MEASURES = frozenset({"size", "dim", "numel"})
+
+#: methods of lists that outlive a forward
+OF_LISTS = frozenset({"append", "clear", "extend"})
+
+#: what results in memory of its own, by name
+FRESH = frozenset(
+    (
+        "abs add amax amin bmm clone div exp log matmul mean mul neg pow rsqrt sigmoid softmax sqrt square sub sum tanh truediv"
+    ).split()
+)
+
+#: what results in less than a map, by name
+REDUCTIONS = frozenset({"amax", "amin", "item", "mean", "sum"})
+
+#: contexts in which gradients are recorded, or not
+GRAD_MODES: dict[Any, bool] = {torch.no_grad: False, torch.enable_grad: True}
 
 #: functions of constants
 STATIC: frozenset[Callable[..., Any]] = frozenset(

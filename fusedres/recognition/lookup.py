@@ -13,7 +13,20 @@ from torch import Tensor, nn
 
 from . import harmless
 from .modules import class_of
-from .trace import MISSING, Held, Node, Reads, Refused, Traced, as_nodes, is_plain, is_readable
+from .trace import (
+    MISSING,
+    Held,
+    Kept,
+    Node,
+    Reads,
+    Refused,
+    Traced,
+    as_nodes,
+    holds_traced,
+    is_plain,
+    is_readable,
+    own,
+)
 
 
 @dataclass
@@ -74,11 +87,35 @@ _ITERATIONS = {(cls, name): getattr(cls, name) for cls in CONTAINERS for name in
 _ITERATIONS |= {(nn.ModuleDict, name): getattr(nn.ModuleDict, name) for name in ("items", "values", "keys")}
 
 
-class Lookup:
-    """What is found by name in the modules of ``root`` and in what its code refers to, each in ``training`` or not."""
+@dataclass
+class Beside:
+    """What a forward may do beside computing, where that is done in its place when the forward is run: ``stored`` are the paths of modules,
+    each with the name of an attribute that the forward sets. ``grad``: whether it is called with gradients recorded; ``asks``: whether it
+    asks for that."""
 
-    def __init__(self, root: nn.Module, training: bool) -> None:
-        self.root, self.training = root, training
+    grad: bool
+    stored: set[tuple[str, str]]
+    asks: bool = False
+
+
+class Stores(Exception):
+    """A forward sets an attribute that was not known to be set: what was read of it before counts no more."""
+
+    def __init__(self, path: str, name: str) -> None:
+        super().__init__(path, name)
+        self.attribute = path, name
+
+
+class Lookup:
+    """What is found by name in the modules of ``root`` and in what its code refers to, each in ``training`` or not. ``beside``: what the
+    forward does beside computing, None where it must not do anything."""
+
+    def __init__(self, root: nn.Module, training: bool, beside: Beside | None = None) -> None:
+        self.root, self.training, self.beside = root, training, beside
+        #: whether gradients are recorded, None as the forward is called
+        self.recording: bool | None = None
+        #: what is known to stand under a name at the moment
+        self.stand: dict[tuple[str, str], Any] = {}
         self.reads = Reads()
         self.nodes: list[Node] = []
         self.paths = {id(module): path for path, module in root.named_modules()}
@@ -90,11 +127,13 @@ class Lookup:
     ) -> Traced:
         """A new node; returns what stands for its result."""
         given, by_name = self._noted(args), {k: self._noted(v) for k, v in kwargs.items()}
-        node = Node(op, target, given, by_name, self.depth > 0, in_place)
+        node = Node(op, target, given, by_name, self.depth > 0, in_place, self.recording)
         self.nodes.append(node)
         if in_place:
             if not args or not isinstance(args[0], Traced):
                 raise Refused("its forward overwrites what is not its first argument")
+            if not args[0].node.is_map:
+                raise Refused(f"its forward overwrites, by {target}, what may be no tensor")
             args[0].node = node
             return args[0]
         return Traced(node)
@@ -167,6 +206,8 @@ class Lookup:
         if isinstance(owner, type):
             value = owner.__name__ if name == "__name__" else self.reads.outside.attribute(owner, name)
             return self._readable(value, f"its forward reads {owner.__name__}.{name}")
+        if isinstance(owner, Tensor) and self.beside is not None:
+            return self._of_map(self.tensor(owner), name)
         if isinstance(owner, list) and name == "append" or isinstance(owner, str) and name in ("format", "startswith"):
             return Method(name, owner)
         if isinstance(owner, FunctionType) and name in ("__module__", "__name__", "__qualname__", "__class__"):
@@ -174,6 +215,8 @@ class Lookup:
         raise Refused(f"its forward reads .{name} of a {type(owner).__name__}, which may change unseen")
 
     def _of_map(self, owner: Traced, name: str) -> Any:
+        if is_list(owner.node) and name in harmless.OF_LISTS:
+            return Method(name, owner)
         if name in harmless.ATTRIBUTES:
             return self.record("attribute", name, (owner,), {})
         if name in harmless.METHODS:
@@ -187,6 +230,8 @@ class Lookup:
             return self.training
         if cls.__getattribute__ is not object.__getattribute__ or cls.__getattr__ is not nn.Module.__getattr__:
             raise Refused(f"{cls.__name__} looks its attributes up by itself")
+        if self.beside is not None and (path, name) in self.beside.stored:
+            return self._stands(path, module, name)
         on_class = self.reads.outside.attribute(cls, name)
         if isinstance(on_class, property):
             if not isinstance(on_class.fget, FunctionType):
@@ -195,9 +240,40 @@ class Lookup:
         held = self.reads.own(path, module, name)
         if isinstance(held, Tensor):
             self._tensors.setdefault(id(held), {})[Held(path, name)] = held
+        if type(held) in (list, dict) and self.beside is not None:
+            return self._stands(path, module, name)
         if name in module.__dict__ or on_class is MISSING:
             return held if held is MISSING else self._readable(held, f"its forward reads {name} of {cls.__name__}")
         return self._on_class(module, name, on_class)
+
+    def _stands(self, path: str, module: nn.Module, name: str) -> Any:
+        """What stands under a name that is another at every call: what the forward has put there, else what is found when it comes
+        to it."""
+        if (path, name) not in self.stand:
+            value = own(module, name)
+            if value is MISSING:
+                raise Refused(f"its forward reads {name} before it is set")
+            if not (is_plain(value) or isinstance(value, Tensor) or type(value) in (list, dict)):
+                raise Refused(f"its forward reads {name}, a {type(value).__name__} that may change unseen")
+            kind = Tensor if isinstance(value, Tensor) else type(value)
+            self.stand[path, name] = self.record("get", Kept(path, name, kind), (), {})
+        return self.stand[path, name]
+
+    def tensor(self, tensor: Tensor) -> Traced:
+        """What stands for a tensor that a module holds; raises Refused."""
+        held = self._noted(tensor)
+        if self.beside is None or not isinstance(held, Held):
+            raise Refused("its forward computes with what it holds")
+        if (held.path, held.name) not in self.stand:
+            kept = Kept(held.path, held.name, Tensor)
+            self.stand[held.path, held.name] = self.record("get", kept, (), {})
+        return self.stand[held.path, held.name]
+
+    def symbols(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """``values`` with what stands for them in the places of tensors that modules hold, where no map is among them."""
+        if self.beside is None or holds_traced(values):
+            return values
+        return tuple(self.tensor(value) if isinstance(value, Tensor) else value for value in values)
 
     def _on_class(self, module: nn.Module, name: str, found: Any) -> Any:
         cls = class_of(module)
@@ -235,6 +311,11 @@ class Lookup:
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call, see ``calls.py``."""
         raise NotImplementedError
+
+
+def is_list(node: Node) -> bool:
+    """Whether a value is a list that outlives the forward."""
+    return node.op == "get" and node.target.kind is list or node.op == "function" and node.target is list
 
 
 Callee = Callable[..., Any] | Bound | Local | Method | Children

@@ -73,6 +73,11 @@ def _is_torchs(code: tuple[Any, ...]) -> bool:
     return all(function is None or function.__module__.startswith("torch.nn.modules") for function in code)
 
 
+def computes_by(name: str) -> bool:
+    """Whether a module may compute by what it holds under ``name``."""
+    return name in _METHODS or name in _CALLS
+
+
 # as they were before anything could change them; what had been changed even before is not known
 _TORCHS = {cls: code for cls in _KNOWN if _is_torchs(code := _code(cls))}
 _TORCHS_CALLS = _calls()

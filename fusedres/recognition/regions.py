@@ -12,7 +12,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,74 +21,14 @@ from torch import nn
 
 from ..errors import Unsupported
 from . import harmless
+from .actions import Action, Fused, Getter, Plain, Program, Setter, Slot
 from .flow import Flow
-from .graph import CONCATENATIONS, SUMS, is_fresh, unary
+from .graph import CONCATENATIONS, SUMS, is_fresh, shares, unary
 from .layout import pieces_of
 from .modules import child_of, class_of
 from .ops import Op, act_of, of_step
 from .pieces import Piece, check_gain
 from .trace import Held, Node, own
-
-# ---- what is run -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Stands for a value that an action has made, or an input: its number."""
-
-    at: int
-
-
-@dataclass(frozen=True)
-class Fused:
-    """``piece`` of the map ``x`` (and of ``source``, where its shortcut reads another) gives ``result``; ``done``: the slots that nobody
-    reads any more."""
-
-    piece: Piece
-    x: int
-    source: int | None
-    result: int
-    done: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plain:
-    """``call(*args, **kwargs)`` as it stands gives ``result``; ``args`` and ``kwargs`` hold :class:`Slot` in the places of ``reads``.
-
-    ``keeps_layout``: whether its values do not depend on the memory format of its maps, and its result has theirs; ``measures``: whether it
-    asks for a map's shape or dtype alone.
-    """
-
-    name: str
-    call: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reads: tuple[int, ...]
-    result: int
-    keeps_layout: bool
-    measures: bool
-    done: tuple[int, ...] = ()
-
-
-Action = Fused | Plain
-
-
-@dataclass(frozen=True)
-class Program:
-    """The ``actions`` of a forward in order, over ``size`` slots of which the inputs are the first; ``output`` holds :class:`Slot`."""
-
-    actions: tuple[Action, ...]
-    size: int
-    output: Any
-    pieces: tuple[Piece, ...] = field(init=False)
-    unfused: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        pieces = tuple(action.piece for action in self.actions if isinstance(action, Fused))
-        names = dict.fromkeys(a.name for a in self.actions if isinstance(a, Plain) and not a.measures)
-        object.__setattr__(self, "pieces", pieces)
-        object.__setattr__(self, "unfused", tuple(names))
-
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
 
@@ -179,6 +119,8 @@ class _Regions:
             if link is None:
                 continue
             chain = ends.get(id(link.source)) if self._is_read_once(link.source) else None
+            if chain is not None and chain[-1].node.grad is not node.grad:
+                chain = None
             if chain is not None:
                 chain.append(link)
             elif link.op is None:
@@ -205,11 +147,24 @@ class _Regions:
 
     def find_sums(self) -> None:
         """Find what sums take over, in their order."""
+        spanning = self._spanning()
         for node in self.flow.nodes:
             if node.target in SUMS and len(node.args) == 2 and not node.kwargs:
                 left, right = node.args
-                if isinstance(left, Node) and isinstance(right, Node) and left.is_map and right.is_map:
+                if isinstance(left, Node) and isinstance(right, Node) and left in spanning and right in spanning:
                     self._add(node, left, right)
+
+    def _spanning(self) -> set[Node]:
+        """The values that may be as large as the inputs: what is kept, and what is reduced, is added to a map and is none."""
+        found: set[Node] = set()
+        for node in self.flow.nodes:
+            if node.op in ("function", "method"):
+                spans = _name(node) not in harmless.REDUCTIONS and any(source in found for source in node.sources)
+            else:
+                spans = node.op in ("input", "module")
+            if spans:
+                found.add(node)
+        return found
 
     def _row_before(self, node: Node) -> _Stretch | None:
         """The piece that ends in ``node``, which a sum may take over."""
@@ -219,7 +174,8 @@ class _Regions:
         return stretch if stretch.piece.last_act == "none" else None
 
     def _add(self, node: Node, left: Node, right: Node) -> None:
-        sides = [(s, other) for s, other in ((self._row_before(left), right), (self._row_before(right), left)) if s]
+        rows = ((self._row_before(left), right), (self._row_before(right), left))
+        sides = [(s, other) for s, other in rows if s and s.result.grad is node.grad]
         sides.sort(key=lambda side: -len(side[0].piece.units))
         act = self._act_behind(node)
         if sides:
@@ -246,7 +202,9 @@ class _Regions:
         """The activation that alone reads ``node``."""
         reader = self.readers[id(node)][0] if self._is_read_once(node) else None
         link = None if reader is None else self.links.get(id(reader))
-        return link if link is not None and link.op is not None and link.op.kind == "act" else None
+        if link is None or link.op is None or link.op.kind != "act" or link.node.grad is not node.grad:
+            return None
+        return link
 
     def _is_exclusive(self, node: Node, reader: Node) -> bool:
         """Whether nobody but ``reader`` reads what ``node`` may share memory with."""
@@ -291,6 +249,32 @@ class _Regions:
                 if any(of in given and first < at < last for of, last, first in read):
                     raise Unsupported(f"its {_name(node)} reads what a piece reads later, and may overwrite it")
 
+    def check_held(self) -> None:
+        """Check that nothing which pieces hold is read or overwritten beside them; raises Unsupported."""
+        fused = {id(node) for stretch in self.stretches.values() for node in stretch.nodes}
+        modules = [child_of(self.block, n.target) for n in self.flow.nodes if id(n) in fused and n.op == "module"]
+        of_pieces = [module for module in modules if module is not None]
+        moved = {id(buffer) for module in of_pieces for buffer in module.buffers()}
+        held = moved | {id(parameter) for module in of_pieces for parameter in module.parameters()}
+        overwritten = self.overwritten()
+        for node in self.flow.nodes:
+            if id(node) in fused:
+                continue
+            for place in (*_held_in(node.args), *_held_in(tuple(node.kwargs.values()))):
+                if id(own(self.block.get_submodule(place.path), place.name)) in moved:
+                    raise Unsupported(f"its forward reads {place.name}, which a piece moves")
+            if node.op == "get":
+                tensor = id(own(self.block.get_submodule(node.target.path), node.target.name))
+                if tensor in moved or tensor in held and node in overwritten:
+                    raise Unsupported(f"its forward reads or changes {node.target.name}, which a piece has")
+
+    def overwritten(self) -> list[Node]:
+        """What is kept that calls which stand by themselves overwrite."""
+        group = self._groups()
+        fused = {id(node) for stretch in self.stretches.values() for node in stretch.nodes}
+        groups = {group(node) for node in self.flow.nodes if node.in_place and id(node) not in fused}
+        return [node for node in self.flow.nodes if node.op == "get" and node.is_map and group(node) in groups]
+
     def _may_overwrite(self, node: Node) -> bool:
         """Whether it is a module of the user's, which may do anything to its maps."""
         if node.op != "module":
@@ -312,8 +296,8 @@ class _Regions:
             parent[group(first)] = group(second)
         fused = {id(node) for stretch in self.stretches.values() for node in stretch.nodes}
         for node in self.flow.nodes:
-            if id(node) not in fused and not is_fresh(self.block, node):
-                for source in node.sources:
+            if id(node) not in fused:
+                for source in shares(self.block, node):
                     parent[group(node)] = group(source)
         return group
 
@@ -322,7 +306,9 @@ class _Regions:
     def actions(self) -> Iterator[Action]:
         """All actions in order; raises Unsupported where a call is in none, or in two."""
         inside = {id(node): stretch for stretch in self.stretches.values() for node in stretch.nodes}
-        overwrites = any(node.in_place for node in self.flow.nodes if id(node) not in inside)
+        group = self._groups()
+        maps = {group(n) for n in self.flow.nodes if n.is_map and n.op != "get" and not shares(self.block, n)}
+        overwrites = any(n.in_place and group(n) in maps for n in self.flow.nodes if id(n) not in inside)
         covered: Counter[int] = Counter()
         for node in self.flow.nodes:
             if node.op == "input":
@@ -340,7 +326,7 @@ class _Regions:
                 ):
                     raise Unsupported("its steps cannot all be told")
                 source = None if stretch.source is None else self.at[id(stretch.source)]
-                yield Fused(stretch.piece, self.at[id(stretch.x)], source, self.at[id(node)])
+                yield Fused(stretch.piece, self.at[id(stretch.x)], source, self.at[id(node)], node.grad)
         if covered != Counter(id(node) for node in self.flow.nodes if node.op != "input"):
             raise Unsupported("its steps cannot all be told")
 
@@ -349,7 +335,18 @@ class _Regions:
         keeps = not overwrites and not node.in_place and self._keeps_layout(node)
         args, kwargs = self.slots(node.args), {name: self.slots(value) for name, value in node.kwargs.items()}
         reads = tuple(dict.fromkeys(self.at[id(source)] for source in node.sources))
-        return Plain(_name(node), self._callable(node), args, kwargs, reads, self.at[id(node)], keeps, measures)
+        call, at = self._callable(node), self.at[id(node)]
+        return Plain(_name(node), call, args, kwargs, reads, at, keeps, measures, node.grad)
+
+    def kept(self) -> tuple[tuple[Getter, type], ...]:
+        """What has to stand under the names that are read anew at every call."""
+        read = [node for node in self.flow.nodes if node.op == "get"]
+        changing = [node for node in read if (node.target.path, node.target.name) in self.flow.stored]
+        return tuple((self.getter(node), node.target.kind) for node in changing)
+
+    def getter(self, node: Node) -> Getter:
+        """What reads what a node stands for."""
+        return Getter(self.block.get_submodule(node.target.path), node.target.name)
 
     def _keeps_layout(self, node: Node) -> bool:
         if node.op == "module":
@@ -359,6 +356,10 @@ class _Regions:
     def _callable(self, node: Node) -> Callable[..., Any]:
         if node.op == "module":
             return self.block.get_submodule(node.target)
+        if node.op == "get":
+            return self.getter(node)
+        if node.op == "set":
+            return Setter(self.block.get_submodule(node.target.path), node.target.name)
         if node.op == "function":
             return node.target
         if node.op == "attribute" and node.target not in harmless.MEASURES:
@@ -402,6 +403,12 @@ def _nodes_in(value: Any) -> list[Node]:
     return [node for item in value for node in _nodes_in(item)] if type(value) in (tuple, list) else []
 
 
+def _held_in(value: Any) -> list[Held]:
+    if isinstance(value, Held):
+        return [value]
+    return [held for item in value for held in _held_in(item)] if type(value) in (tuple, list) else []
+
+
 def _is_projection(piece: Piece) -> bool:
     """Whether a piece can be a shortcut: a convolution and its BatchNorm."""
     return piece.first is None and [op.kind for op in piece.row] == ["conv", "norm"]
@@ -435,9 +442,17 @@ def program(block: nn.Module, flow: Flow) -> Program:
     regions.find_sums()
     regions.check_norms()
     regions.check_memory()
+    regions.check_held()
     output = regions.slots(flow.output)
     kept = [regions.at[id(node)] for node in _nodes_in(flow.output)]
-    made = Program(_without_the_done(tuple(regions.actions()), kept), len(flow.nodes), output)
+    made = Program(
+        _without_the_done(tuple(regions.actions()), kept),
+        len(flow.nodes),
+        output,
+        regions.kept(),
+        tuple(map(regions.getter, regions.overwritten())),
+        flow.asks,
+    )
     units = [(piece, unit) for piece in made.pieces for unit in (*piece.units, *_unit_beside(piece))]
     if not any(norm is not None or piece.first is not None for piece, (_, norm) in units):
         raise Unsupported("no convolution with a BatchNorm before or behind it")

@@ -27,16 +27,18 @@ class Missing:
 
 
 MISSING = Missing()
-_SEVERAL = frozenset({"chunk", "split", "tensor_split", "unbind"})
+#: functions and methods of maps whose result is not one tensor
+_NO_TENSOR = frozenset({"chunk", "split", "tensor_split", "unbind", "item", "list", "tuple"})
 #: what a module of torch's own counts as: what it computes is looked up when it is run
 TORCH_MODULE = "a module of torch.nn"
 
 
 @dataclass(eq=False)
 class Node:
-    """A call on maps. ``op``: input, module (``target`` is its path), function, method or attribute (``target`` is its name); ``args`` and
-    ``kwargs`` hold nodes where the call had maps. ``inside``: whether a module inside the one that is read made it. ``in_place``: whether
-    it overwrites its first argument."""
+    """A call on maps. ``op``: input, module (``target`` is its path), function, method or attribute (``target`` is its name), get or set
+    (``target`` is a :class:`Kept`: what stands there is read, or becomes the argument); ``args`` and ``kwargs`` hold nodes where the call
+    had maps. ``inside``: whether a module inside the one that is read made it. ``in_place``: whether it overwrites its first argument.
+    ``grad``: whether it is made with gradients recorded or without, None as the forward is called."""
 
     op: str
     target: Any
@@ -44,20 +46,23 @@ class Node:
     kwargs: dict[str, Any] = field(default_factory=dict)
     inside: bool = False
     in_place: bool = False
+    grad: bool | None = None
 
     @property
     def is_map(self) -> bool:
         """Whether it is made of a map's values, and not of its shape or dtype alone."""
         if self.op == "function":
             return any(source.is_map for source in self.sources)
-        return self.op != "attribute"
+        if self.op == "get":
+            return self.target.kind is Tensor
+        return self.op not in ("attribute", "set")
 
     @property
     def is_tensor(self) -> bool:
         """Whether it is known to be one tensor: not what a module of the user's may return, nor several."""
         if self.op == "function" or self.op == "method":
-            return self.is_map and getattr(self.target, "__name__", self.target) not in _SEVERAL
-        return self.op == "input"
+            return self.is_map and getattr(self.target, "__name__", self.target) not in _NO_TENSOR
+        return self.op == "input" or self.op == "get" and self.is_map
 
     @property
     def sources(self) -> list[Node]:
@@ -79,6 +84,16 @@ class Held:
 
     path: str
     name: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the module at ``path`` keeps something under ``name``, whatever that is when a forward comes to it; of what is read there
+    ``kind`` is the type, Tensor for all tensors."""
+
+    path: str
+    name: str
+    kind: type | None = None
 
 
 class Traced:
@@ -140,7 +155,8 @@ def _counts_as(value: Any) -> Any:
     if isinstance(value, nn.Module):
         cls = class_of(value)
         return TORCH_MODULE if cls.__module__.startswith("torch.nn.modules") else cls
-    return Tensor if isinstance(value, Tensor) else value
+    # of a list and of a dict, which are read when a forward comes to them, it is the type alone
+    return Tensor if isinstance(value, Tensor) else type(value) if type(value) in (list, dict) else value
 
 
 def children_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -249,6 +265,11 @@ class Reads:
     def names(self) -> set[str]:
         """The names of what was read of modules."""
         return {name for _, name in self._own}
+
+    @property
+    def attributes(self) -> set[tuple[str, str]]:
+        """The paths of modules, each with the name of something that was read of it."""
+        return set(self._own)
 
     def mode(self, path: str, training: bool) -> None:
         """Note that the mode of the module at ``path`` was taken to be ``training``."""

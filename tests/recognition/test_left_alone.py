@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from beside import BESIDE
 from followed import Block, C, OfAClass, assert_equal, converted, draw, twins
 from torch import Tensor, nn
 
@@ -33,59 +34,105 @@ TABLE = {"scale": 1.0}
 LOG: list[int] = []
 
 
-class StoresAMap(Block):
+class BranchesOnItsCount(Block):
     def forward(self, x: Tensor) -> Tensor:
-        out = self.body(x)
-        self.features = out
+        self.calls += 1
+        return F.relu(self.body(x) + x) if self.calls % 2 else x
+
+
+class GoesThroughWhatItKeeps(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        for scale in self.kept:
+            x = x * scale
+        return F.relu(self.body(x) + x)
+
+
+class AddsToAListInPlace(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept += [x.mean()]
+        return F.relu(self.body(x) + x)
+
+
+class ReadsBeforeItSets(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x) + (self.last if hasattr(self, "last") else 0)
+        self.last = out.detach().mean()
         return F.relu(out + x)
 
 
-class Counts(Block):
+class SetsItsConvolution(Block):
     def forward(self, x: Tensor) -> Tensor:
+        self.conv1.stride = (1, 1)
+        return F.relu(self.body(x) + x)
+
+
+class SetsItsMode(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.training = self.training
+        return F.relu(self.body(x) + x)
+
+
+class SetsAProperty(Block):
+    @property
+    def seen(self) -> Tensor | None:
+        return None
+
+    @seen.setter
+    def seen(self, value: Tensor) -> None:
         self.calls += 1
-        return F.relu(self.body(x) + x)
 
-
-class Appends(Block):
     def forward(self, x: Tensor) -> Tensor:
-        self.kept.append(x.shape)
+        self.seen = x
         return F.relu(self.body(x) + x)
+
+
+class SetsByItself(Block):
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.shape
+        return F.relu(self.body(x) + x)
+
+
+class SetsAModule(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn2 = self.bn2
+        return F.relu(self.body(x) + x)
+
+
+class SetsPastTheClass(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        object.__setattr__(self, "seen", x.shape)
+        return F.relu(self.body(x) + x)
+
+
+class AppendsToAListItKeeps(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        self.maps = maps
+        maps.append(self.body(x))
+        return F.relu(self.maps[-1] + x)
+
+
+class KeepsAListTwice(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x]
+        self.maps, self.same = maps, maps
+        return F.relu(self.body(x) + x)
+
+
+class UnderInference(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            out = self.body(x)
+        return F.relu(out.clone() + x)
 
 
 class AppendsToAGlobal(Block):
     def forward(self, x: Tensor) -> Tensor:
         LOG.append(1)
         return F.relu(self.body(x) + x)
-
-
-class UpdatesABuffer(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.body(x)
-        with torch.no_grad():
-            self.average.mul_(0.9).add_(out.mean((0, 2, 3)), alpha=0.1)
-        return F.relu(out + x)
-
-
-class UpdatesABufferOutside(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        self.average.add_(1)
-        return F.relu(self.body(x) + x)
-
-
-class WithoutGradient(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + x)
-
-
-class Decorated(Block):
-    @torch.no_grad()
-    def frozen(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn1(self.conv1(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(self.frozen(x))) + x)
 
 
 class UnderAutocast(Block):
@@ -108,22 +155,9 @@ class DrawsFromPython(Block):
         return F.relu(self.body(x) + x)
 
 
-class AsksForGradients(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.body(x)
-        if torch.is_grad_enabled():
-            out = out * 2
-        return F.relu(out + x)
-
-
 class AsksForTheMapsGradient(Block):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + x) if x.requires_grad else x
-
-
-class ReadsADict(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) * self.table["scale"] + x)
 
 
 class ReadsAGlobalDict(Block):
@@ -181,11 +215,13 @@ class OverwritesItsInput(Block):
 
 
 HIDDEN: dict[type[Block], str] = {
-    StoresAMap: "stores self.features", Counts: "stores self.calls", Appends: "reads kept", AppendsToAGlobal: "reads LOG",
-    UpdatesABuffer: "with torch.no_grad()", UpdatesABufferOutside: ".add_ of a", WithoutGradient: "with torch.no_grad()",
-    Decorated: "Decorated.frozen", UnderAutocast: "torch.autocast", DrawsFromTorch: "calls rand",
-    DrawsFromPython: "random", AsksForGradients: "is_grad_enabled", AsksForTheMapsGradient: ".requires_grad",
-    ReadsADict: "reads table", ReadsAGlobalDict: "reads TABLE", ReadsANamespace: "reads config", Prints: "print",
+    BranchesOnItsCount: "branches on", GoesThroughWhatItKeeps: "goes through", AddsToAListInPlace: "changes a list in place",
+    ReadsBeforeItSets: "before it is set", SetsItsConvolution: "of a module of torch's", SetsItsMode: "stores self.training",
+    SetsAProperty: "a property", SetsByItself: "sets its attributes by itself", SetsAModule: "a parameter or a module",
+    SetsPastTheClass: "object", AppendsToAListItKeeps: "changes a list that it is given", KeepsAListTwice: "keeps already",
+    UnderInference: "torch.inference_mode()",
+    AppendsToAGlobal: "reads LOG", UnderAutocast: "torch.autocast", DrawsFromTorch: "calls rand", DrawsFromPython: "random",
+    AsksForTheMapsGradient: ".requires_grad", ReadsAGlobalDict: "reads TABLE", ReadsANamespace: "reads config", Prints: "print",
     Catches: "try", Imports: "import math", LooksUp: "looks its attributes up", Registers: "requires_grad",
 }  # fmt: skip
 
@@ -250,7 +286,7 @@ def contents(model: nn.Module) -> list[object]:
     return found
 
 
-@pytest.mark.parametrize("kind", [*HIDDEN, Block, OfAClass], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*HIDDEN, *BESIDE, Block, OfAClass], ids=lambda kind: kind.__name__)
 def test_converting_runs_nothing_and_changes_classes_alone(kind):
     block = kind()
     before, tensors = contents(block), {name: t.clone() for name, t in block.state_dict().items()}

@@ -83,6 +83,28 @@ SYMMETRIC = ("add", "torch", "maximum", "mul", "sum", "stack", "mean", "cat", "a
 #: statements of __init__ and of forward, behind y
 EFFECTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "store": ((), ("self.feat = {y}",)),
+    "store_detached": ((), ("self.feat = {y}.detach()",)),
+    "store_several": ((), ("self.feats = ({y}, {x}, [{y}.mean(), 0.5])",)),
+    "store_list": ((), ("self.maps = [{x}]", "self.maps.append({y})")),
+    "store_again": ((), ("self.feat = {y}", "{y} = {y} * 0.5", "self.feat = {y} + self.feat")),
+    "store_inside": ((), ("with torch.no_grad():", "    self.feat = {y} * 2.0", "{y} = {y} + self.feat")),
+    "overwrite_stored": ((), ("self.feat = {y}", "{y} = F.relu({y}, inplace=True)")),
+    "append_map": (("self.maps = []",), ("self.maps.append({y})",)),
+    "item": (("self.cache = {{}}",), ("self.cache['y'] = {y}", "self.cache['x'] = {x}.mean()")),
+    "previous": (
+        ("self.last = torch.zeros(())",),
+        ("{y} = {y} + self.last.to({y}.dtype)", "self.last = {y}.detach().mean()"),
+    ),
+    "count_tensor": (
+        ("self.register_buffer('steps', torch.zeros(()))",),
+        ("self.steps += 1", "{y} = {y} * (1 + 0.1 * self.steps)"),
+    ),
+    "count_used": (("self.calls = 0",), ("self.calls = self.calls + 1", "{y} = {y} * (0.5 ** self.calls)")),
+    "mean_no_grad": ((), ("with torch.no_grad():", "    m = {y}.mean((2, 3), keepdim=True)", "{y} = {y} - m")),
+    "set_grad": (
+        (),
+        ("with torch.set_grad_enabled(self.training):", "    m = {y}.mean((2, 3), keepdim=True)", "{y} = {y} - m"),
+    ),
     "append": (("self.log = []",), ("self.log.append({y}.detach().mean().item())",)),
     "count": (("self.calls = 0",), ("self.calls += 1",)),
     "count_global": ((), ("COUNTS['calls'] = COUNTS.get('calls', 0) + 1",)),
@@ -90,6 +112,14 @@ EFFECTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "buffer": (
         ("self.register_buffer('ema', torch.zeros(()))",),
         ("with torch.no_grad():", "    self.ema.mul_(0.9).add_({y}.mean(), alpha=0.1)"),
+    ),
+    "buffer_in_place": (
+        ("self.register_buffer('ema', torch.zeros(()))",),
+        ("self.ema.mul_(0.9).add_({y}.detach().mean(), alpha=0.1)",),
+    ),
+    "buffer_used": (
+        ("self.register_buffer('ema', torch.zeros(()))",),
+        ("with torch.no_grad():", "    self.ema.mul_(0.9).add_({y}.mean(), alpha=0.1)", "{y} = {y} - self.ema"),
     ),
     "buffer_new": (
         ("self.register_buffer('ema', torch.zeros(()))",),
@@ -142,6 +172,8 @@ EFFECTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 CONTEXTS = {
     "no_grad": "with torch.no_grad():",
     "enable_grad": "with torch.enable_grad():",
+    "set_grad": "with torch.set_grad_enabled(not self.training):",
+    "grad_in_no_grad": "with torch.no_grad(), torch.enable_grad():",
     "autocast": "with torch.autocast('cpu', dtype=torch.bfloat16):",
     "no_autocast": "with torch.autocast('cpu', enabled=False):",
     "profile": "with torch.profiler.record_function('unit'):",
@@ -151,6 +183,7 @@ CONTEXTS = {
 METHODS = {
     "method": ("", "self.{name}({y})"),
     "method_no_grad": ("@torch.no_grad()", "self.{name}({y})"),
+    "method_enable_grad": ("@torch.enable_grad()", "self.{name}({y})"),
     "method_autocast": ("@torch.autocast('cpu', dtype=torch.bfloat16)", "self.{name}({y})"),
     "checkpoint": ("", "checkpoint(self.{name}, {y}, use_reentrant=False)"),
 }

@@ -51,6 +51,7 @@ class Record:
     """What a step left."""
 
     outputs: list[Tensor] = field(default_factory=list)
+    needs: list[bool] = field(default_factory=list)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     given: Tensor | None = None
@@ -89,6 +90,7 @@ def state(model: nn.Module) -> dict[str, Any]:
         for name, value in module.__dict__.items():
             if name not in _INTERNAL and not name.startswith("_fusedres"):
                 found[f"{path}.{name}"] = _copied(value)
+                found[f"{path}.{name} as a tensor"] = [(t.requires_grad, contiguity(t)) for t in tensors(value)]
         for name, buffer in module._buffers.items():
             found[f"{path}.{name}"] = None if buffer is None else buffer.detach().clone()
         found[f"{path}.training"] = module.training
@@ -164,6 +166,7 @@ def run_step(model: nn.Module, case: Case, step: Step, number: int, channels: in
         assert isinstance(loss, Tensor)
         if loss.requires_grad:
             loss.backward()
+    record.needs = [y.requires_grad for y in record.outputs]
     record.outputs = [y.detach() for y in record.outputs]
     record.gradients = {"input": leaf.grad, **{name: p.grad for name, p in model.named_parameters()}}
     record.gradients = {name: None if g is None else g.detach().clone() for name, g in record.gradients.items()}
@@ -219,9 +222,16 @@ def compare_values(where: str, value: Any, expected: Any, tolerance: float) -> I
     """In what an attribute differs."""
     if isinstance(value, Tensor) and isinstance(expected, Tensor):
         yield from compare_tensors("attribute", where, value, expected, 1.0, tolerance)
-    elif isinstance(value, list | tuple) and isinstance(expected, list | tuple) and len(value) == len(expected):
-        for i, pair in enumerate(zip(value, expected, strict=True)):
+    elif isinstance(value, list | tuple) and type(value) is type(expected):
+        if len(value) != len(expected):
+            yield Difference("attribute", where, f"{len(value)} items, eager has {len(expected)}")
+        for i, pair in enumerate(zip(value, expected, strict=False)):
             yield from compare_values(f"{where}[{i}]", *pair, tolerance)
+    elif isinstance(value, dict) and isinstance(expected, dict):
+        if value.keys() != expected.keys():
+            yield Difference("attribute", where, f"items {[*value]}, eager has {[*expected]}")
+        for key in value.keys() & expected.keys():
+            yield from compare_values(f"{where}[{key!r}]", value[key], expected[key], tolerance)
     elif isinstance(value, float) and isinstance(expected, float):
         if not abs(value - expected) <= tolerance * max(1.0, abs(expected)) and value is not expected:
             yield Difference("attribute", where, f"{value}, eager has {expected}")
@@ -250,6 +260,8 @@ def compare_forms(ours: Record, eager: Record) -> Iterator[Difference]:
     for i, (y, expected) in enumerate(zip(ours.outputs, eager.outputs, strict=True)):
         if y.shape == expected.shape and contiguity(y) != contiguity(expected):
             yield Difference("layout", f"output {i}", f"strides {y.stride()}, eager has {expected.stride()}")
+    if ours.needs != eager.needs:
+        yield Difference("output", "requires_grad", f"{ours.needs}, eager has {eager.needs}")
     for name, pair in {"torch": 0, "random": 1, "numpy": 2}.items():
         if ours.generators[pair] != eager.generators[pair]:
             yield Difference("generator", name, "its state after the step")
