@@ -226,7 +226,7 @@ def interval(shares: Sequence[float], level: float) -> tuple[int, int]:
 def plot(result: Result) -> Figure:
     """Single lesions, several, swaps, and the two distributions over the length of paths."""
     figure, (single, several, swapped, by_length) = drawing.panels(
-        "A residual network survives the loss of most blocks; a plain one of none",
+        "Most blocks of a residual network can be cut out, one at a time; none of a plain one",
         "Test error of trained networks after parts were cut out, without any retraining. Peaks: blocks that halve the map. Right: the "
         "paths of the residual network",
         4,
