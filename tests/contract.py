@@ -285,6 +285,12 @@ LARGER = {
     "without padding": _conv(2, 32, 17, 18, 32, 3),
     "wide padding": _conv(2, 32, 15, 12, 32, 3, 1, 2),
     "wide rows": _conv(1, 32, 6, 120, 32, 3, 1, 1),
+    # groups that are wide enough for kernels, each a slice
+    "groups, 1x1": _conv(2, 16, 7, 6, 24, 1, groups=4),
+    "groups, 1x1 strided": _conv(2, 24, 7, 6, 48, 1, 2, groups=3),
+    "groups of a register": _conv(2, 48, 9, 8, 48, 3, 1, 1, groups=3),
+    "groups that narrow, strided": _conv(1, 64, 9, 10, 16, 3, 2, 1, groups=2),
+    "groups worth Winograd's algorithm": _conv(2, 64, 20, 20, 64, 3, 1, 1, groups=2),
     "a phase of a strided 5x5's input gradient": _conv(2, 32, 24, 25, 32, 5, 2, 2),
     # so few pixels that a channels_last weight is read as it lies
     "few pixels, 3x3": _conv(2, 64, 4, 3, 96, 3, 1, 1, deep=True),
@@ -295,6 +301,7 @@ LARGER = {
     "few pixels, 3x3 dilated": _conv(1, 32, 6, 5, 16, 3, 1, 2, 2, deep=True),
     "few pixels, most of them outside": _conv(2, 32, 1, 1, 16, (5, 3), 1, (2, 1), deep=True),
     "few outputs of many pixels": _conv(1, 32, 12, 11, 32, 3, 3, deep=True),
+    "few pixels, groups": _conv(2, 64, 4, 3, 64, 3, 1, 1, groups=2, deep=True),
     "pixels that only the gradients call few": _conv(1, 32, 7, 7, 48, 3, 1, 1, deep=True),
     # and one as it is allocated, with unfolded pixels
     "few pixels, unfolded": _conv(2, 64, 4, 3, 96, 3, 1, 1),

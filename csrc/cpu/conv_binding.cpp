@@ -100,16 +100,32 @@ void with_type(const Tensor& map, F&& body) {
   body(float{});
 }
 
-// `geometry` holds stride, padding and dilation, two each.
-Geometry2d geometry_of(const Tensor& in, const Tensor& out, const Tensor& weight, const std::vector<int64_t>& v) {
-  STD_TORCH_CHECK(v.size() == 6, "geometry must hold stride, padding and dilation, two numbers each");
-  const Geometry2d g{in.size(0),  in.size(2),  in.size(3),     in.size(1),     out.size(2),
-                     out.size(3), out.size(1), weight.size(2), weight.size(3), v[0],
-                     v[1],        v[2],        v[3],           v[4],           v[5]};
+// A convolution in `count` groups: each is a convolution of its own, of slices of the maps. `g` is that of one group.
+struct Groups {
+  int64_t count;
+  Geometry2d g;
+
+  // body(the first channel of a group's input, that of its output).
+  template <class F>
+  void each(F&& body) const {
+    for (int64_t i = 0; i < count; ++i) body(i * g.in_c, i * g.out_c);
+  }
+};
+
+// `geometry` holds stride, padding and dilation, two each, and the number of groups where there are several.
+Groups groups_of(const Tensor& in, const Tensor& out, const Tensor& weight, const std::vector<int64_t>& v) {
+  STD_TORCH_CHECK(v.size() == 6 || (v.size() == 7 && v[6] > 0),
+                  "geometry must hold stride, padding and dilation, two numbers each, and at most the number of groups");
+  const int64_t count = v.size() == 6 ? 1 : v[6];
+  STD_TORCH_CHECK(in.size(1) % count == 0 && out.size(1) % count == 0, "maps of ", in.size(1), " and ", out.size(1),
+                  " channels do not fall into ", count, " groups");
+  const Geometry2d g{in.size(0),  in.size(2),          in.size(3),     in.size(1) / count, out.size(2),
+                     out.size(3), out.size(1) / count, weight.size(2), weight.size(3),     v[0],
+                     v[1],        v[2],                v[3],           v[4],               v[5]};
   const auto size = [](int64_t n, int64_t k, int64_t s, int64_t p, int64_t d) {
     return (n + 2 * p - d * (k - 1) - 1) / s + 1;
   };
-  STD_TORCH_CHECK(weight.size(0) == g.out_c && weight.size(1) == g.in_c && out.size(0) == g.batch &&
+  STD_TORCH_CHECK(weight.size(0) == out.size(1) && weight.size(1) == g.in_c && out.size(0) == g.batch &&
                       g.out_h == size(g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h) &&
                       g.out_w == size(g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
                   "input, weight and output do not belong to one convolution");
@@ -118,7 +134,29 @@ Geometry2d geometry_of(const Tensor& in, const Tensor& out, const Tensor& weight
                     g.in_c, " and ", g.out_c);
   STD_TORCH_CHECK(g.kernel_h <= 16 && g.kernel_w <= 16 && g.stride_h * g.stride_w <= 16,
                   "kernel or stride beyond the native kernels");
-  return g;
+  return {count, g};
+}
+
+// What begins so many channels on; null stays null.
+template <class T>
+T* from(T* row, int64_t channels) {
+  return row == nullptr ? nullptr : row + channels;
+}
+
+template <class Value>
+MapOf<Value> from(const MapOf<Value>& map, int64_t channels) {
+  return {from(map.data, channels), map.stride};
+}
+
+template <class Value>
+SourceOf<Value> from(const SourceOf<Value>& s, int64_t channels) {
+  return {from(s.map, channels),   from(s.second, channels), from(s.scale, channels),
+          from(s.shift, channels), from(s.q, channels),      s.act};
+}
+
+template <class Value>
+WeightOf<Value> from(const WeightOf<Value>& w, int64_t channels) {
+  return {w.data + channels * w.so, w.so, w.si, w.sh, w.sw};
 }
 
 void conv_forward(const Tensor& x, const OptionalTensor& scale_shift, int64_t act, double slope, const Tensor& weight,
@@ -128,24 +166,40 @@ void conv_forward(const Tensor& x, const OptionalTensor& scale_shift, int64_t ac
   with_type(x, [&](auto type) {
     using Value = decltype(type);
     ForwardArgsOf<Value> a{};
-    a.g = geometry_of(x, out, weight, geometry);
+    const Groups groups = groups_of(x, out, weight, geometry);
+    const int64_t channels = out.size(1);
+    a.g = groups.g;
     a.x = lazy_map<Value>(x, scale_shift, activation_of(act, slope));
     a.weight = weight_of<Value>(weight);
     a.out = conv_map_of<Value>(out, "out");
     if (bias.has_value()) {
-      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.g.out_c && (a.g.out_c <= 1 || bias->stride(0) == 1),
-                      "bias must hold ", a.g.out_c, " channels side by side");
+      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels && (channels <= 1 || bias->stride(0) == 1),
+                      "bias must hold ", channels, " channels side by side");
       a.bias = data<Value>(*bias, "bias");
     }
-    a.mean = row_or_null(stats, 2, 0, a.g.out_c, "stats");
-    a.m2 = row_or_null(stats, 2, 1, a.g.out_c, "stats");
-    a.out_scale = row_or_null(out_scale_shift, 2, 0, a.g.out_c, "out_scale_shift");
-    a.out_shift = row_or_null(out_scale_shift, 2, 1, a.g.out_c, "out_scale_shift");
+    a.mean = row_or_null(stats, 2, 0, channels, "stats");
+    a.m2 = row_or_null(stats, 2, 1, channels, "stats");
+    a.out_scale = row_or_null(out_scale_shift, 2, 0, channels, "out_scale_shift");
+    a.out_shift = row_or_null(out_scale_shift, 2, 1, channels, "out_scale_shift");
     a.residual = map_or_null<Value>(residual, out, "residual");
-    a.residual_scale = row_or_null(residual_scale_shift, 2, 0, a.g.out_c, "residual_scale_shift");
-    a.residual_shift = row_or_null(residual_scale_shift, 2, 1, a.g.out_c, "residual_scale_shift");
+    a.residual_scale = row_or_null(residual_scale_shift, 2, 0, channels, "residual_scale_shift");
+    a.residual_shift = row_or_null(residual_scale_shift, 2, 1, channels, "residual_scale_shift");
     a.out_act = activation_of(out_act, out_slope);
-    kernels<Value>().forward(a, parallel);
+    groups.each([&](int64_t in, int64_t to) {
+      ForwardArgsOf<Value> of = a;
+      of.x = from(a.x, in);
+      of.weight = from(a.weight, to);
+      of.out = from(a.out, to);
+      of.bias = from(a.bias, to);
+      of.mean = from(a.mean, to);
+      of.m2 = from(a.m2, to);
+      of.out_scale = from(a.out_scale, to);
+      of.out_shift = from(a.out_shift, to);
+      of.residual = from(a.residual, to);
+      of.residual_scale = from(a.residual_scale, to);
+      of.residual_shift = from(a.residual_shift, to);
+      kernels<Value>().forward(of, parallel);
+    });
   });
 }
 
@@ -156,25 +210,41 @@ void conv_dgrad(const Tensor& grad, const OptionalTensor& raw, const OptionalTen
   with_type(grad, [&](auto type) {
     using Value = decltype(type);
     DgradArgsOf<Value> a{};
-    a.g = geometry_of(dx, grad, weight, geometry);
+    const Groups groups = groups_of(dx, grad, weight, geometry);
+    const int64_t channels = dx.size(1);
+    a.g = groups.g;
     a.grad = lazy_grad<Value>(grad, raw, coeff);
     a.weight = weight_of<Value>(weight);
     a.dx = conv_map_of<Value>(dx, "dx");
     a.x = map_or_null<Value>(x, dx, "x");
-    a.scale = row_or_null(scale_shift, 2, 0, a.g.in_c, "scale_shift");
-    a.shift = row_or_null(scale_shift, 2, 1, a.g.in_c, "scale_shift");
+    a.scale = row_or_null(scale_shift, 2, 0, channels, "scale_shift");
+    a.shift = row_or_null(scale_shift, 2, 1, channels, "scale_shift");
     a.act = activation_of(act, slope);
     if (sums.has_value()) {
       STD_TORCH_CHECK(x.has_value() && mean_invstd.has_value(), "sums need x and mean_invstd");
-      a.mean = row_or_null(mean_invstd, 2, 0, a.g.in_c, "mean_invstd");
-      a.invstd = row_or_null(mean_invstd, 2, 1, a.g.in_c, "mean_invstd");
-      a.sum_dz = row_or_null(sums, 2, 0, a.g.in_c, "sums");
-      a.sum_dz_xhat = row_or_null(sums, 2, 1, a.g.in_c, "sums");
+      a.mean = row_or_null(mean_invstd, 2, 0, channels, "mean_invstd");
+      a.invstd = row_or_null(mean_invstd, 2, 1, channels, "mean_invstd");
+      a.sum_dz = row_or_null(sums, 2, 0, channels, "sums");
+      a.sum_dz_xhat = row_or_null(sums, 2, 1, channels, "sums");
     }
     a.base = map_or_null<Value>(base, dx, "base");
     a.accumulate = accumulate;
     a.scaled = scaled;
-    kernels<Value>().dgrad(a, parallel);
+    groups.each([&](int64_t to, int64_t out) {
+      DgradArgsOf<Value> of = a;
+      of.grad = from(a.grad, out);
+      of.weight = from(a.weight, out);
+      of.dx = from(a.dx, to);
+      of.x = from(a.x, to);
+      of.scale = from(a.scale, to);
+      of.shift = from(a.shift, to);
+      of.mean = from(a.mean, to);
+      of.invstd = from(a.invstd, to);
+      of.sum_dz = from(a.sum_dz, to);
+      of.sum_dz_xhat = from(a.sum_dz_xhat, to);
+      of.base = from(a.base, to);
+      kernels<Value>().dgrad(of, parallel);
+    });
   });
 }
 
@@ -184,11 +254,18 @@ void conv_wgrad(const Tensor& grad, const OptionalTensor& raw, const OptionalTen
   with_type(grad, [&](auto type) {
     using Value = decltype(type);
     WgradArgsOf<Value> a{};
-    a.g = geometry_of(x, grad, dweight, geometry);
+    const Groups groups = groups_of(x, grad, dweight, geometry);
+    a.g = groups.g;
     a.grad = lazy_grad<Value>(grad, raw, coeff);
     a.x = lazy_map<Value>(x, scale_shift, activation_of(act, slope));
     a.dweight = weight_of<Value>(dweight);
-    kernels<Value>().wgrad(a, parallel);
+    groups.each([&](int64_t in, int64_t out) {
+      WgradArgsOf<Value> of = a;
+      of.grad = from(a.grad, out);
+      of.x = from(a.x, in);
+      of.dweight = from(a.dweight, out);
+      kernels<Value>().wgrad(of, parallel);
+    });
   });
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedres.backends import cpp, eager
 from fusedres.operands import FRESH, Epilogue, GradTarget, LazyMap
-from fusedres.specs import Pool
+from fusedres.specs import Geometry, Pool
 from fusedres.testing import assert_parity
 
 pytestmark = pytest.mark.skipif(cpp.cpu_capability() is None, reason="the C++ extension is not built")
@@ -102,18 +102,45 @@ def routes(case: Convolution, dtype: torch.dtype) -> set[str]:
     return {*forward.values(), *backward.values()}
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS.cases.values(), ids=CONVOLUTIONS.cases)
-def test_float32_convolutions_without_groups_are_its_own(case):
-    assert routes(case, torch.float32) == {"fused" if case.geometry.groups == 1 else "library"}
+#: groups too narrow to fill a vector
+NARROW = ("groups", "depthwise", "depthwise multiplier")
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS.cases)
+def test_float32_convolutions_but_for_narrow_groups_are_its_own(name):
+    case = CONVOLUTIONS.cases[name]
+    assert routes(case, torch.float32) == {"library" if name in NARROW else "fused"}
     assert routes(case, torch.float64) == routes(case, torch.float16) == {"library"}
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("case", CONVOLUTIONS.cases.values(), ids=CONVOLUTIONS.cases)
-def test_bfloat16_convolutions_of_even_channels_are_its_own(case):
+@pytest.mark.parametrize("name", CONVOLUTIONS.cases)
+def test_bfloat16_convolutions_of_even_channels_are_its_own(name):
     """It is multiplied in pairs of channels."""
-    even = case.shape[1] % 2 == case.outputs % 2 == 0
-    assert routes(case, torch.bfloat16) == {"fused" if even and case.geometry.groups == 1 else "library"}
+    case, groups = CONVOLUTIONS.cases[name], CONVOLUTIONS.cases[name].geometry.groups
+    even = case.shape[1] // groups % 2 == case.outputs // groups % 2 == 0
+    assert routes(case, torch.bfloat16) == {"fused" if even and name not in NARROW else "library"}
+
+
+@pytest.mark.parametrize(
+    ("read", "written", "taps", "own"),
+    [(4, 2, 1, True), (2, 8, 1, False), (16, 16, 9, True), (32, 8, 9, True), (8, 8, 9, False), (1, 1, 9, False)],
+)
+def test_groups_are_its_own_where_they_fill_a_vector_or_would_be_copied_out(read, written, taps, own):
+    kernel = 1 if taps == 1 else 3
+    weight = torch.Size((4 * written, read, kernel, kernel))
+    geometry = Geometry((1, 1), (0, 0), (1, 1), 4)
+    found = cpp._own_conv(torch.Size((1, 4 * read, 8, 8)), weight, torch.float32, geometry)
+    assert (found is not None) == own
+
+
+def test_a_weight_of_another_number_of_groups_is_refused_by_the_operator():
+    draw = Draw(torch.float32)
+    x, weight, out = draw.map(2, 8, 4, 4), draw.weight(8, 4, 1, 1), draw.hole(2, 8, 4, 4)
+    with pytest.raises(RuntimeError, match="do not belong to one convolution"):
+        torch.ops.fusedres_cpp.conv_forward(
+            x, None, 0, 0.0, weight, None, [1, 1, 0, 0, 1, 1], out, None, None, None, None, 0, 0.0
+        )
 
 
 @needs_bfloat16
