@@ -114,14 +114,27 @@ struct Groups {
 
 // `geometry` holds stride, padding and dilation, two each, and the number of groups where there are several.
 Groups groups_of(const Tensor& in, const Tensor& out, const Tensor& weight, const std::vector<int64_t>& v) {
-  STD_TORCH_CHECK(v.size() == 6 || (v.size() == 7 && v[6] > 0),
-                  "geometry must hold stride, padding and dilation, two numbers each, and at most the number of groups");
+  STD_TORCH_CHECK(
+      v.size() == 6 || (v.size() == 7 && v[6] > 0),
+      "geometry must hold stride, padding and dilation, two numbers each, and at most the number of groups");
   const int64_t count = v.size() == 6 ? 1 : v[6];
   STD_TORCH_CHECK(in.size(1) % count == 0 && out.size(1) % count == 0, "maps of ", in.size(1), " and ", out.size(1),
                   " channels do not fall into ", count, " groups");
-  const Geometry2d g{in.size(0),  in.size(2),          in.size(3),     in.size(1) / count, out.size(2),
-                     out.size(3), out.size(1) / count, weight.size(2), weight.size(3),     v[0],
-                     v[1],        v[2],                v[3],           v[4],               v[5]};
+  const Geometry2d g{in.size(0),
+                     in.size(2),
+                     in.size(3),
+                     in.size(1) / count,
+                     out.size(2),
+                     out.size(3),
+                     out.size(1) / count,
+                     weight.size(2),
+                     weight.size(3),
+                     v[0],
+                     v[1],
+                     v[2],
+                     v[3],
+                     v[4],
+                     v[5]};
   const auto size = [](int64_t n, int64_t k, int64_t s, int64_t p, int64_t d) {
     return (n + 2 * p - d * (k - 1) - 1) / s + 1;
   };
