@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations
-from ..backends.contract import Backend
+from ..backends.contract import Backend, accum_dtype
 from ..backends.layout import as_map, channel_empty, empty_map
 from ..checks import check_map, check_norm, check_unit
 from ..errors import Unsupported
@@ -263,7 +263,7 @@ class Residual(BlockSpec):
         """By running statistics: each convolution with its BatchNorm, activation and addition in one epilogue."""
         h, root = normalize(backend, self.first, x, None), x if source is None else source
         residual: LazyMap | None = None
-        shortcut = self.shortcut
+        shortcut, dtype, n = self.shortcut, accum_dtype(x.dtype), len(self.units)
         if shortcut is not None:
             residual = shortcut.read(backend, h if shortcut.activated else LazyMap(root))
             if shortcut.unit is not None:
@@ -271,14 +271,15 @@ class Residual(BlockSpec):
                 raw = backend.conv_forward(residual, conv.weight, conv.bias, conv.geometry)
                 residual = normalize(backend, shortcut.unit.norm, raw, None)
         for i, unit in enumerate(self.units, 1):
-            conv = unit.conv
-            is_last = i == len(self.units) and not self.gated
+            conv, norm = unit.conv, unit.norm
+            is_last = i == n and not self.gated
             adds = residual if is_last else None
             epilogue = Epilogue(
-                out=out if is_last and self.pool is None else None,
-                scale_shift=normalize(backend, unit.norm, h.raw, None).scale_shift,
-                residual=adds,
-                act=self.act_behind(i) if adds is None else self.act,
+                out if is_last and self.pool is None else None,
+                None,
+                None if norm is None else backend.bn_frozen(norm, dtype)[0],
+                adds,
+                self.act_behind(i) if adds is None else self.act,
             )
             h = LazyMap(backend.conv_forward(h, conv.weight, conv.bias, conv.geometry, epilogue))
         if self.gated and residual is not None:

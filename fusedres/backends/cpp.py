@@ -298,8 +298,8 @@ class CppBackend(Backend):
     def bn_coefficients(self, norm: Norm, stats: Reduction, count: int) -> tuple[Tensor, Tensor]:
         assert isinstance(stats, Tensor)  # what new_reduction gives here
         # fresh: stats may be columns of a wider tensor
-        scale_shift = torch.empty(stats.shape, dtype=stats.dtype)
-        mean_invstd = torch.empty_like(scale_shift)
+        shape, dtype = stats.shape, stats.dtype
+        scale_shift, mean_invstd = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
         mean, variance = norm.running_mean, norm.running_var
         _bn_coefficients(
             stats, count, norm.weight, norm.bias, mean, variance, norm.momentum, norm.eps, scale_shift, mean_invstd
@@ -309,8 +309,9 @@ class CppBackend(Backend):
     def bn_frozen(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if norm.running_mean is None or norm.running_var is None:
             raise ValueError("a BatchNorm without running statistics is no frozen one")
-        scale_shift = torch.empty((2, norm.running_mean.numel()), dtype=accum_dtype(dtype))
-        mean_invstd = torch.empty_like(scale_shift)
+        shape, accumulated = norm.running_mean.shape, accum_dtype(dtype)
+        scale_shift = torch.empty((2, *shape), dtype=accumulated)
+        mean_invstd = torch.empty((2, *shape), dtype=accumulated)
         _bn_frozen(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, scale_shift, mean_invstd)
         return scale_shift, mean_invstd
 
@@ -318,6 +319,14 @@ class CppBackend(Backend):
         self, norm: Norm, sums: Reduction, count: int, mean_invstd: Tensor, coeff: Tensor, accumulate: bool = False
     ) -> None:
         _bn_backward(sums, count, norm.weight, mean_invstd, norm.training, coeff, accumulate)
+
+    def new_reduction(self, channels: int, like: Tensor) -> Reduction:
+        return torch.empty((2, channels), dtype=accum_dtype(like.dtype))
+
+    def parameter_grad(self, sums: Reduction, row: int, dtype: torch.dtype) -> Tensor:
+        assert isinstance(sums, Tensor)  # what new_reduction gives here
+        found = sums.select(0, row)
+        return found if found.dtype == dtype else found.to(dtype)
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         if primitive == "conv_forward":

@@ -7,6 +7,7 @@ name, ``eager`` runs the fused blocks on plain PyTorch primitives, which is the 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def register(backend: type[Backend], devices: tuple[str, ...] = (), *, first: bo
     kept = dict(_entries)
     _entries.clear()
     _entries.update({name: entry, **kept} if first else {**kept, name: entry})
+    _automatic.cache_clear()
 
 
 def unregister(name: str) -> None:
@@ -72,6 +74,7 @@ def unregister(name: str) -> None:
         raise ValueError(_unknown(name))
     del _entries[name]
     _loaded.pop(name, None)
+    _automatic.cache_clear()
 
 
 def _unknown(name: str) -> str:
@@ -164,14 +167,20 @@ def resolve(device: torch.device, dtype: torch.dtype) -> Backend | None:
 
 
 def _choose(device: torch.device, dtype: torch.dtype) -> Backend | None:
-    if _override is not None:
-        reason = why_not(_override, device, dtype)
-        if reason is not None:
-            raise BackendError(
-                f"backend {_override!r} was asked for, but {reason}; found a {dtype} tensor on {device}. "
-                'Use fusedres.use_backend("auto"), or unset FUSEDRES_BACKEND.'
-            )
-        return get(_override)
+    if _override is None:
+        return _automatic(device, dtype)
+    reason = why_not(_override, device, dtype)
+    if reason is not None:
+        raise BackendError(
+            f"backend {_override!r} was asked for, but {reason}; found a {dtype} tensor on {device}. "
+            'Use fusedres.use_backend("auto"), or unset FUSEDRES_BACKEND.'
+        )
+    return get(_override)
+
+
+@functools.cache
+def _automatic(device: torch.device, dtype: torch.dtype) -> Backend | None:
+    """The first of the registered backends that is for ``device`` and serves ``dtype`` there; asked at every call of a block."""
     for entry in _entries.values():
         if device.type in entry.devices and why_not(entry.name, device, dtype) is None:
             return get(entry.name)

@@ -194,22 +194,19 @@ def _only_argument(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str
 # ---- from a part to its backend --------------------------------------------------------------------------------------
 
 
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes in where ``x`` lives, None where it is off."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
-class Prepared(NamedTuple):
-    """What a part is about to run: ``spec`` on ``backend`` from ``x``, with the ``counters`` of the BatchNorms that use a batch."""
-
-    backend: Backend
-    spec: BlockSpec
-    counters: dict[Tensor, int]
-    x: Tensor
-    autocast: bool
+#: what a part is about to run: a backend, the description, the counters of the BatchNorms that use a batch, the map, whether autocast is on
+Prepared = tuple[Backend, BlockSpec, dict[Tensor, int], Tensor, bool]
 
 
 def prepare(kind: Kind, state: BlockState, part: Part, x: Tensor, source: Tensor | None) -> Prepared:
@@ -217,8 +214,11 @@ def prepare(kind: Kind, state: BlockState, part: Part, x: Tensor, source: Tensor
     cast = autocast_dtype(x) if isinstance(x, Tensor) else None
     spec, counters = part.describe(cast)
     x = kind.cast(x, cast)
-    part.check(spec, *((x,) if source is None else (x, source)))
-    return Prepared(choose_backend(spec, x), with_recompute(spec, state), counters, x, cast is not None)
+    if source is None:
+        part.check(spec, x)
+    else:
+        part.check(spec, x, source)
+    return choose_backend(spec, x), with_recompute(spec, state), counters, x, cast is not None
 
 
 def with_recompute(spec: BlockSpec, state: BlockState) -> BlockSpec:
@@ -263,6 +263,7 @@ class Ran(NamedTuple):
     record: CallRecord | None
 
 
+_AS_IT_IS = contextlib.nullcontext()
 _shape, _needs_grad = operator.attrgetter("shape"), operator.attrgetter("requires_grad")
 
 
@@ -301,7 +302,7 @@ def run_part(
         spec.writes_into and place.dtype == prepared.dtype and place.shape == spec.out_shape(tuple(prepared.shape))
     ):
         place = None
-    with torch.autocast(prepared.device.type, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.autocast(prepared.device.type, enabled=False) if autocast else _AS_IT_IS:
         y, stats = spec.run(backend, prepared, beside, stats=given.stats, out=place)
     order = None
     if y is not place and (given_order is not None or beside_order is not None):
@@ -329,6 +330,10 @@ def note_unfused(state: BlockState, reason: Unsupported) -> None:
 
 def note(state: BlockState, ran: list[Ran]) -> None:
     """Leave in ``state`` how its parts went: of the reasons the first, which says more than another part's success."""
+    if len(ran) == 1:
+        _, state.outcome, record = ran[0]
+        state.records = (record,)
+        return
     outcomes = [r.outcome for r in ran]
     state.outcome = next((o for o in outcomes if not o.fused), outcomes[-1])
     state.records = tuple(r.record for r in ran)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -32,6 +31,8 @@ from .plan import Planner
 from .reading import Sets
 from .residual import behind_sum
 from .state import BlockState
+
+_AS_IT_IS = contextlib.nullcontext()
 
 #: a block that is called in more forms than this runs its original modules in the others
 MOST_FORMS = 16
@@ -224,8 +225,6 @@ class _Call:
         self.values: list[Any] = [*inputs, *[None] * (chosen.size - len(inputs))]
         #: by slot, whether gradients were recorded when its value was made
         self.recorded = [torch.is_grad_enabled()] * chosen.size
-        reads = (slot for a in chosen.actions if isinstance(a, Fused) for slot in (a.x, a.source) if slot is not None)
-        self.often = {slot for slot, times in Counter(reads).items() if times > 1}
         #: maps in channels_last of those that are not, which several pieces read
         self.entered: dict[int, Handover] = {}
         self.results: list[Ran] = []
@@ -243,7 +242,7 @@ class _Call:
         if self.results:
             note(self.state, self.results)
         output = self.program.output
-        return self.values[output.at] if isinstance(output, Slot) and not leaves else self._filled(output, self._leave)
+        return self.values[output.at] if isinstance(output, Slot) and not leaves else self.program.leaving(self._leave)
 
     def _fused(self, action: Fused) -> Handover:
         x = self._map(action.x)
@@ -263,7 +262,7 @@ class _Call:
     def _map(self, slot: int) -> Handover:
         """A map for a piece: in channels_last, once for all pieces that read it, where eager's would be that or contiguous."""
         value: Handover = self.values[slot]
-        if slot not in self.often or not isinstance(value.x, Tensor) or value.x.dim() != 4:
+        if slot not in self.program.often or not isinstance(value.x, Tensor) or value.x.dim() != 4:
             return value
         if slot not in self.entered:
             if order_of(value.x) != contiguous(value.x.dim()):
@@ -274,8 +273,8 @@ class _Call:
 
     def _plain(self, action: Plain) -> Handover:
         take = self._raw if action.measures or action.keeps_layout else self._leave
-        args = self._filled(action.args, take)
-        kwargs = {name: self._filled(v, take) for name, v in action.kwargs.items()}
+        fill_args, fill_kwargs = action.arguments
+        args, kwargs = fill_args(take), dict(zip(action.kwargs, fill_kwargs(take), strict=True))
         with _recording(action.grad):
             y = action.call(*args, **kwargs)
             owes = action.keeps_layout and self._owes_behind(action, y)
@@ -286,6 +285,8 @@ class _Call:
     def _owes_behind(self, action: Plain, y: Any) -> bool:
         """Whether eager's result of a call that keeps the layout would be contiguous: arithmetic has the format of its first operand, a
         concatenation is channels_last where all of its maps are, a convolution where its weight is."""
+        if not any([self.values[slot].owes_nchw for slot in action.reads]):
+            return False
         if isinstance(action.call, nn.Conv2d) and suggests_channels_last(action.call.weight):
             return False
         read: list[Handover] = [self.values[slot] for slot in action.reads]
@@ -303,6 +304,8 @@ class _Call:
     def _leave(self, slot: int) -> Any:
         """A value for code that is not ours, which may overwrite it: the same for all of it, without what was known of its contents."""
         value: Handover = self.values[slot]
+        if value.stats is None and value.keeper is None and not value.owes_nchw:
+            return value.x
         with self._as_made(slot):
             if isinstance(value.x, Tensor):
                 left = value.leave()
@@ -314,18 +317,10 @@ class _Call:
         self.values[slot] = Handover(left)
         return left
 
-    def _filled(self, value: Any, take: Any) -> Any:
-        """``value`` with what ``take`` gives in the places of slots."""
-        if isinstance(value, Slot):
-            return take(value.at)
-        if isinstance(value, slice):
-            return slice(*(self._filled(v, take) for v in (value.start, value.stop, value.step)))
-        return type(value)(self._filled(v, take) for v in value) if type(value) in (tuple, list) else value
-
 
 def _recording(mode: bool | None) -> contextlib.AbstractContextManager[Any]:
     """A context in which gradients are recorded or not; None: as they are."""
-    return contextlib.nullcontext() if mode is None else torch.set_grad_enabled(mode)
+    return _AS_IT_IS if mode is None else torch.set_grad_enabled(mode)
 
 
 def _as_eager(y: Any) -> Any:

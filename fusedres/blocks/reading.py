@@ -37,15 +37,18 @@ class _Seen:
     def __init__(self, modules: list[nn.Module], graphs: tuple[BlockGraph | Flow, ...], sets: Sets) -> None:
         self._modules, self._graphs = modules, graphs
         self._classes = classes_of(modules)
-        self._mappings: list[dict[str, object]] = []
+        mappings: list[dict[str, object]] = []
         #: with the names that do not count
         self._set: list[tuple[dict[str, object], set[str]]] = []
         for module in modules:
             held, names = module.__dict__, sets.get(module)
             if names is None:
-                self._mappings += (held, *_contents(held))
+                mappings += (held, *_contents(held))
             else:
                 self._set += ((mapping, names) for mapping in (held, *_contents(held)))
+        #: most are, and stay so: hooks, children
+        self._empty = [mapping for mapping in mappings if not mapping]
+        self._mappings = [mapping for mapping in mappings if mapping]
         self.then = self._now()
 
     def _now(self) -> list[object]:
@@ -59,6 +62,8 @@ class _Seen:
 
     def holds(self) -> bool:
         """Whether all of them are the very same still."""
+        if any(self._empty):
+            return False
         now = self._now()
         return len(now) == len(self.then) and all(map(operator.is_, now, self.then))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +79,11 @@ class Plain:
     grad: bool | None = None
     done: tuple[int, ...] = ()
 
+    @functools.cached_property
+    def arguments(self) -> tuple[Fill, Fill]:
+        """What gives ``args``, and the values of ``kwargs``, with what a function of a slot's number gives in the places of slots."""
+        return filled(self.args), filled(tuple(self.kwargs.values()))
+
     @property
     def stands(self) -> bool:
         """Whether it is a call that might have been fused."""
@@ -84,6 +91,26 @@ class Plain:
 
 
 Action = Fused | Plain
+
+#: a value, by what stands in the places of its slots
+Fill = Callable[[Callable[[int], Any]], Any]
+
+
+def filled(value: Any) -> Fill:
+    """What gives ``value`` with what a function of a slot's number gives in the places of slots; lists are new ones every time."""
+    if isinstance(value, Slot):
+        at = value.at
+        return lambda take: take(at)
+    if isinstance(value, slice):
+        ends = filled((value.start, value.stop, value.step))
+        return lambda take: slice(*ends(take))
+    if type(value) is tuple:
+        inner = tuple(map(filled, value))
+        return lambda take: tuple([fill(take) for fill in inner])
+    if type(value) is list:
+        items = tuple(map(filled, value))
+        return lambda take: [fill(take) for fill in items]
+    return lambda take: value
 
 
 @dataclass(frozen=True)
@@ -104,6 +131,8 @@ class Program:
     only_computes: bool = field(init=False)
     pieces: tuple[Piece, ...] = field(init=False)
     unfused: tuple[str, ...] = field(init=False)
+    #: the slots that several pieces read
+    often: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         pieces = tuple(action.piece for action in self.actions if isinstance(action, Fused))
@@ -114,3 +143,11 @@ class Program:
         object.__setattr__(self, "only_computes", not (switches or beside or self.asks))
         object.__setattr__(self, "pieces", pieces)
         object.__setattr__(self, "unfused", tuple(names))
+        fused = [action for action in self.actions if isinstance(action, Fused)]
+        reads = Counter(slot for action in fused for slot in (action.x, action.source) if slot is not None)
+        object.__setattr__(self, "often", frozenset(slot for slot, times in reads.items() if times > 1))
+
+    @functools.cached_property
+    def leaving(self) -> Fill:
+        """What gives ``output``."""
+        return filled(self.output)

@@ -87,7 +87,8 @@ _TORCHS_CALLS = _calls()
 def _getter(cls: type) -> Callable[[type], tuple[Any, ...]]:
     """What gives the functions by which a class computes, of those that it has."""
     names = [name for name in _METHODS if hasattr(cls, name)] or ["__call__"]
-    return operator.attrgetter(*names, *names)  # of one name alone it would give the function, and not a tuple
+    # of one name alone it would give the function, and not a tuple
+    return operator.attrgetter(*(names if len(names) > 1 else names * 2))
 
 
 def classes_of(modules: list[nn.Module]) -> list[type]:

@@ -50,7 +50,7 @@ class Part:
     def check(self, spec: BlockSpec, *maps: Tensor) -> None:
         """``spec.check(*maps)``, unless it has passed for maps and tensors like these."""
         known, measures = self._known, None
-        if isinstance(known, tuple) and known[0] is spec and all(type(x) is Tensor for x in maps):
+        if isinstance(known, tuple) and known[0] is spec and {Tensor}.issuperset(map(type, maps)):
             measures = [*map(_measures, maps), *map(_measures, known[2])]
             if measures == self._passed:
                 return
