@@ -1,13 +1,17 @@
 """Small networks of kinds that torchvision has none of, for :mod:`bench.sweep`: where a fused block is small, or its convolutions are
-grouped, so that it gains least. Each as its paper draws it, with a classifier behind a mean over the map, random weights.
+grouped, so that it gains least. Each as its paper draws it, with a classifier behind a mean over the map, random weights; the last two
+are timm's.
 
 ``condensenet``   Huang et al. 2017, CondenseNet, arXiv 1711.09224: dense layers whose 1x1 and 3x3 are grouped, as after condensing
 ``msdnet``        Huang et al. 2017, MSDNet, arXiv 1703.09844: dense layers over several scales, each concatenating what it reads
 ``fc_densenet``   Jegou et al. 2016, The One Hundred Layers Tiramisu, arXiv 1611.09326: dense layers of one 3x3, down and up again
+``dpn68``         Chen et al. 2017, Dual Path Networks, arXiv 1707.01629: a sum and a concatenation around narrow groups
+``ese_vovnet19b_dw``  Lee and Park 2019, CenterMask, arXiv 1911.06667: one concatenation behind rows of depthwise convolutions
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -168,8 +172,17 @@ def fc_densenet() -> nn.Module:
     return Classifier(features, features.channels)
 
 
+def of_timm(name: str) -> nn.Module:
+    """The model of timm with that name."""
+    import timm
+
+    return timm.create_model(name, pretrained=False)
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "condensenet": condensenet,
     "msdnet": msdnet,
     "fc_densenet": fc_densenet,
+    "dpn68": functools.partial(of_timm, "dpn68"),
+    "ese_vovnet19b_dw": functools.partial(of_timm, "ese_vovnet19b_dw"),
 }

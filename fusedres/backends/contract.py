@@ -108,7 +108,8 @@ class Backend(ABC):
         stats: Reduction | None = None,
     ) -> Tensor:
         """``out = act(x + residual)``, one pass; ``stats`` are those of out. The operands' own ``act`` is "none": what is between a
-        BatchNorm and an addition has no place here. Without residual it is :meth:`materialize`. Reads raw and residual, writes out."""
+        BatchNorm and an addition has no place here. Without residual it is :meth:`materialize`. ``out`` may be ``x.raw``. Reads raw and
+        residual, writes out."""
 
     @abstractmethod
     def add_act_backward(

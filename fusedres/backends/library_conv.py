@@ -28,8 +28,10 @@ def conv_forward(
         )
     )  # fmt: skip
     if not epilogue.is_plain or epilogue.out is not None:
+        # nobody else has the library's output: where no place is given it is overwritten
+        out = raw if epilogue.out is None else epilogue.out
         return passes.add_act_forward(
-            LazyMap(raw, epilogue.scale_shift), epilogue.residual, epilogue.act, out=epilogue.out, stats=epilogue.stats
+            LazyMap(raw, epilogue.scale_shift), epilogue.residual, epilogue.act, out=out, stats=epilogue.stats
         )
     if epilogue.stats is not None:
         passes.statistics(raw, epilogue.stats)

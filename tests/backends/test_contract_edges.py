@@ -253,6 +253,17 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else(config):
 
 
 @each()
+@pytest.mark.parametrize("act", ["none", "relu", "silu"])
+def test_an_addition_may_overwrite_its_first_operand(config, act):
+    draw, backend = config.draw(), config.backend
+    x, residual = draw.lazy(2, 18, 5, 7).before_act, draw.lazy(2, 18, 5, 7).before_act
+    expected = backend.add_act_forward(x, residual, act)
+    y = backend.add_act_forward(x, residual, act, out=x.raw)
+    assert y is x.raw
+    same(y, expected)
+
+
+@each()
 def test_gates_at_their_limits(config):
     """A gate that is wide open or shut passes one side exactly, infinities are limits, and NaN stays NaN."""
     values = [float("inf"), 200.0, -200.0, float("-inf"), float("nan"), 0.0, 90.0, -90.0]
