@@ -179,10 +179,13 @@ def of_timm(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False)
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+DRAWN: dict[str, Callable[[], nn.Module]] = {
     "condensenet": condensenet,
     "msdnet": msdnet,
     "fc_densenet": fc_densenet,
-    "dpn68": functools.partial(of_timm, "dpn68"),
-    "ese_vovnet19b_dw": functools.partial(of_timm, "ese_vovnet19b_dw"),
+}
+OF_TIMM = ("dpn68", "ese_vovnet19b_dw")
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **DRAWN,
+    **{name: functools.partial(of_timm, name) for name in OF_TIMM},
 }

@@ -13,8 +13,9 @@ pytest.importorskip("torchvision")
 pytest.importorskip("rich")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
+import fusedres  # noqa: E402
 from bench import conversion, models, report, roofline, sweep  # noqa: E402
-from bench.networks import NETWORKS  # noqa: E402
+from bench.networks import DRAWN, NETWORKS, OF_TIMM  # noqa: E402
 from fusedres.testing import compare, networks  # noqa: E402
 from fusedres.trial import memory  # noqa: E402
 
@@ -230,10 +231,20 @@ def test_an_unknown_contender_is_a_clear_error(capsys):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", DRAWN)
 def test_the_networks_of_the_sweep_run_fused_and_are_as_right_as_eager(name, training):
     served("cpp", torch.float64)
-    compare(NETWORKS[name], (2, 3, 32, 32), torch.float64, "cpp", training)
+    compare(DRAWN[name], (2, 3, 32, 32), torch.float64, "cpp", training)
+
+
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_what_the_sweep_takes_of_timm_runs_fused(name):
+    pytest.importorskip("timm")
+    served("cpp", torch.float32)
+    model = fusedres.convert(NETWORKS[name]().eval(), verify=False)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert all(row.fused for row in fusedres.report(model))
 
 
 def test_the_sweep_tables_every_model_at_every_size(tmp_path, capsys):
