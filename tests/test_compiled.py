@@ -391,7 +391,7 @@ def test_autocast_equals_eager_to_the_bit(name, training):
 def test_sizes_may_be_symbols():
     model, twin = twins(SMALL["densenet"], False)
     program, counter = compiled(model, dynamic=True)
-    for batch, size in ((2, 64), (3, 96), (5, 80)):
+    for batch, size in ((2, 64), (3, 96), (40, 80)):
         assert_equal(step(program, images(batch, size), False), step(twin, images(batch, size), False))
     assert counter.frame_count <= 2, "compiled anew for more than one size"
 

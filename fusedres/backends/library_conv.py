@@ -13,7 +13,29 @@ from torch import Tensor
 from ..operands import Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry
 from .contract import Backend
-from .layout import as_map
+from .layout import as_map, empty_map, has_symbols
+
+
+def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    if has_symbols(a):
+        # torch's own answer would hold for some numbers of images alone, since it asks which library computes so many
+        size = geometry.out_size(tuple(a.shape[2:]), tuple(weight.shape[2:]))
+        return empty_map((a.shape[0], weight.shape[0], *size), a)
+    return torch.ops.aten.convolution(
+        a, weight, bias, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.padding),
+        geometry.groups,
+    )  # fmt: skip
+
+
+def _gradients(
+    grad: Tensor, a: Tensor, weight: Tensor, geometry: Geometry, need_da: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if has_symbols(a):
+        return empty_map(tuple(a.shape), a) if need_da else None, torch.empty_like(weight) if need_dw else None
+    return torch.ops.aten.convolution_backward(
+        grad, a, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.padding),
+        geometry.groups, [need_da, need_dw, False],
+    )[:2]  # fmt: skip
 
 
 def conv_forward(
@@ -21,12 +43,7 @@ def conv_forward(
 ) -> Tensor:
     """See :meth:`~fusedres.backends.contract.Backend.conv_forward`."""
     a = x.raw if x.is_plain else passes.materialize(x)
-    raw = as_map(
-        torch.ops.aten.convolution(
-            a, weight, bias, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.padding),
-            geometry.groups,
-        )
-    )  # fmt: skip
+    raw = as_map(_convolved(a, weight, bias, geometry))
     if not epilogue.is_plain or epilogue.out is not None:
         # nobody else has the library's output: where no place is given it is overwritten
         out = raw if epilogue.out is None else epilogue.out
@@ -51,11 +68,8 @@ def conv_backward(
     g = grad.grad if grad.coeff is None else passes.apply_grad_coeff(grad)
     # the input gradient alone needs x only for its shape
     a = x.raw if x.is_plain or not need_dw else passes.materialize(x)
-    da, dweight, _ = torch.ops.aten.convolution_backward(
-        g, a, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.padding),
-        geometry.groups, [target is not None, need_dw, False],
-    )  # fmt: skip
-    if target is None:
+    da, dweight = _gradients(g, a, weight, geometry, target is not None, need_dw)
+    if target is None or da is None:
         return None, dweight
     da = as_map(da)
     return da if x.is_plain and target.is_plain else passes.dgrad_epilogue(da, x, target), dweight
