@@ -30,6 +30,8 @@ _mixed: dict[type[nn.Module], type[nn.Module]] = {}
 _scripted: dict[type[nn.Module], type[nn.Module]] = {}
 #: by the mixed classes, under which torch.load(weights_only=True) may build them: no file can guess them, it has to name the original
 _names: dict[type[nn.Module], str] = {}
+#: classes that are fused from the start, and how their states are made
+_fused_from_start: dict[type, Callable[[], BlockState]] = {}
 #: the forwards of fused classes
 _forwards: set[Callable[..., Any]] = set()
 
@@ -46,7 +48,8 @@ class FusedBlock:
             module = cast(type[nn.Module], cls)
             module.forward = _fused_forward(_original_of(module))
             if state is not None:
-                module.__init__ = _fused_from_start(module.__init__, state)
+                _fused_from_start[cls] = state
+                module.__init__ = _with_state(module.__init__)
         if not mixed:  # what registers its subclasses has registered the original
             super().__init_subclass__(**arguments)
 
@@ -111,13 +114,13 @@ def _fused_forward(original: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _fused_from_start(init: Callable[..., None], state: Callable[[], BlockState]) -> Callable[..., None]:
-    """``init`` of a class whose modules have a state as soon as they are there."""
+def _with_state(init: Callable[..., None]) -> Callable[..., None]:
+    """``init`` of a class that is fused from the start: its modules have a state as soon as they are there, which compilers do not make."""
 
     @functools.wraps(init)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        self.__dict__[KEY] = state().of(self)
+        state_of(self)
 
     return __init__
 
@@ -212,9 +215,14 @@ def runs_fused(cls: type) -> bool:
 
 
 def state_of(module: nn.Module) -> BlockState | None:
-    """The state of a fused module, of its own; None for a module that behaves as its class says."""
+    """The state of a fused module, of its own; None for a module that behaves as its class says. Where a module is of a class that is fused
+    from the start, without having been made by it, its state comes into being here."""
     state = module.__dict__.get(KEY)
-    if state is not None and not state.is_of(module):  # somebody has copied the attributes of a module by hand
+    if state is None:
+        make = next((_fused_from_start[cls] for cls in type(module).__mro__ if cls in _fused_from_start), None)
+        if make is not None:
+            state = module.__dict__.setdefault(KEY, make().of(module))  # threads may come together
+    elif not state.is_of(module):  # somebody has copied the attributes of a module by hand
         state = module.__dict__[KEY] = state.fresh().of(module)
     return state
 
