@@ -63,7 +63,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m bench.models --json results/models-bfloat16.json --dtype bfloat16 --contenders eager fused
 	$(BIN)/python -m bench.report results/models.json results/models-bfloat16.json --out results
 
-# why skip connections work: the papers' claims on the fused blocks, about ten minutes on two cores; results/studies
+# why skip connections work: the papers' claims on the fused blocks, seven to ten minutes on two cores; results/studies
 studies: $(VENV)/installed
 	$(BIN)/python -m bench.studies $(STUDIES)
 

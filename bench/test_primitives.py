@@ -24,7 +24,6 @@ from fusedres.specs import Geometry, Pool
 BATCH, SIZE = (int(os.environ.get(f"FUSEDRES_BENCH_{name}", default)) for name, default in (("BATCH", 4), ("SIZE", 28)))
 WIDE, NARROW = 256, 64
 Call = Callable[[Backend], object]
-POINT, WINDOW = Geometry((1, 1), (0, 0), (1, 1), 1), Geometry((1, 1), (1, 1), (1, 1), 1)
 
 
 def new_map(channels: int, size: int = SIZE) -> Tensor:
@@ -37,10 +36,10 @@ def vectors(rows: int, channels: int) -> Tensor:
     return torch.rand(rows, channels) + 0.5
 
 
-def convolution(inputs: int, outputs: int, kernel: int) -> dict[str, Call]:
+def convolution(inputs: int, outputs: int, kernel: int, groups: int = 1) -> dict[str, Call]:
     """A convolution's forward in training and in inference, and its backward, all with everything pending."""
-    geometry = POINT if kernel == 1 else WINDOW
-    x, y, weight = new_map(inputs), new_map(outputs), torch.randn(outputs, inputs, kernel, kernel)
+    geometry = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
+    x, y, weight = new_map(inputs), new_map(outputs), torch.randn(outputs, inputs // groups, kernel, kernel)
     weight = weight.to(memory_format=torch.channels_last)
     below, own, coeff = vectors(2, inputs), vectors(2, outputs), vectors(3, outputs)
     stats, sums = torch.empty_like(own), torch.empty_like(below)
@@ -87,6 +86,9 @@ def cases() -> dict[str, Call]:
         f"conv 1x1 {NARROW}-{WIDE}": (NARROW, WIDE, 1),
         f"conv 3x3 {NARROW}-{NARROW}": (NARROW, NARROW, 3),
         "conv 3x3 128-32": (128, 32, 3),
+        # on both sides of what the cpp backend leaves to the library
+        **{f"conv 1x1, groups of {n}": (WIDE, WIDE, 1, WIDE // n) for n in (2, 4, 16)},
+        **{f"conv 3x3, groups of {n}": (WIDE, WIDE, 3, WIDE // n) for n in (4, 8, 16, 32)},
     }
     convolutions = {f"{name} {use}": c for name, shape in shapes.items() for use, c in convolution(*shape).items()}
     return convolutions | passes()

@@ -158,9 +158,8 @@ def mixed_class(original: type[nn.Module]) -> type[nn.Module]:
         _names[_mixed[original]] = f"{__name__}.{secrets.token_hex(16)}"
     made = _mixed[original]
     forward: Any = made.forward
-    if (
-        forward.__wrapped__ is not original.forward
-    ):  # that of the original was replaced since, or when the class was made
+    # that of the original may have been replaced since, or when the class was made
+    if forward.__wrapped__ is not original.forward:
         functools.update_wrapper(forward, original.forward)
     torch.serialization.add_safe_globals([(made, _names[made])])
     return made

@@ -254,6 +254,7 @@ def assert_same(found: Any, wanted: Any, what: str) -> None:
     """The same values, in tensors of the same shape, strides and need of gradients, in containers of the same types."""
     assert type(found) is type(wanted), what
     if isinstance(wanted, Tensor):
+        # float64, summed in another order
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11, msg=lambda m: f"{what}: {m}")
         assert found.stride() == wanted.stride() and found.requires_grad == wanted.requires_grad, what
         assert found.is_leaf == wanted.is_leaf, what

@@ -171,6 +171,7 @@ def test_cifar_is_read_in_torchvisions_form_normalised_and_augmented(tmp_path, m
     assert found.train_images.shape == (20, 3, 32, 32) and found.test_images.shape == (4, 3, 32, 32)
     pixels = pickle.loads((folder / "test_batch").read_bytes())["data"].reshape(4, 3, 32, 32)
     mean, deviation = (numpy.array(v).reshape(3, 1, 1) for v in (data.CIFAR_MEAN, data.CIFAR_DEVIATION))
+    # float32 beside float64: an image's mean cancels most of a pixel's digits
     numpy.testing.assert_allclose(found.test_images, (pixels / 255 - mean) / deviation, rtol=1e-5, atol=1e-5)
     (batch, labels), *_ = found.batches(8, torch.Generator().manual_seed(0))
     assert batch.shape == (8, 3, 32, 32) and set(labels.tolist()) <= {1, 2, 3, 4}
@@ -211,6 +212,7 @@ def test_gradients_of_inputs_are_those_of_their_own_outputs(images):
     for i in (0, 5):
         alone = inputs[i : i + 1].clone().requires_grad_()
         network(alone)[:, 0].sum().backward()
+        # float32: in a batch of another size the convolutions add up in another order, through several layers
         torch.testing.assert_close(found[i], alone.grad.flatten().double(), rtol=1e-4, atol=1e-6)
     assert gradients.correlation(torch.tensor([[1.0, 0], [2.0, 0], [0, 3.0]])) == 0.5
 
@@ -237,6 +239,7 @@ def test_the_gradients_of_all_paths_add_up_to_the_networks(images):
         for count in range(4)
         for passed in itertools.combinations(range(3), count)
     ]
+    # float32: eight parts, which cancel in places, in the order of the paths
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-7)
 
 

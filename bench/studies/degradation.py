@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from ..data import Images
-from ..training import Recipe
+from ..training import HE_2015, Recipe
 from . import drawing
 from .networks import KINDS
 from .study import Advance, Result, Study, mean, trained
@@ -33,8 +33,7 @@ class Preset:
 PRESETS = {
     "toy": Preset((8, 14), 1, 4, Recipe(epochs=2)),
     "quick": Preset((20, 32, 44, 56), 2, 8, Recipe(epochs=12)),
-    # 64 000 steps of 128 images; the warming up is what 110 layers need
-    "full": Preset((20, 32, 44, 56, 110), 5, 16, Recipe(164, 128, 0.1, 1e-4, False, (0.5, 0.75), warm_until=0.8)),
+    "full": Preset((20, 32, 44, 56, 110), 5, 16, HE_2015),
 }
 
 

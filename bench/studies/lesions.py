@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..data import Images
 from ..report import INK
-from ..training import Recipe, assert_fused, evaluate
+from ..training import HE_2015, Recipe, assert_fused, evaluate
 from . import drawing
 from .networks import KINDS, Network
 from .study import Advance, Result, Study, mean, trained
@@ -46,9 +46,7 @@ class Preset:
 PRESETS = {
     "toy": Preset((8, 14, 14), 4, (1, 2), 2, 2, Recipe(epochs=2)),
     "quick": Preset((20, 56, 56), 8, (1, 2, 3, 5, 7, 10, 14, 20), 6, 12, Recipe(epochs=12)),
-    "full": Preset(
-        (20, 110, 110), 16, (1, 2, 3, 5, 7, 10, 14, 20), 20, 20, Recipe(164, 128, 0.1, 1e-4, False, (0.5, 0.75), 0.8)
-    ),
+    "full": Preset((20, 110, 110), 16, (1, 2, 3, 5, 7, 10, 14, 20), 20, 20, HE_2015),
 }
 
 

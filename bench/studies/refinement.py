@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from ..data import Images
-from ..training import Recipe, assert_fused
+from ..training import HE_2015, Recipe, assert_fused
 from . import drawing
 from .networks import KINDS, Network
 from .study import Advance, Result, Study, mean, trained
@@ -40,7 +40,7 @@ class Preset:
 PRESETS = {
     "toy": Preset(14, 4, 1, 64, Recipe(epochs=2)),
     "quick": Preset(56, 8, 2, 450, Recipe(epochs=12)),
-    "full": Preset(110, 16, 3, 500, Recipe(164, 128, 0.1, 1e-4, False, (0.5, 0.75), 0.8)),
+    "full": Preset(110, 16, 3, 500, HE_2015),
 }
 
 

@@ -13,7 +13,7 @@ from fusedres.nn import BasicBlock
 
 from ..data import Images
 from ..report import INK
-from ..training import Recipe
+from ..training import HE_2015, Recipe
 from . import drawing
 from .networks import Builder, Part, of_blocks, option_a, per_stage, plain, preact, projection, residual
 from .study import Advance, Result, Study, mean, trained
@@ -139,7 +139,7 @@ class Preset:
 PRESETS = {
     "toy": Preset(8, 14, 4, 1, 2, Recipe(epochs=2)),
     "quick": Preset(44, 110, 8, 2, 6, Recipe(epochs=9)),
-    "full": Preset(110, 164, 16, 5, 164, Recipe(164, 128, 0.1, 1e-4, False, (0.5, 0.75), 0.8)),
+    "full": Preset(110, 164, 16, 5, 164, HE_2015),
 }
 
 

@@ -7,8 +7,7 @@
 They run what a call in eager runs, on the backend that is chosen for the tensors when they are called. A description goes as text
 (:mod:`.encoding`). Nothing is written into an argument and no results share memory: statistics that move are results, and what is not there
 is a tensor without elements. Maps of any layout are taken; those that are returned are channels_last. :class:`Recorded` is their autograd
-node. Their fake implementations are the same schedules on the eager backend, which takes tensors without
-values.
+node. Their fake implementations are the same schedules on the eager backend, which takes tensors without values.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..backends import select
 from ..backends.contract import Backend
 from ..backends.conv3d import for_maps
 from ..backends.eager import BACKEND as EAGER
-from ..backends.layout import as_map, format_of
+from ..backends.layout import as_map, format_of, has_symbols
 from ..specs import BlockSpec
 from .dense import Dense
 from .encoding import decode, moving
@@ -176,7 +175,7 @@ def _backward(
 def _measures(argument: Any) -> Any:
     """What of an argument says what a call returns, but for its values. Raises TypeError for sizes that are symbols."""
     if isinstance(argument, Tensor):
-        if any(isinstance(n, torch.SymInt) for n in (*argument.shape, *argument.stride())):
+        if has_symbols(*argument.shape, *argument.stride()):
             raise TypeError("a size is a symbol")
         return argument.shape, argument.stride(), argument.dtype, argument.device
     return tuple(map(_measures, argument)) if isinstance(argument, list) else argument

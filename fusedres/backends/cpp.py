@@ -85,8 +85,7 @@ def _multiplies_bfloat16() -> bool:
 def _takes_groups(read: int, written: int, taps: int) -> bool:
     """Whether the kernels are faster than the library on groups that read and write so many channels each. A group is a convolution of
     slices here, which fills a vector only where it is wide; the library has kernels for narrow ones, but for a 1x1 copies every group out
-    and back. Measured on two cores, batches of 1 and 4, maps of 8 to 32 pixels: 1x1 from four channels on 1.4 to 6 times as fast, 3x3 below
-    16 by 16 channels half as fast, above 1.1 to 3 times."""
+    and back. ``pytest bench/test_primitives.py --benchmark-only -k groups`` times both sides of the bounds."""
     return read >= 4 if taps == 1 else min(read, written) >= 8 and read * written >= 256
 
 

@@ -14,7 +14,7 @@ from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
 from . import library_conv
 from .contract import Backend, Reduction, accum_dtype
-from .layout import format_of
+from .layout import format_of, has_symbols
 
 
 def channel_view(vector: Tensor, like: Tensor) -> Tensor:
@@ -200,8 +200,8 @@ class EagerBackend(Backend):
         a, index = _value(x), None
         if pool.kind == "mean":
             # a window whose size is a symbol, which avg_pool2d does not take, is the whole map
-            symbols = any(isinstance(size, torch.SymInt) for size in pool.kernel)
-            y = a.mean((2, 3), keepdim=True) if symbols else F.avg_pool2d(a, pool.kernel, pool.stride)
+            whole = has_symbols(*pool.kernel)
+            y = a.mean((2, 3), keepdim=True) if whole else F.avg_pool2d(a, pool.kernel, pool.stride)
         elif pool.kind == "max":
             y, flat = F.max_pool2d(a, pool.kernel, pool.stride, pool.padding, return_indices=True)
             top, left = _window_origins(y, pool)

@@ -43,9 +43,9 @@ def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = 
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(len(shape)))
 
 
-def has_symbols(x: Tensor) -> bool:
-    """Whether a size of ``x`` is a symbol: a tracer asks for what it returns, without values."""
-    return any(isinstance(size, torch.SymInt) for size in x.shape)
+def has_symbols(*sizes: int) -> bool:
+    """Whether one of ``sizes`` is a symbol: a tracer asks for what comes back, without values."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def channel_empty(rows: int, channels: int, like: Tensor) -> Tensor:

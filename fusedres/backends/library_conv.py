@@ -17,7 +17,7 @@ from .layout import as_map, empty_map, has_symbols
 
 
 def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    if has_symbols(a):
+    if has_symbols(*a.shape):
         # torch's own answer would hold for some numbers of images alone, since it asks which library computes so many
         size = geometry.out_size(tuple(a.shape[2:]), tuple(weight.shape[2:]))
         return empty_map((a.shape[0], weight.shape[0], *size), a)
@@ -30,7 +30,7 @@ def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
 def _gradients(
     grad: Tensor, a: Tensor, weight: Tensor, geometry: Geometry, need_da: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if has_symbols(a):
+    if has_symbols(*a.shape):
         return empty_map(tuple(a.shape), a) if need_da else None, torch.empty_like(weight) if need_dw else None
     return torch.ops.aten.convolution_backward(
         grad, a, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.padding),
