@@ -98,6 +98,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"fusedres try shows its findings by rich and matplotlib ({error}): type pip install 'fusedres[try]'")
         return 2
     console = Console(width=None if Console().is_terminal else 140)
+    torch.manual_seed(0)  # random weights are the same in every run
     try:
         model = load_model(args.model, args.weights)
         channels, size = input_channels_and_size(model)
