@@ -32,7 +32,7 @@ from ..backends.layout import as_map, channel_empty, empty_map
 from ..checks import check_map, check_norm, check_unit
 from ..errors import Unsupported
 from ..operands import Epilogue, LazyMap
-from ..specs import BlockSpec, Forward, Norm, Pool, Shape, Unit
+from ..specs import BlockSpec, Conv, Forward, Norm, Pool, Shape, Unit
 from .residual_backward import Kept, OfUnit, ResidualBackward, flatten, split
 from .steps import conv_norm, mean_pool, needs_autograd, normalize, normalize_input, replay, replays
 
@@ -253,11 +253,20 @@ class Residual(BlockSpec):
         # out here, so that what the Function keeps are its inputs, which double backward differentiates
         x, source = as_map(x), None if source is None else as_map(source)
         if needs_autograd(x, source, *self.tensors):
+            if not needs_autograd(x, *self._weights_on_input(source is None)):
+                x = x.clone()  # eager would keep nothing of it, so that its owner may overwrite it before backward
             return ResidualFunction.apply(backend, self, stats, (out,), x, source, *self.tensors)
         if self.trains:
             state = self.forward(backend, x, source, stats, out)
             return state.y, state.stats
         return self.infer(backend, x, source, out), None
+
+    def _weights_on_input(self, root: bool) -> list[Tensor | None]:
+        """The tensors whose gradients need the input; ``root``: whether the shortcut reads it, too."""
+        readers: list[Norm | Conv | None] = [self.first if self.first or not self.units else self.units[0].conv]
+        if root and self.shortcut is not None and self.shortcut.unit is not None:
+            readers.append(self.shortcut.unit.conv)
+        return [t for reader in readers if reader is not None for t in (reader.weight, reader.bias)]
 
     def infer(self, backend: Backend, x: Tensor, source: Tensor | None, out: Tensor | None) -> Tensor:
         """By running statistics: each convolution with its BatchNorm, activation and addition in one epilogue."""

@@ -173,12 +173,13 @@ def replays(grad: Tensor) -> bool:
 
 def replay(reference: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
     """The gradients of ``reference(*inputs)`` by operators that can be differentiated and batched: what a backward returns where it
-    :func:`replays`."""
+    :func:`replays`. In the layout of ``grad``, which is that of eager: torch's BatchNorm has fewer right digits in channels_last."""
     create_graph = torch.is_grad_enabled()
+    is_contiguous = grad.dim() > 2 and grad.stride(1) > grad.stride(-1)  # or part of what is
     with torch.enable_grad():
         # one input may have been computed from another: what is differentiated begins here
         own = [t if t is None or not t.requires_grad else t.view_as(t) for t in inputs]
-        y = reference(*own)
+        y = reference(*([t if t is None else t.contiguous() for t in own] if is_contiguous else own))
     wanted = [t for t in own if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in own]

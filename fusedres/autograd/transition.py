@@ -75,6 +75,8 @@ class Transition(BlockSpec):
     ) -> tuple[Tensor, Tensor | None]:
         x = as_map(x)  # out here, so that what the Function keeps is its input, which double backward differentiates
         if needs_autograd(x, *self.tensors):
+            if not needs_autograd(x, self.norm.weight, self.norm.bias):
+                x = x.clone()  # eager would keep nothing of it, so that its owner may overwrite it before backward
             return TransitionFunction.apply(backend, self, stats, x, *self.tensors), None
         return self.forward(backend, x, stats)[0], None
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fusedres
 from fusedres.autograd.dense import Dense, Layer
 from fusedres.autograd.residual import Residual, Shortcut, Subsample
 from fusedres.autograd.transition import Transition
 from fusedres.backends import select
 from fusedres.specs import BlockSpec, Conv, Geometry, Norm, Pool, Unit
+from fusedres.testing import assert_fused, assert_parity
 
 DTYPE = torch.float64
 BACKENDS = [name for name in select.names() if select.why_not(name, torch.device("cpu"), DTYPE) is None]
@@ -119,6 +122,33 @@ def test_a_description_computes_its_definition_and_both_its_derivatives(name, ba
         seconds.append(torch.autograd.grad(first.square().sum(), wanted, allow_unused=True))
     for what, found, expected in zip(names, *seconds, strict=True):
         close(found, expected, f"second derivative of {what}")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_second_derivatives_are_as_right_as_eagers_in_its_layout(layout):
+    """torch's BatchNorm has fewer right digits in channels_last, and second derivatives show it."""
+    found: dict[str, list[list[Tensor]]] = {"fused": [], "eager": [], "truth": []}
+    for seed in range(15):
+        torch.manual_seed(seed)
+        row = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.Sigmoid(),
+            nn.Conv2d(8, 4, 1, bias=False),
+            nn.BatchNorm2d(4),
+        )
+        x, weight = torch.randn(2, 8, 6, 7).to(memory_format=layout), torch.randn(2, 4, 6, 7)
+        twins = {"fused": fusedres.convert(copy.deepcopy(row)), "eager": row, "truth": copy.deepcopy(row).double()}
+        for name, model in twins.items():
+            leaf = x.to(model[0].weight.dtype).requires_grad_()
+            y = model(leaf)
+            (first,) = torch.autograd.grad((y * weight.to(y)).sum(), leaf, create_graph=True)
+            found[name].append(list(torch.autograd.grad(first.square().sum(), [model[0].weight, model[3].weight])))
+        assert_fused(twins["fused"], "cpp")
+    for of in range(2):
+        assert_parity(
+            *([draw[of] for draw in found[name]] for name in ("fused", "eager", "truth")), "second derivative"
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

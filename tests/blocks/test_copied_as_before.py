@@ -164,6 +164,24 @@ def test_a_hook_may_change_an_output_in_place(name, change):
     assert_fused(model, FUSED)
 
 
+@pytest.mark.parametrize("name", ["pre-activation", "residual", "transition"])
+def test_an_input_that_a_frozen_layer_has_read_may_be_overwritten_before_backward(name):
+    """Eager keeps nothing of it."""
+    build = {"pre-activation": PreAct, "residual": Block, "transition": lambda: densenet._Transition(8, 4)}[name]
+    plain, model = pair(build)
+    images, found = draw().to(memory_format=torch.channels_last), []
+    for m in (plain, model):
+        first = next(inner for inner in m.modules() if [*inner.parameters(recurse=False)])
+        first.requires_grad_(False)
+        x = images.clone()
+        y = m(x)
+        x.zero_()
+        y.square().sum().backward()
+        found.append([p.grad for p in m.parameters() if p.grad is not None])
+    assert found[0] and all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
+    assert_fused(model, FUSED)
+
+
 @pytest.mark.parametrize("place", ["features.denseblock1", "features.transition1", "features.norm5"])
 def test_a_hook_inside_a_densenet_may_change_values_behind_autograd(place):
     plain, model = pair(small_densenet)
