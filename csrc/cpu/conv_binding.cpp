@@ -5,6 +5,7 @@
 
 #include "capability.h"
 #include "conv.h"
+#include "norm.h"
 #include "tensors.h"
 
 namespace fusedres {
@@ -172,17 +173,22 @@ WeightOf<Value> from(const WeightOf<Value>& w, int64_t channels) {
   return {w.data + channels * w.so, w.so, w.si, w.sh, w.sw};
 }
 
-void conv_forward(const Tensor& x, const OptionalTensor& scale_shift, int64_t act, double slope, const Tensor& weight,
-                  const OptionalTensor& bias, std::vector<int64_t> geometry, Tensor out, const OptionalTensor& stats,
-                  const OptionalTensor& out_scale_shift, const OptionalTensor& residual,
-                  const OptionalTensor& residual_scale_shift, int64_t out_act, double out_slope) {
+// What the output is multiplied by and moved by, channel by channel; null without.
+struct ScaleShift {
+  float *scale, *shift;
+};
+
+void forward(const Tensor& x, const OptionalTensor& scale_shift, const Activation& act, const Tensor& weight,
+             const OptionalTensor& bias, const std::vector<int64_t>& geometry, const Tensor& out,
+             const OptionalTensor& stats, const ScaleShift& behind, const OptionalTensor& residual,
+             const OptionalTensor& residual_scale_shift, const Activation& out_act) {
   with_type(x, [&](auto type) {
     using Value = decltype(type);
     ForwardArgsOf<Value> a{};
     const Groups groups = groups_of(x, out, weight, geometry);
     const int64_t channels = out.size(1);
     a.g = groups.g;
-    a.x = lazy_map<Value>(x, scale_shift, activation_of(act, slope));
+    a.x = lazy_map<Value>(x, scale_shift, act);
     a.weight = weight_of<Value>(weight);
     a.out = conv_map_of<Value>(out, "out");
     if (bias.has_value()) {
@@ -192,12 +198,12 @@ void conv_forward(const Tensor& x, const OptionalTensor& scale_shift, int64_t ac
     }
     a.mean = row_or_null(stats, 2, 0, channels, "stats");
     a.m2 = row_or_null(stats, 2, 1, channels, "stats");
-    a.out_scale = row_or_null(out_scale_shift, 2, 0, channels, "out_scale_shift");
-    a.out_shift = row_or_null(out_scale_shift, 2, 1, channels, "out_scale_shift");
+    a.out_scale = behind.scale;
+    a.out_shift = behind.shift;
     a.residual = map_or_null<Value>(residual, out, "residual");
     a.residual_scale = row_or_null(residual_scale_shift, 2, 0, channels, "residual_scale_shift");
     a.residual_shift = row_or_null(residual_scale_shift, 2, 1, channels, "residual_scale_shift");
-    a.out_act = activation_of(out_act, out_slope);
+    a.out_act = out_act;
     groups.each([&](int64_t in, int64_t to) {
       ForwardArgsOf<Value> of = a;
       of.x = from(a.x, in);
@@ -214,6 +220,30 @@ void conv_forward(const Tensor& x, const OptionalTensor& scale_shift, int64_t ac
       kernels<Value>().forward(of, parallel);
     });
   });
+}
+
+void conv_forward(const Tensor& x, const OptionalTensor& scale_shift, int64_t act, double slope, const Tensor& weight,
+                  const OptionalTensor& bias, std::vector<int64_t> geometry, Tensor out, const OptionalTensor& stats,
+                  const OptionalTensor& out_scale_shift, const OptionalTensor& residual,
+                  const OptionalTensor& residual_scale_shift, int64_t out_act, double out_slope) {
+  const int64_t channels = out.size(1);
+  const ScaleShift behind{row_or_null(out_scale_shift, 2, 0, channels, "out_scale_shift"),
+                          row_or_null(out_scale_shift, 2, 1, channels, "out_scale_shift")};
+  forward(x, scale_shift, activation_of(act, slope), weight, bias, geometry, out, stats, behind, residual,
+          residual_scale_shift, activation_of(out_act, out_slope));
+}
+
+void conv_norm_forward(const Tensor& x, const OptionalTensor& scale_shift, int64_t act, double slope,
+                       const Tensor& weight, const OptionalTensor& bias, std::vector<int64_t> geometry, Tensor out,
+                       const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& running_mean,
+                       const Tensor& running_var, double eps, const OptionalTensor& residual,
+                       const OptionalTensor& residual_scale_shift, int64_t out_act, double out_slope) {
+  const int64_t channels = out.size(1);
+  std::vector<float> numbers(2 * channels);
+  const ScaleShift behind{numbers.data(), numbers.data() + channels};
+  frozen_scale_shift(norm_weight, norm_bias, running_mean, running_var, eps, channels, behind.scale, behind.shift);
+  forward(x, scale_shift, activation_of(act, slope), weight, bias, geometry, out, std::nullopt, behind, residual,
+          residual_scale_shift, activation_of(out_act, out_slope));
 }
 
 void conv_dgrad(const Tensor& grad, const OptionalTensor& raw, const OptionalTensor& coeff, const Tensor& weight,
@@ -291,6 +321,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
       "Tensor(a!) out, Tensor(b!)? stats, "
       "Tensor? out_scale_shift, Tensor? residual, Tensor? residual_scale_shift, int out_act, float out_slope) -> ()");
   m.def(
+      "conv_norm_forward(Tensor x, Tensor? scale_shift, int act, float slope, Tensor weight, Tensor? bias, int[] "
+      "geometry, Tensor(a!) out, Tensor? norm_weight, Tensor? norm_bias, Tensor running_mean, Tensor running_var, "
+      "float eps, Tensor? residual, Tensor? residual_scale_shift, int out_act, float out_slope) -> ()");
+  m.def(
       "conv_dgrad(Tensor grad, Tensor? raw, Tensor? coeff, Tensor weight, int[] geometry, Tensor(a!) dx, Tensor? x, "
       "Tensor? scale_shift, "
       "int act, float slope, Tensor? mean_invstd, Tensor? base, bool accumulate, bool scaled, Tensor(b!)? sums) -> ()");
@@ -301,6 +335,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) {
   m.impl("conv_forward", TORCH_BOX(&fusedres::conv_forward));
+  m.impl("conv_norm_forward", TORCH_BOX(&fusedres::conv_norm_forward));
   m.impl("conv_dgrad", TORCH_BOX(&fusedres::conv_dgrad));
   m.impl("conv_wgrad", TORCH_BOX(&fusedres::conv_wgrad));
 }

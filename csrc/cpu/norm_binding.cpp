@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "norm.h"
 #include "tensors.h"
 
 namespace fusedres {
@@ -90,9 +91,17 @@ Vector row(const Tensor& t, int64_t rows, int64_t i, int64_t channels, const cha
   return {row_of(t, rows, i, channels, dtype, name), 1, dtype};
 }
 
-// Where a normalisation's numbers go, and its parameters.
+// Where a normalisation's numbers go, and its parameters. `mean` and `invstd` without memory: nobody wants them.
 struct NormVectors {
   Vector weight, bias, scale, shift, mean, invstd;
+
+  NormVectors(int64_t channels, const OptionalTensor& weight, const OptionalTensor& bias, float* scale, float* shift)
+      : weight(parameter_or(weight, channels, 1, "weight")),
+        bias(parameter_or(bias, channels, 0, "bias")),
+        scale{scale, 1, ScalarType::Float},
+        shift{shift, 1, ScalarType::Float},
+        mean{nullptr, 0, ScalarType::Float},
+        invstd(mean) {}
 
   NormVectors(int64_t channels, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& scale_shift,
               const Tensor& mean_invstd)
@@ -114,8 +123,8 @@ struct NormVectors {
     for (int64_t i = 0; i < n; ++i) to_shift[i] -= m[i] * to_scale[i];
     scale.store(begin, n, to_scale);
     shift.store(begin, n, to_shift);
-    mean.store(begin, n, m);
-    invstd.store(begin, n, s);
+    if (mean.data != nullptr) mean.store(begin, n, m);
+    if (invstd.data != nullptr) invstd.store(begin, n, s);
   }
 };
 
@@ -156,12 +165,10 @@ void bn_coefficients(const Tensor& stats, int64_t count, const OptionalTensor& w
   });
 }
 
-void bn_frozen(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& running_mean,
-               const Tensor& running_var, double eps, Tensor scale_shift, Tensor mean_invstd) {
-  const int64_t channels = running_mean.numel();
+void frozen(int64_t channels, const Tensor& running_mean, const Tensor& running_var, double eps,
+            const NormVectors& to) {
   const Vector means = parameter_of(running_mean, channels, "running_mean");
   const Vector variances = parameter_of(running_var, channels, "running_var");
-  const NormVectors to(channels, weight, bias, scale_shift, mean_invstd);
   by_blocks(channels, [&](int64_t begin, int64_t n) {
     Block mean, invstd;
     means.load(begin, n, mean);
@@ -169,6 +176,12 @@ void bn_frozen(const OptionalTensor& weight, const OptionalTensor& bias, const T
     for (int64_t i = 0; i < n; ++i) invstd[i] = 1 / std::sqrt(invstd[i] + eps);
     to.write(begin, n, mean, invstd);
   });
+}
+
+void bn_frozen(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& running_mean,
+               const Tensor& running_var, double eps, Tensor scale_shift, Tensor mean_invstd) {
+  const int64_t channels = running_mean.numel();
+  frozen(channels, running_mean, running_var, eps, {channels, weight, bias, scale_shift, mean_invstd});
 }
 
 void bn_backward(const Tensor& sums, int64_t count, const OptionalTensor& weight, const Tensor& mean_invstd,
@@ -211,6 +224,12 @@ void bn_backward(const Tensor& sums, int64_t count, const OptionalTensor& weight
 }
 
 }  // namespace
+
+void frozen_scale_shift(const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& running_mean,
+                        const Tensor& running_var, double eps, int64_t channels, float* scale, float* shift) {
+  frozen(channels, running_mean, running_var, eps, {channels, weight, bias, scale, shift});
+}
+
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {

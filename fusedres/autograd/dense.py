@@ -220,10 +220,8 @@ class Dense(BlockSpec):
             raw = backend.conv_forward(seen, conv1.weight, conv1.bias, conv1.geometry, Epilogue(stats=stats))
             mid = normalize(backend, norm2, raw, stats)
             return mid, mid
-        frozen = normalize(backend, norm2, seen.raw, None)
-        epilogue = Epilogue(scale_shift=frozen.scale_shift, act=norm2.act)
-        mid = LazyMap(backend.conv_forward(seen, conv1.weight, conv1.bias, conv1.geometry, epilogue))
-        return mid, mid
+        y = backend.conv_norm_forward(seen, conv1.weight, conv1.bias, conv1.geometry, norm2, act=norm2.act)
+        return LazyMap(y), LazyMap(y)
 
     @property
     def keeps_output(self) -> bool:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations
-from ..backends.contract import Backend, accum_dtype
+from ..backends.contract import Backend
 from ..backends.layout import as_map, channel_empty, empty_map
 from ..checks import check_map, check_norm, check_unit
 from ..errors import Unsupported
@@ -272,7 +272,7 @@ class Residual(BlockSpec):
         """By running statistics: each convolution with its BatchNorm, activation and addition in one epilogue."""
         h, root = normalize(backend, self.first, x, None), x if source is None else source
         residual: LazyMap | None = None
-        shortcut, dtype, n = self.shortcut, accum_dtype(x.dtype), len(self.units)
+        shortcut, n = self.shortcut, len(self.units)
         if shortcut is not None:
             residual = shortcut.read(backend, h if shortcut.activated else LazyMap(root))
             if shortcut.unit is not None:
@@ -283,14 +283,16 @@ class Residual(BlockSpec):
             conv, norm = unit.conv, unit.norm
             is_last = i == n and not self.gated
             adds = residual if is_last else None
-            epilogue = Epilogue(
-                out if is_last and self.pool is None else None,
-                None,
-                None if norm is None else backend.bn_frozen(norm, dtype)[0],
-                adds,
-                self.act_behind(i) if adds is None else self.act,
-            )
-            h = LazyMap(backend.conv_forward(h, conv.weight, conv.bias, conv.geometry, epilogue))
+            act = self.act_behind(i) if adds is None else self.act
+            place = out if is_last and self.pool is None else None
+            if norm is None:
+                epilogue = Epilogue(place, residual=adds, act=act)
+                y = backend.conv_forward(h, conv.weight, conv.bias, conv.geometry, epilogue)
+            else:
+                y = backend.conv_norm_forward(
+                    h, conv.weight, conv.bias, conv.geometry, norm, out=place, residual=adds, act=act
+                )
+            h = LazyMap(y)
         if self.gated and residual is not None:
             return backend.highway_forward(h, residual, root, out=out)
         if not self.units:

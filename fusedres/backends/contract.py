@@ -219,6 +219,23 @@ class Backend(ABC):
 
     # ---- shared ------------------------------------------------------------------------------------------------------
 
+    def conv_norm_forward(
+        self,
+        x: LazyMap,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        norm: Norm,
+        *,
+        out: Tensor | None = None,
+        residual: LazyMap | None = None,
+        act: str = "none",
+    ) -> Tensor:
+        """``act(norm(conv(x)) + residual)`` for a ``norm`` that normalises by its running statistics; its own activation is left out.
+        A backend may do both in one step."""
+        scale_shift, _ = self.bn_frozen(norm, accum_dtype(x.raw.dtype))
+        return self.conv_forward(x, weight, bias, geometry, Epilogue(out, None, scale_shift, residual, act))
+
     def materialize(self, x: LazyMap, *, out: Tensor | None = None, stats: Reduction | None = None) -> Tensor:
         """``x`` as a stored map; a copy where it is plain. Reads raw, writes out."""
         return self.add_act_forward(x.before_act, None, x.act, out=out, stats=stats)

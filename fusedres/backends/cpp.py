@@ -39,12 +39,14 @@ if _C is not None:
     # every operator only writes into its arguments: for tracing there is nothing to infer
     for _name in (
         "statistics", "add_act_forward", "add_act_backward", "apply_grad_coeff", "dgrad_epilogue", "pool_forward", "pool_backward",
-        "bn_coefficients", "bn_frozen", "bn_backward", "conv_forward", "conv_dgrad", "conv_wgrad", "highway_forward", "highway_backward",
+        "bn_coefficients", "bn_frozen", "bn_backward", "conv_forward", "conv_norm_forward", "conv_dgrad", "conv_wgrad", "highway_forward",
+        "highway_backward",
     ):  # fmt: skip
         torch.library.register_fake(f"fusedres_cpp::{_name}", lambda *args: None)
     # resolved once: a look-up by name at every call takes as long as a small pass
     _statistics = _ops.statistics.default
     _conv_forward = _ops.conv_forward.default
+    _conv_norm_forward = _ops.conv_norm_forward.default
     _conv_dgrad = _ops.conv_dgrad.default
     _conv_wgrad = _ops.conv_wgrad.default
     _add_act_forward = _ops.add_act_forward.default
@@ -130,6 +132,11 @@ def _is_relu(x: LazyMap) -> bool:
     return x.act == "relu"
 
 
+def _check_frozen(norm: Norm) -> None:
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a BatchNorm without running statistics is no frozen one")
+
+
 class CppBackend(Backend):
     """See the module."""
 
@@ -164,6 +171,32 @@ class CppBackend(Backend):
         _conv_forward(
             raw, scale_shift, *_code(act), weight, bias, plan[1], out, stats, out_scale_shift, added, added_scale_shift,
             *_code(out_act),
+        )  # fmt: skip
+        return out
+
+    def conv_norm_forward(
+        self,
+        x: LazyMap,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        norm: Norm,
+        *,
+        out: Tensor | None = None,
+        residual: LazyMap | None = None,
+        act: str = "none",
+    ) -> Tensor:
+        plan = _plan(x, weight, geometry)
+        if plan is None:
+            return super().conv_norm_forward(x, weight, bias, geometry, norm, out=out, residual=residual, act=act)
+        _check_frozen(norm)
+        raw, scale_shift, x_act, _ = x
+        if out is None:
+            out = torch.empty(plan[0], dtype=raw.dtype, memory_format=torch.channels_last)
+        added, added_scale_shift = (None, None) if residual is None else residual[:2]
+        _conv_norm_forward(
+            raw, scale_shift, *_code(x_act), weight, bias, plan[1], out, norm.weight, norm.bias, norm.running_mean,
+            norm.running_var, norm.eps, added, added_scale_shift, *_code(act),
         )  # fmt: skip
         return out
 
@@ -306,8 +339,7 @@ class CppBackend(Backend):
         return scale_shift, mean_invstd
 
     def bn_frozen(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if norm.running_mean is None or norm.running_var is None:
-            raise ValueError("a BatchNorm without running statistics is no frozen one")
+        _check_frozen(norm)
         shape, accumulated = norm.running_mean.shape, accum_dtype(dtype)
         scale_shift = torch.empty((2, *shape), dtype=accumulated)
         mean_invstd = torch.empty((2, *shape), dtype=accumulated)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import Table, conforms, each, exact_and_fused, is_corrected, parametrize
+from contract import SMALL, Table, conforms, each, exact_and_fused, is_corrected, parametrize
 from support import Draw
 from torch import Tensor
 
@@ -105,6 +105,31 @@ def test_bn_frozen(config, case):
         return found | {f"bare {name}": value for name, value in bare.items()}
 
     conforms(config, step, values=35)
+
+
+@each(
+    cases(
+        **{
+            f"{conv}, {parameters}": (conv, parameters)
+            for conv in ("3x3 odd", "groups")
+            for parameters in ("own", "float16")
+        }
+    )
+)
+def test_conv_norm_forward(config, case):
+    """In one step what convolution and frozen BatchNorm are in two, whoever's the convolution is."""
+    conv, parameters = SMALL[case[0]], case[1]
+
+    def step(backend, draw):
+        norm = norm_of(draw, conv.outputs, parameters, training=False, eps=1e-3)
+        x, weight, bias = draw.lazy(*conv.shape, act="relu"), conv.draw_weight(draw), draw.parameter(conv.outputs)
+        out, residual = draw.hole(*conv.out), draw.lazy(*conv.out, act="none")
+        y = backend.conv_norm_forward(x, weight, bias, conv.geometry, norm, out=out, residual=residual, act="silu")
+        assert y is out
+        bare = backend.conv_norm_forward(x, weight, None, conv.geometry, norm)
+        return {"out": out, "bare": bare}
+
+    conforms(config, step, values=conv.values)
 
 
 @each(
