@@ -10,11 +10,10 @@ from functools import partial
 
 import pytest
 import torch
-from support import each_mode, served
+from support import compare, each_mode, served
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.testing import compare
 
 pytest.importorskip("torchvision")
 from torchvision.models import DenseNet  # noqa: E402
