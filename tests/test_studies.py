@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
@@ -36,11 +37,19 @@ from fusedres.testing import assert_fused, assert_parity  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 ORDER = running.Order("toy", "digits", 1, "here")
-CASES = [
-    (name, network)
-    for name, study in STUDIES.items()
-    for network in study.networks(study.presets["toy"], data.digits())
-]
+BUILDERS = {name: study.networks(study.presets["toy"], data.digits()) for name, study in STUDIES.items()}
+
+
+def cases() -> Iterator[object]:
+    """Every network of every study; those that another has but for its depth or width are slow."""
+    seen = set()
+    for name, builders in BUILDERS.items():
+        for network in builders:
+            # of one kind and a depth: whichever study builds it
+            kind = ("" if re.search(r"-\d+$", network) else name, re.sub(r"\d+", "n", network))
+            marks = [pytest.mark.slow] if kind in seen else []
+            seen.add(kind)
+            yield pytest.param(name, network, id=f"{name}-{network}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +74,10 @@ def logits_and_parameters(model: nn.Module, batches, dtype: torch.dtype) -> dict
     return {"logits": torch.stack(outputs), "parameters": torch.cat([p.detach().flatten() for p in model.parameters()])}
 
 
-@pytest.mark.parametrize("name, network", CASES, ids=[f"{name}-{network}" for name, network in CASES])
+@pytest.mark.parametrize("name, network", cases())
 def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
     served("cpp", torch.float32)
-    study = STUDIES[name]
-    build = study.networks(study.presets["toy"], images)[network]
+    build = BUILDERS[name][network]
     found = {"truth": [], "eager": [], "fused": []}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -121,6 +129,18 @@ def test_the_command_writes_and_says_what_it_found(tmp_path, capsys, monkeypatch
     assert all(sentence in written for sentence in found["sentences"])
 
 
+def test_a_study_in_a_process_of_its_own_finds_what_it_finds_here(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))  # for the process
+    told, images, threads = [], ORDER.images(), torch.get_num_threads()
+    (found,) = running.run(["refinement"], ORDER, images, 2, told.append)
+    assert len(told) == STUDIES["refinement"].steps(STUDIES["refinement"].presets["toy"])
+    torch.set_num_threads(1)
+    assert found["environment"]["threads"] == 1 and found["sentences"]
+    assert found["result"] == running.record("refinement", ORDER, images, lambda what: None)["result"]
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
 def test_several_studies_run_at_a_time_and_find_what_they_find_one_by_one(tmp_path):
     names = ["degradation", "refinement"]
     options = ["--preset", "toy", "--threads", "2", "--out", str(tmp_path)]
