@@ -160,7 +160,7 @@ def test_a_network_is_one_graph_of_operators_that_equals_eager_to_the_bit(name, 
     ("name", "training"),
     [
         pytest.param(name, training, id=f"{name}-{mode}", marks=[] if (name, mode) in quick else [pytest.mark.slow])
-        for quick in [{("bottleneck", "training"), ("densenet", "training"), ("squeeze", "inference")}]
+        for quick in [{("densenet", "training"), ("squeeze", "inference")}]
         for name in SMALL
         for training, mode in ((True, "training"), (False, "inference"))
     ],
@@ -408,8 +408,15 @@ def test_training_without_gradients_moves_statistics_alone():
     assert operators(counter) == {"residual_infer": 2}
 
 
-@MODES
-@pytest.mark.parametrize("name", ["basic", "densenet"])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        pytest.param("basic", True, id="basic-training"),
+        pytest.param("densenet", False, id="densenet-inference"),
+        pytest.param("basic", False, id="basic-inference", marks=pytest.mark.slow),
+        pytest.param("densenet", True, id="densenet-training", marks=pytest.mark.slow),
+    ],
+)
 def test_autocast_equals_eager_to_the_bit(name, training):
     model, twin = twins(SMALL[name], training)
     program, counter = compiled(model)

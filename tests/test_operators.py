@@ -101,7 +101,7 @@ def checks(names: Iterable[str], others: Iterable[str], quick: set[tuple[str, st
     checks(
         ("bottleneck", "dense", "transition"),
         LAYOUTS,
-        {("bottleneck", "sliced"), ("transition", "contiguous"), ("transition", "expanded")},
+        {("transition", "sliced"), ("transition", "contiguous"), ("transition", "expanded")},
     ),
 )
 def test_operators_keep_their_promises_for_every_layout(name, layout, traced):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -37,14 +38,21 @@ from fusedres.testing import assert_fused, assert_parity  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 ORDER = running.Order("toy", "digits", 1, "here")
-BUILDERS = {name: study.networks(study.presets["toy"], data.digits()) for name, study in STUDIES.items()}
+#: of the study whose networks' widths are found by building them, which is nothing for the collection of tests
+DENSE = ["dense, k = 2", "residual, width 2", "dense, k = 4", "residual, width 4", "reuse"]
+
+
+@functools.cache
+def builders(name: str) -> dict[str, Callable[[], nn.Module]]:
+    """A study's networks."""
+    return STUDIES[name].networks(STUDIES[name].presets["toy"], data.digits())
 
 
 def cases() -> Iterator[object]:
     """Every network of every study; those that another has but for its depth or width are slow."""
     seen = set()
-    for name, builders in BUILDERS.items():
-        for network in builders:
+    for name in STUDIES:
+        for network in DENSE if name == "dense" else builders(name):
             # of one kind and a depth: whichever study builds it
             kind = ("" if re.search(r"-\d+$", network) else name, re.sub(r"\d+", "n", network))
             marks = [pytest.mark.slow] if kind in seen else []
@@ -77,7 +85,7 @@ def logits_and_parameters(model: nn.Module, batches, dtype: torch.dtype) -> dict
 @pytest.mark.parametrize("name, network", cases())
 def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
     served("cpp", torch.float32)
-    build = BUILDERS[name][network]
+    build = builders(name)[network]
     found = {"truth": [], "eager": [], "fused": []}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -91,6 +99,10 @@ def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
         assert not any(row.fused for row in fusedres.report(eager))
     for what in ("logits", "parameters"):
         assert_parity(*([run[what] for run in found[arm]] for arm in ("fused", "eager", "truth")), what)
+
+
+def test_no_network_of_a_study_is_left_out():
+    assert sorted(builders("dense")) == sorted(DENSE)
 
 
 @pytest.mark.parametrize("name", STUDIES)
