@@ -82,7 +82,7 @@ def logits_and_parameters(model: nn.Module, batches, dtype: torch.dtype) -> dict
     return {"logits": torch.stack(outputs), "parameters": torch.cat([p.detach().flatten() for p in model.parameters()])}
 
 
-@pytest.mark.parametrize("name, network", cases())
+@pytest.mark.parametrize("name, network", list(cases()))
 def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
     served("cpp", torch.float32)
     build = builders(name)[network]
