@@ -16,9 +16,10 @@ endif
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo
 
-# the script pytest, not python -m pytest, which would put the checkout's kernels/ on the path
+# the script pytest, not python -m pytest, which would put the checkout's kernels/ on the path; worksteal: what a file sets up once is set
+# up by one worker, and neither waits for the other at the end
 test: $(VENV)/installed
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

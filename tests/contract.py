@@ -141,10 +141,21 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     if table is None:
         metafunc.parametrize("config", found, ids=str)
         return
-    pairs = [(config, table.cases[name], f"{config}-{name}") for config in found for name in table.of(config)]
-    metafunc.parametrize(
-        ("config", "case"), [(config, case) for config, case, _ in pairs], ids=[name for *_, name in pairs]
-    )
+    rows = [
+        pytest.param(config, table.cases[name], id=f"{config}-{name}", marks=[pytest.mark.slow] * waits(config, turn))
+        for config in found
+        for turn, name in enumerate(table.of(config))
+    ]
+    metafunc.parametrize(("config", "case"), rows)
+
+
+#: the dtypes of an interpreter, which take turns: of each case one is seen by default, the others are slow
+TURNS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def waits(config: Config, turn: int) -> bool:
+    """Whether it is another dtype's turn."""
+    return config.interpreted and config.dtype in TURNS and TURNS.index(config.dtype) != turn % len(TURNS)
 
 
 Step = Callable[[Backend, Draw], dict[str, Tensor | None]]

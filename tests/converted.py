@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from narrow import ResNet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,8 +108,8 @@ def small_densenet() -> DenseNet:
     return DenseNet(8, (2, 2), 12, bn_size=2, num_classes=5)
 
 
-def small_resnet() -> resnet.ResNet:
-    return resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=5)
+def small_resnet() -> ResNet:
+    return ResNet(resnet.BasicBlock, [1, 2, 1, 1])
 
 
 KINDS: dict[str, Callable[[], nn.Module]] = {

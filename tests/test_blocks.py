@@ -10,11 +10,10 @@ from functools import partial
 
 import pytest
 import torch
-from support import each_mode, served
+from support import compare, served
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.testing import compare
 
 pytest.importorskip("torchvision")
 from torchvision.models import DenseNet  # noqa: E402
@@ -246,15 +245,29 @@ RECOMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     )
 }  # fmt: skip
 
-CONFIGURATIONS = [
-    ("eager", torch.float64), ("eager", torch.float32), ("eager", torch.bfloat16),
-    ("cpp", torch.float64), ("cpp", torch.float32), ("cpp", torch.bfloat16), ("cpp", torch.float16),
-]  # fmt: skip
+# every backend in the dtypes that it is tested in, and in both modes; those of one list take turns, case by case: the others are slow
+BOTH_MODES = [
+    [("eager", torch.float64, True)],
+    [("eager", torch.float64, False)],
+    [("cpp", torch.float64, True)],
+    [("cpp", torch.float64, False)],
+    [("cpp", torch.float32, True)],
+    [("cpp", torch.float32, False)],
+    [("eager", torch.float32, True), ("eager", torch.float32, False)],
+    [("eager", torch.bfloat16, False), ("eager", torch.bfloat16, True)],
+    [("cpp", torch.bfloat16, True), ("cpp", torch.bfloat16, False)],
+    [("cpp", torch.float16, False), ("cpp", torch.float16, True)],
+]
+TRAINING = [
+    [("eager", torch.float64)],
+    [("cpp", torch.float64)],
+    [("cpp", torch.float32), ("cpp", torch.bfloat16)],
+]
 # the interpreter takes seconds where a GPU takes microseconds
 INTERPRETED = {
     name: (KINDS | VARIANTS)[name]
     for name in (
-        "basic", "basic-strided", "bottleneck", "bottleneck-strided", "bottleneck-dilated", "dense-1-layer",
+        "basic", "basic-strided", "bottleneck-strided", "bottleneck", "bottleneck-dilated", "dense-1-layer",
         "dense-then-transition", "transition-odd", "conv1x1", "conv3x3", "conv-uneven", "conv-bias", "no-affine-basic",
         "some-frozen-norms-bottleneck", "no-gradient-of-norms", "constant-input-basic",
     )
@@ -268,31 +281,32 @@ def name_of(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, (str, torch.dtype)) else None
 
 
-def each(cases: dict, configurations: list) -> Callable:
-    """Parametrise a test with ``build, shape, backend, dtype``."""
-    rows = [
-        pytest.param(*case, backend, dtype, id=f"{name}-{backend}-{name_of(dtype)}")
-        for name, case in cases.items()
-        for backend, dtype in configurations
-    ]
-    return pytest.mark.parametrize(("build", "shape", "backend", "dtype"), rows)
+def each(cases: dict, configurations: list[list[tuple]]) -> Callable:
+    """Parametrise a test with ``build, shape, backend, dtype`` and, where the configurations have it, ``training``."""
+    rows = []
+    for turn, (name, case) in enumerate(cases.items()):
+        for group in configurations:
+            for i, (backend, dtype, *training) in enumerate(group):
+                words = [name, backend, name_of(dtype), *("training" if mode else "inference" for mode in training)]
+                marks = [] if i == turn % len(group) else [pytest.mark.slow]
+                rows.append(pytest.param(*case, backend, dtype, *training, id="-".join(words), marks=marks))
+    names = ("build", "shape", "backend", "dtype", "training")
+    return pytest.mark.parametrize(names[: len(rows[0].values)], rows)
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
 
-@each_mode
-@each(KINDS, CONFIGURATIONS)
+@each(KINDS, BOTH_MODES)
 def test_a_block_equals_its_plain_modules(build, shape, backend, dtype, training):
     served(backend, dtype)
     compare(build, shape, dtype, backend, training)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_a_block_trains_as_its_plain_modules_on_triton(name, dtype):
-    served("triton", dtype)
-    compare(*INTERPRETED[name], dtype, "triton", draws=1)
+@each(INTERPRETED, [[("triton", torch.float32), ("triton", torch.float16)]])
+def test_a_block_trains_as_its_plain_modules_on_triton(build, shape, backend, dtype):
+    served(backend, dtype)
+    compare(build, shape, dtype, backend, draws=1)
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
@@ -301,13 +315,13 @@ def test_a_block_infers_as_its_plain_modules_on_triton(name):
     compare(*INTERPRETED[name], torch.float32, "triton", training=False, draws=1)
 
 
-@each(VARIANTS, [("eager", torch.float64), ("cpp", torch.float64), ("cpp", torch.float32), ("cpp", torch.bfloat16)])
+@each(VARIANTS, TRAINING)
 def test_a_variant_trains_as_its_plain_modules(build, shape, backend, dtype):
     served(backend, dtype)
     compare(build, shape, dtype, backend)
 
 
-@each(RECOMPUTED, [("eager", torch.float64), ("cpp", torch.float64), ("cpp", torch.float32), ("cpp", torch.bfloat16)])
+@each(RECOMPUTED, TRAINING)
 def test_recomputing_gives_the_same_step(build, shape, backend, dtype):
     served(backend, dtype)
     compare(build, shape, dtype, backend, recompute=True)

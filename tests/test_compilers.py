@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from narrow import ResNet
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
@@ -19,10 +20,10 @@ from fusedres.testing import assert_fused, assert_parity, randomize, run_trainin
 
 pytest.importorskip("torchvision")
 from torchvision.models import DenseNet  # noqa: E402
-from torchvision.models.resnet import BasicBlock, ResNet, resnet18  # noqa: E402
+from torchvision.models.resnet import BasicBlock, resnet18  # noqa: E402
 
 MODELS = {
-    "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5),
+    "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
     "densenet": lambda: DenseNet(8, (2, 2), 8, bn_size=2, num_classes=5),
 }
 FULL = {"resnet18": lambda: resnet18(num_classes=5), "densenet": MODELS["densenet"]}

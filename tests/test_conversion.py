@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ran
+from support import compare, ran
 from torch import Tensor, nn
 
 import fusedres
 from fusedres.swap import is_converted, state_of
-from fusedres.testing import assert_parity, compare, randomize, run_training
+from fusedres.testing import assert_parity, randomize, run_training
 
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402
@@ -366,7 +366,8 @@ def test_autocast_computes_in_low_precision_as_eager_does(dtype):
     results: dict[str, dict[str, list[Tensor]]] = {"plain": {}, "fused": {}, "truth": {}}
     for seed in range(9):
         torch.manual_seed(seed)
-        plain, model = pair()
+        plain = small()
+        model = fusedres.convert(copy.deepcopy(plain), verify=seed == 0)
         truth = copy.deepcopy(plain).double()
         x = torch.randn(SHAPE)
         with torch.autocast("cpu", dtype):
@@ -591,8 +592,15 @@ def test_every_block_of_a_torchvision_model_is_fused(name):
     assert all(r.fused and r.detail == FUSED for r in report), str(report)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        pytest.param("resnet18", True, id="resnet18-training"),
+        pytest.param("densenet121", False, id="densenet121-eval"),
+        pytest.param("resnet18", False, id="resnet18-eval", marks=pytest.mark.slow),
+        pytest.param("densenet121", True, id="densenet121-training", marks=pytest.mark.slow),
+    ],
+)
 def test_a_torchvision_model_equals_itself_unconverted(name, training):
     compare(
         lambda: torchvision.models.get_model(name, num_classes=7),

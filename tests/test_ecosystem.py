@@ -186,8 +186,16 @@ QUICK = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+#: training and inference take turns
+IN_BOTH_MODES = [
+    pytest.param(name, training, id=f"{name}-{mode}", marks=[] if (name, mode) in quick else [pytest.mark.slow])
+    for quick in [{(name, ("training", "inference")[i % 2]) for i, name in enumerate(QUICK)}]
+    for name in MODELS
+    for training, mode in ((True, "training"), (False, "inference"))
+]
+
+
+@pytest.mark.parametrize(("name", "training"), IN_BOTH_MODES)
 def test_a_model_computes_the_same_converted(name, training):
     if reason := select.why_not("cpp", torch.device("cpu"), torch.float64):
         pytest.skip(reason)
@@ -261,7 +269,11 @@ SAMPLE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+#: whose many blocks are of the kinds that others have, or that the tests of general blocks see
+LONG = ("inception_v3", "selecsls42", "xception41")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in SAMPLE])
 def test_convert_never_raises(name):
     library = pytest.importorskip("timm")
     if not library.is_model(name):

@@ -62,7 +62,9 @@ def assert_equal(description: Case | Session) -> set[str]:
 # ---- converting changes nothing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_random_networks_compute_the_same_converted(part: int) -> None:
     campaign = Campaign(seed=100 + part, most_faults=1, quiet=True)
     campaign.run_networks(count=35)
@@ -71,7 +73,7 @@ def test_random_networks_compute_the_same_converted(part: int) -> None:
     assert campaign.networks.invalid < 7
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_random_sessions_compute_the_same_converted(part: int) -> None:
     campaign = Campaign(seed=200 + part, most_faults=1, quiet=True)
     campaign.run_sessions(count=15)

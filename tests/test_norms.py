@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from narrow import ResNet
 from support import ran
 from torch import nn
 
@@ -15,7 +16,7 @@ from fusedres.swap import FusedBlock
 from fusedres.testing import assert_fused, assert_parity, randomize, run_training
 
 pytest.importorskip("torchvision")
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
+from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
 FUSED = "cpp" if fusedres.backends()["cpp"] == "available" else "eager"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,38 +60,68 @@ LAYOUTS = {
 }
 
 
-def checked(operator, *args) -> list[Tensor]:
-    found = torch.library.opcheck(operator, args)
+#: torch's checks of an operator as it runs; ``traced`` ones are compiled, too, at sizes that are symbols, which takes twenty times as long
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def checked(operator, *args, traced: bool) -> list[Tensor]:
+    found = torch.library.opcheck(operator, args, test_utils=(*CHECKS, *["test_aot_dispatch_dynamic"] * traced))
     assert set(found.values()) == {"SUCCESS"}, found
     return operator(*args)
 
 
-def assert_checked(spec: BlockSpec, x: Tensor) -> None:
+def assert_checked(spec: BlockSpec, x: Tensor, traced: bool) -> None:
     encoded, family = encode(spec, {}), OPERATORS[FAMILIES[type(spec)]]
     call = (encoded.text, x, None, None, encoded.weights, encoded.statistics)
-    inferred, found = checked(family.infer, *call), checked(family.forward, *call)
+    inferred, found = (checked(f, *call, traced=traced) for f in (family.infer, family.forward))
     head = 2 + len(encoded.moves)
     for ours, recorded in zip(inferred, found[:head], strict=True):
         torch.testing.assert_close(ours, recorded)
     need = [True, False, *(True for _ in encoded.weights)]
     held = found[0] if spec.keeps_output else x
     for grad in (torch.randn_like(found[0]), torch.ones(()).expand(found[0].shape)):
-        checked(family.backward, encoded.text, grad, held, None, encoded.weights, found[head:], need)
+        checked(family.backward, encoded.text, grad, held, None, encoded.weights, found[head:], need, traced=traced)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["bottleneck", "dense", "transition"])
-def test_operators_keep_their_promises_for_every_layout(name, layout):
+def checks(names: Iterable[str], others: Iterable[str], quick: set[tuple[str, str]]) -> list:
+    """Every pair as it runs, and traced: those that are not ``quick`` then are slow."""
+    pairs = [(name, other, traced) for name in names for other in others for traced in (False, True)]
+    return [
+        pytest.param(
+            *pair,
+            id=f"{pair[0]}-{pair[1]}-{'traced' if pair[2] else 'called'}",
+            marks=[] if not pair[2] or pair[:2] in quick else [pytest.mark.slow],
+        )
+        for pair in pairs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "traced"),
+    checks(
+        ("bottleneck", "dense", "transition"),
+        LAYOUTS,
+        {("transition", "sliced"), ("transition", "contiguous"), ("transition", "expanded")},
+    ),
+)
+def test_operators_keep_their_promises_for_every_layout(name, layout, traced):
     torch.manual_seed(0)
-    assert_checked(SPECS[name](True), LAYOUTS[layout](torch.randn(2, 8, 6, 6)))
+    assert_checked(SPECS[name](True), LAYOUTS[layout](torch.randn(2, 8, 6, 6)), traced)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize("name", SPECS)
-def test_operators_keep_their_promises_for_every_structure(name, training):
+@pytest.mark.parametrize(
+    ("name", "mode", "traced"),
+    checks(
+        SPECS,
+        ("training", "frozen"),
+        {(name, "training") for name in SPECS} - {("head", "training")}
+        | {("head", "frozen"), ("preactivation", "frozen")},
+    ),
+)
+def test_operators_keep_their_promises_for_every_structure(name, mode, traced):
     torch.manual_seed(0)
-    spec = SPECS[name](training)
-    assert_checked(spec.recomputing, torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last))
+    spec = SPECS[name](mode == "training")
+    assert_checked(spec.recomputing, torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last), traced)
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "preactivation", "stem", "dense", "transition"])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from narrow import ResNet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
@@ -40,11 +41,11 @@ def one_fused_backend():
 
 
 def small_resnet() -> nn.Module:
-    return resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=5)
+    return ResNet(resnet.BasicBlock, [1, 2, 1, 1])
 
 
 def small_bottlenecks() -> nn.Module:
-    return resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, width_per_group=16)
+    return ResNet(resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16)
 
 
 def small_densenet(memory_efficient: bool = False) -> nn.Module:
@@ -463,7 +464,7 @@ def test_a_grad_scaler_scales_steps_and_skips_those_that_overflow():
     losses: list[list[float]] = []
     for convert in (False, True):
         torch.manual_seed(0)
-        model = small_resnet()
+        model = resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=5)
         if convert:
             fusedres.convert(model)
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -557,11 +558,11 @@ def test_train_and_eval_reach_single_modules(name):
 
 
 def append_block(model: nn.Module) -> None:
-    model.layer1.append(resnet.BasicBlock(64, 64).to(model.fc.weight.dtype))
+    model.layer1.append(resnet.BasicBlock(16, 16).to(model.fc.weight.dtype))
 
 
 def replace_block(model: nn.Module) -> None:
-    model.layer2[1] = resnet.BasicBlock(128, 128).to(model.fc.weight.dtype)
+    model.layer2[1] = resnet.BasicBlock(32, 32).to(model.fc.weight.dtype)
 
 
 def remove_block(model: nn.Module) -> None:
@@ -574,16 +575,16 @@ def replace_stem(model: nn.Module) -> None:
 
 
 def replace_shortcut(model: nn.Module) -> None:
-    pooled = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128))
+    pooled = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32))
     model.layer2[0].downsample = pooled.to(model.fc.weight.dtype)
 
 
 def replace_norm(model: nn.Module) -> None:
-    model.layer3[0].bn1 = nn.GroupNorm(8, 256).to(model.fc.weight.dtype)
+    model.layer3[0].bn1 = nn.GroupNorm(8, 64).to(model.fc.weight.dtype)
 
 
 def replace_classifier(model: nn.Module) -> None:
-    model.fc = nn.Linear(512, 9, dtype=model.fc.weight.dtype)
+    model.fc = nn.Linear(128, 9, dtype=model.fc.weight.dtype)
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["before-a-call", "after-a-call"])
@@ -629,7 +630,8 @@ def test_a_dense_layer_added_after_conversion_reads_and_writes_its_channels():
 @pytest.mark.parametrize("name", ["resnet26", "resnetv2_18", "regnety_002"])
 def test_stochastic_depth_drops_the_same_paths(name):
     timm = pytest.importorskip("timm")
-    plain, model = pair(lambda: timm.create_model(name, num_classes=5, drop_path_rate=0.5))
+    few = {} if name == "regnety_002" else {"layers": (1, 2, 2, 1), "channels": (16, 32, 48, 64)}
+    plain, model = pair(lambda: timm.create_model(name, num_classes=5, drop_path_rate=0.5, **few))
     x = images(4, 3, 48, 48)
     found = []
     for m in (model, plain):

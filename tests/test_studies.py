@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import math
@@ -11,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
@@ -36,11 +38,26 @@ from fusedres.testing import assert_fused, assert_parity  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 ORDER = running.Order("toy", "digits", 1, "here")
-CASES = [
-    (name, network)
-    for name, study in STUDIES.items()
-    for network in study.networks(study.presets["toy"], data.digits())
-]
+#: of the study whose networks' widths are found by building them, which is nothing for the collection of tests
+DENSE = ["dense, k = 2", "residual, width 2", "dense, k = 4", "residual, width 4", "reuse"]
+
+
+@functools.cache
+def builders(name: str) -> dict[str, Callable[[], nn.Module]]:
+    """A study's networks."""
+    return STUDIES[name].networks(STUDIES[name].presets["toy"], data.digits())
+
+
+def cases() -> Iterator[object]:
+    """Every network of every study; those that another has but for its depth or width are slow."""
+    seen = set()
+    for name in STUDIES:
+        for network in DENSE if name == "dense" else builders(name):
+            # of one kind and a depth: whichever study builds it
+            kind = ("" if re.search(r"-\d+$", network) else name, re.sub(r"\d+", "n", network))
+            marks = [pytest.mark.slow] if kind in seen else []
+            seen.add(kind)
+            yield pytest.param(name, network, id=f"{name}-{network}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +82,10 @@ def logits_and_parameters(model: nn.Module, batches, dtype: torch.dtype) -> dict
     return {"logits": torch.stack(outputs), "parameters": torch.cat([p.detach().flatten() for p in model.parameters()])}
 
 
-@pytest.mark.parametrize("name, network", CASES, ids=[f"{name}-{network}" for name, network in CASES])
+@pytest.mark.parametrize("name, network", list(cases()))
 def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
     served("cpp", torch.float32)
-    study = STUDIES[name]
-    build = study.networks(study.presets["toy"], images)[network]
+    build = builders(name)[network]
     found = {"truth": [], "eager": [], "fused": []}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -83,6 +99,10 @@ def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
         assert not any(row.fused for row in fusedres.report(eager))
     for what in ("logits", "parameters"):
         assert_parity(*([run[what] for run in found[arm]] for arm in ("fused", "eager", "truth")), what)
+
+
+def test_no_network_of_a_study_is_left_out():
+    assert sorted(builders("dense")) == sorted(DENSE)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -121,6 +141,18 @@ def test_the_command_writes_and_says_what_it_found(tmp_path, capsys, monkeypatch
     assert all(sentence in written for sentence in found["sentences"])
 
 
+def test_a_study_in_a_process_of_its_own_finds_what_it_finds_here(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))  # for the process
+    told, images, threads = [], ORDER.images(), torch.get_num_threads()
+    (found,) = running.run(["refinement"], ORDER, images, 2, told.append)
+    assert len(told) == STUDIES["refinement"].steps(STUDIES["refinement"].presets["toy"])
+    torch.set_num_threads(1)
+    assert found["environment"]["threads"] == 1 and found["sentences"]
+    assert found["result"] == running.record("refinement", ORDER, images, lambda what: None)["result"]
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
 def test_several_studies_run_at_a_time_and_find_what_they_find_one_by_one(tmp_path):
     names = ["degradation", "refinement"]
     options = ["--preset", "toy", "--threads", "2", "--out", str(tmp_path)]

@@ -3,9 +3,9 @@ bits, weights in any layout, the convolutions that it takes itself, and argument
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 
 import pytest
@@ -265,12 +265,21 @@ def _map(draw: Draw) -> tuple[Tensor, Tensor]:
 
 
 def test_the_capability_is_chosen_by_the_environment():
-    def ask(value: str) -> subprocess.CompletedProcess:
-        code = "from fusedres.backends import cpp; print(cpp.cpu_capability())"
-        env = os.environ | {"FUSEDRES_CPU_CAPABILITY": value}
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-
-    for name in cpp._C.cpu_capabilities():
-        assert ask(name).stdout.strip() == name
-    wrong = ask("sse9")
-    assert wrong.returncode != 0 and "expected default, avx2, avx512 or avx512_bf16" in wrong.stderr
+    # a process of its own for each, which has torch but not yet the extension
+    code = """
+        import os, sys
+        import torch
+        for name in sys.argv[1:]:
+            if os.fork() == 0:
+                os.environ["FUSEDRES_CPU_CAPABILITY"] = name
+                from fusedres.backends import cpp
+                print(cpp.cpu_capability(), flush=True)
+                os._exit(0)
+            status = os.wait()[1]
+        sys.exit(status != 0)
+        """
+    names = [*cpp._C.cpu_capabilities(), "sse9"]
+    command = [sys.executable, "-c", textwrap.dedent(code), *names]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == names[:-1]
+    assert done.returncode == 1 and "expected default, avx2, avx512 or avx512_bf16" in done.stderr

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from followed import Block, C, OfAClass, assert_equal, converted, step, twins
+from narrow import ResNet
 from torch import Tensor, nn
 
 import fusedres
@@ -295,7 +296,7 @@ def half(self: nn.Module, x: list[Tensor] | Tensor) -> Tensor:
 
 
 def small_resnet() -> nn.Module:
-    return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
+    return ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
 
 
 def small_densenet() -> nn.Module:
