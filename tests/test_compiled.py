@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from converted import Split
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
@@ -551,3 +552,12 @@ def test_a_copy_is_planned_by_its_own_modules(build, made):
         torch.testing.assert_close(found, twin(x))  # by hand, it is the original modules beside fused ones
         assert torch.equal(block(x), before) and (found - before).abs().max() > 0.01
     assert state_of(twin).is_of(twin) and state_of(block).is_of(block)
+
+
+def test_a_part_without_any_tensor_compiles():
+    """A sum that stands alone, behind what is no row."""
+    torch.manual_seed(0)
+    plain = Split()
+    model, x = fusedres.convert(copy.deepcopy(plain)), torch.randn(2, 8, 6, 6)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), plain(x))

@@ -132,9 +132,10 @@ def _is_relu(x: LazyMap) -> bool:
     return x.act == "relu"
 
 
-def _check_frozen(norm: Norm) -> None:
+def _running_statistics(norm: Norm) -> tuple[Tensor, Tensor]:
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a BatchNorm without running statistics is no frozen one")
+    return norm.running_mean, norm.running_var
 
 
 class CppBackend(Backend):
@@ -189,14 +190,14 @@ class CppBackend(Backend):
         plan = _plan(x, weight, geometry)
         if plan is None:
             return super().conv_norm_forward(x, weight, bias, geometry, norm, out=out, residual=residual, act=act)
-        _check_frozen(norm)
+        statistics = _running_statistics(norm)
         raw, scale_shift, x_act, _ = x
         if out is None:
             out = torch.empty(plan[0], dtype=raw.dtype, memory_format=torch.channels_last)
         added, added_scale_shift = (None, None) if residual is None else residual[:2]
         _conv_norm_forward(
-            raw, scale_shift, *_code(x_act), weight, bias, plan[1], out, norm.weight, norm.bias, norm.running_mean,
-            norm.running_var, norm.eps, added, added_scale_shift, *_code(act),
+            raw, scale_shift, *_code(x_act), weight, bias, plan[1], out, norm.weight, norm.bias, *statistics, norm.eps, added,
+            added_scale_shift, *_code(act),
         )  # fmt: skip
         return out
 
@@ -339,11 +340,9 @@ class CppBackend(Backend):
         return scale_shift, mean_invstd
 
     def bn_frozen(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        _check_frozen(norm)
-        shape, accumulated = norm.running_mean.shape, accum_dtype(dtype)
-        scale_shift = torch.empty((2, *shape), dtype=accumulated)
-        mean_invstd = torch.empty((2, *shape), dtype=accumulated)
-        _bn_frozen(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, scale_shift, mean_invstd)
+        mean, variance = _running_statistics(norm)
+        scale_shift, mean_invstd = (torch.empty((2, *mean.shape), dtype=accum_dtype(dtype)) for _ in range(2))
+        _bn_frozen(norm.weight, norm.bias, mean, variance, norm.eps, scale_shift, mean_invstd)
         return scale_shift, mean_invstd
 
     def bn_backward(

@@ -182,6 +182,8 @@ class Planner:
         if self.recompute:
             spec = spec.recomputing
         encoded = encode(spec, self.cumulative)
+        if not (encoded.weights or encoded.statistics):
+            raise Unsupported("a part without any tensor is ordinary code to a compiler")
         of_convolutions = {id(t) for conv in instances(spec, Conv) for t in (conv.weight, conv.bias)}
         self.parts += 1
         step = Fused(

@@ -312,7 +312,7 @@ def _do(action: Action, models: list[nn.Module], built: Built, compiles_both: bo
         try:
             if action.kind == "compile" and i == 0 and not compiles_both:
                 # the names of a compiled one alone
-                models[i] = torch._dynamo.OptimizedModule(models[i], torch._dynamo.disable())
+                models[i] = torch._dynamo.OptimizedModule(models[i], cast(Any, torch._dynamo.disable()))
             elif action.kind in BOTH:
                 seed_everything(action.where)
                 models[i] = BOTH[action.kind](models[i], action.where)
