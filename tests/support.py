@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import fusedres
-import fusedres.testing
 from fusedres.backends import select
 from fusedres.backends.contract import accum_dtype
 from fusedres.backends.layout import format_of
@@ -33,24 +29,6 @@ def ran(block: nn.Module) -> str:
     state = state_of(block)
     assert state is not None and state.outcome is not None, "it has not been called"
     return str(state.outcome)
-
-
-def compare(
-    build: Callable[[], nn.Module],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    backend: str,
-    training: bool = True,
-    recompute: bool = False,
-    **options: Any,
-) -> None:
-    """:func:`fusedres.testing.compare`, whose draws are all of one structure: ``fusedres.convert`` proves it in the first of them."""
-    draws = itertools.count()
-
-    def fuse(model: nn.Module) -> nn.Module:
-        return fusedres.convert(model, recompute=recompute, verify=next(draws) == 0)
-
-    fusedres.testing.compare(build, shape, dtype, backend, training, **({"fuse": fuse} | options))
 
 
 def dtype_name(dtype: object) -> str:

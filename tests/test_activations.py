@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compare, each_mode, ran, served
+from support import each_mode, ran, served
 from torch import Tensor, nn
 
 import fusedres
@@ -29,7 +29,7 @@ from fusedres.functional import Conv, Geometry, Norm, Pool, Unit
 from fusedres.operands import Epilogue, LazyGrad, LazyMap
 from fusedres.specs import instances
 from fusedres.swap import FusedBlock
-from fusedres.testing import assert_parity
+from fusedres.testing import assert_parity, compare
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),

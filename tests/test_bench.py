@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import compare, served
+from support import served
 from torch import nn
 
 pytest.importorskip("torchvision")
@@ -16,7 +16,7 @@ matplotlib_image = pytest.importorskip("matplotlib.image")
 import fusedres  # noqa: E402
 from bench import conversion, models, report, roofline, sweep  # noqa: E402
 from bench.networks import DRAWN, NETWORKS, OF_TIMM  # noqa: E402
-from fusedres.testing import networks  # noqa: E402
+from fusedres.testing import compare, networks  # noqa: E402
 from fusedres.trial import memory  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

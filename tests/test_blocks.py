@@ -10,10 +10,11 @@ from functools import partial
 
 import pytest
 import torch
-from support import compare, served
+from support import served
 from torch import Tensor, nn
 
 import fusedres
+from fusedres.testing import compare
 
 pytest.importorskip("torchvision")
 from torchvision.models import DenseNet  # noqa: E402

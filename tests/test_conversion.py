@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import compare, ran
+from support import ran
 from torch import Tensor, nn
 
 import fusedres
 from fusedres.swap import is_converted, state_of
-from fusedres.testing import assert_parity, randomize, run_training
+from fusedres.testing import assert_parity, compare, randomize, run_training
 
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compare, each_mode, ran, served
+from support import each_mode, ran, served
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +17,7 @@ from fusedres import functional
 from fusedres.backends import select
 from fusedres.backends.contract import Wrapped
 from fusedres.operands import Epilogue
-from fusedres.testing import assert_fused
+from fusedres.testing import assert_fused, compare
 from fusedres.trial import memory
 
 pytestmark = [

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support import compare, each_mode, ran, served
+from support import each_mode, ran, served
 from torch import Tensor, nn
 
 import fusedres
@@ -20,6 +20,7 @@ from fusedres.backends import select
 from fusedres.backends.contract import Wrapped
 from fusedres.nn import PreActBasicBlock, PreActBottleneck
 from fusedres.swap import FusedBlock, is_converted, original_class
+from fusedres.testing import compare
 
 pytest.importorskip("torchvision")
 from torchvision.models.densenet import _DenseBlock  # noqa: E402

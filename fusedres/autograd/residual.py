@@ -34,7 +34,7 @@ from ..errors import Unsupported
 from ..operands import Epilogue, LazyMap
 from ..specs import BlockSpec, Conv, Forward, Norm, Pool, Shape, Unit
 from .residual_backward import Kept, OfUnit, ResidualBackward, flatten, split
-from .steps import conv_norm, mean_pool, needs_autograd, normalize, normalize_input, replay, replays
+from .steps import conv_norm, kept_map, mean_pool, needs_autograd, normalize, normalize_input, replay, replays
 
 
 @dataclass(frozen=True)
@@ -251,11 +251,11 @@ class Residual(BlockSpec):
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         # out here, so that what the Function keeps are its inputs, which double backward differentiates
-        x, source = as_map(x), None if source is None else as_map(source)
+        source = None if source is None else as_map(source)
         if needs_autograd(x, source, *self.tensors):
-            if not needs_autograd(x, *self._weights_on_input(source is None)):
-                x = x.clone()  # eager would keep nothing of it, so that its owner may overwrite it before backward
+            x = kept_map(x, *self._weights_on_input(source is None))
             return ResidualFunction.apply(backend, self, stats, (out,), x, source, *self.tensors)
+        x = as_map(x)
         if self.trains:
             state = self.forward(backend, x, source, stats, out)
             return state.y, state.stats

@@ -159,6 +159,13 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def kept_map(x: Tensor, *weights: Tensor | None) -> Tensor:
+    """``x`` as a map that a recorded call keeps. ``weights``: those whose gradients need it. Where neither they nor ``x`` have any, eager
+    would keep nothing of it, so that its owner may overwrite it before backward: a copy, if it is none yet."""
+    found = as_map(x)
+    return found.clone() if found is x and not needs_autograd(x, *weights) else found
+
+
 def functorch_active() -> bool:
     """Whether a transform of torch.func (vmap, grad, ...) is under way."""
     return torch._C._are_functorch_transforms_active()

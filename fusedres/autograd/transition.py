@@ -27,6 +27,7 @@ from ..operands import FRESH, LazyGrad, LazyMap
 from ..specs import BlockSpec, Conv, Forward, Norm, Pool, Shape
 from .steps import (
     bias_grad,
+    kept_map,
     needs_autograd,
     new_reduction,
     norm_backward,
@@ -73,12 +74,11 @@ class Transition(BlockSpec):
         stats: Tensor | None = None,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        x = as_map(x)  # out here, so that what the Function keeps is its input, which double backward differentiates
         if needs_autograd(x, *self.tensors):
-            if not needs_autograd(x, self.norm.weight, self.norm.bias):
-                x = x.clone()  # eager would keep nothing of it, so that its owner may overwrite it before backward
+            # out here, so that what the Function keeps is its input, which double backward differentiates
+            x = kept_map(x, self.norm.weight, self.norm.bias)
             return TransitionFunction.apply(backend, self, stats, x, *self.tensors), None
-        return self.forward(backend, x, stats)[0], None
+        return self.forward(backend, as_map(x), stats)[0], None
 
     def forward(self, backend: Backend, x: Tensor, stats: Tensor | None) -> tuple[Tensor, LazyMap]:
         """``(y, x behind its BatchNorm)``."""

@@ -34,14 +34,13 @@ from beside import (
     kept,
 )
 from followed import Block, C, assert_equal, draw, step, twins
-from support import compare
 from torch import Tensor, nn
 
 import fusedres
 from fusedres.blocks import kind_key
 from fusedres.recognition.actions import Setter
 from fusedres.swap import FusedBlock, state_of
-from fusedres.testing import assert_fused, first_difference
+from fusedres.testing import assert_fused, compare, first_difference
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from general_blocks import SHAPES, C, Draws, DualPath, OneShot, Optional, Res2Net, Root, Select, Selects, Shuffle, Tree
-from support import compare
 from torch import Tensor, nn
 
 import fusedres
 from fusedres.blocks.general import MOST_FORMS
 from fusedres.report import why_not_fused
 from fusedres.swap import FusedBlock, state_of
-from fusedres.testing import assert_fused, randomize
+from fusedres.testing import assert_fused, compare, randomize
 
 
 @pytest.fixture(autouse=True)

@@ -26,10 +26,10 @@ FLOOR = 1e-3
 LAYOUTS = ("nchw", "channels_last", "nonleaf", "expanded", "channel_slice", "slice", "transposed", "offset")
 #: what is counted of a module's hooks
 HOOKS: tuple[str, ...] = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-#: attributes of torch.nn.Module itself, and ours
 _OF_COMPILERS = frozenset(
     ("_is_torch_compile", "_torchdynamo_wrapper_id", "_torchdynamo_orig_callable", "dynamo_ctx", "get_compiler_config")
 )
+#: attributes of torch.nn.Module itself, of compilers, and ours
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_fusedres", "_non_persistent_buffers_set"} | _OF_COMPILERS
 
 
