@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+
 namespace fusedres {
 namespace {
 
@@ -21,7 +23,82 @@ std::vector<Entry>& entries() {
 }
 
 // What a recorded schedule does beside calling operators; `fusedres/backends/tape.py` writes these numbers.
-enum Step : int64_t { kEmpty, kEmptyLike, kView, kFill, kCall };
+enum Step : int64_t { kEmpty, kEmptyLike, kView, kFill, kAdd, kConvolution, kConvolutionBackward, kCall };
+
+using torch::stable::detail::from;
+
+// Calls an operator of torch's, whose results replace its arguments on `stack`.
+template <size_t kArguments>
+void call_torch(const char* name, const char* overload, std::array<StableIValue, kArguments>& stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+}
+
+// Adds C numbers to C numbers.
+void add(const Tensor& to, const Tensor& other) {
+  STD_TORCH_CHECK(to.scalar_type() == other.scalar_type() && to.numel() == other.numel() && to.is_contiguous() &&
+                      other.is_contiguous(),
+                  "a recorded sum wants tensors of one shape and dtype without gaps");
+  const auto sum = [&](auto zero) {
+    auto* a = static_cast<decltype(zero)*>(to.data_ptr());
+    const auto* b = static_cast<const decltype(zero)*>(other.data_ptr());
+    for (int64_t i = 0; i < to.numel(); ++i) a[i] += b[i];
+  };
+  if (to.scalar_type() == torch::headeronly::ScalarType::Double) return sum(double{});
+  STD_TORCH_CHECK(to.scalar_type() == torch::headeronly::ScalarType::Float, "a recorded sum is of float32 or float64");
+  sum(float{});
+}
+
+// A map of the library's in channels_last, whatever it chose.
+Tensor as_map(const Tensor& t) {
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// Stride, padding, dilation of a convolution with no output padding, and its groups.
+struct Geometry {
+  std::vector<int64_t> stride, padding, dilation;
+  int64_t groups;
+
+  explicit Geometry(Reader& r)
+      : stride(r.integers()), padding(r.integers()), dilation(r.integers()), groups(r.integer()) {}
+};
+
+void convolution(Reader& r) {
+  const int64_t to = r.integer();
+  const Tensor x = r.next<Tensor>(), weight = r.next<Tensor>();
+  const auto bias = r.next<std::optional<Tensor>>();
+  const Geometry g(r);
+  const std::vector<int64_t> no_padding(g.padding.size(), 0);
+  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),       from(g.stride), from(g.padding),
+                                    from(g.dilation), from(false),  from(no_padding), from(g.groups)};
+  call_torch("aten::convolution", "", stack);
+  r.slot(to) = as_map(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+void convolution_backward(Reader& r) {
+  const int64_t to_input = r.integer(), to_weight = r.integer();
+  const Tensor grad = r.next<Tensor>(), x = r.next<Tensor>(), weight = r.next<Tensor>();
+  const Geometry g(r);
+  const std::vector<int64_t> no_padding(g.padding.size(), 0);
+  const bool needs_input = to_input >= 0, needs_weight = to_weight >= 0;
+  const std::array<bool, 3> wanted{needs_input, needs_weight, false};
+  std::array<StableIValue, 11> stack{from(grad),
+                                     from(x),
+                                     from(weight),
+                                     from(std::nullopt),
+                                     from(g.stride),
+                                     from(g.padding),
+                                     from(g.dilation),
+                                     from(false),
+                                     from(no_padding),
+                                     from(g.groups),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()))};
+  call_torch("aten::convolution_backward", "", stack);
+  // all three are taken off the stack, since each is owned
+  const Tensor dx = torch::stable::detail::to<Tensor>(stack[0]), dweight = torch::stable::detail::to<Tensor>(stack[1]);
+  torch::stable::detail::to<Tensor>(stack[2]);
+  if (needs_input) r.slot(to_input) = as_map(dx);
+  if (needs_weight) r.slot(to_weight) = dweight;
+}
 
 void step(Reader& r) {
   switch (r.integer()) {
@@ -54,6 +131,12 @@ void step(Reader& r) {
       torch::stable::fill_(to, r.next<double>());
       return;
     }
+    case kAdd: {
+      const Tensor to = r.next<Tensor>(), other = r.next<Tensor>();
+      return add(to, other);
+    }
+    case kConvolution: return convolution(r);
+    case kConvolutionBackward: return convolution_backward(r);
     case kCall: {
       const int64_t number = r.integer();
       STD_TORCH_CHECK(number >= 0 && number < int64_t(entries().size()), "no operator has the number ", number);

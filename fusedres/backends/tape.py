@@ -2,8 +2,8 @@
 
 A schedule (:meth:`~.contract.Backend.run_schedule`) goes the same way for all maps of the same shapes: the same operators on the same
 numbers, with other tensors. :func:`record` runs it and writes that down; :meth:`Tape.play` is one operator, ``fusedres_cpp::play``, that
-goes the same way in C++. A tape holds operators of ``fusedres_cpp``, fresh tensors, views and fills; a schedule that does anything else (a
-convolution of the library, a collective) has none.
+goes the same way in C++. A tape holds operators of ``fusedres_cpp``, convolutions of the library, fresh tensors, views, fills and sums in
+place; a schedule that does anything else (a collective, a pool of the library) has none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ else:
     _NUMBERS = {name: number for number, name in enumerate(tape_operators())}
     _play = torch.ops.fusedres_cpp.play.default
 
-_EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _CALL = range(5)  # as csrc/tape.cpp has them
+_EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _ADD, _CONVOLUTION, _CONVOLUTION_BACKWARD, _CALL = range(8)  # as csrc/tape.cpp has them
 #: as torch numbers them
 _DTYPES = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FRESH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -97,8 +97,17 @@ class _Recorder(TorchDispatchMode):
         library, name = schema.name.split("::")
         if library == "fusedres_cpp" and name in _NUMBERS and not kwargs:
             return [_CALL, _NUMBERS[name], *self._arguments(schema.arguments, args)]
+        if library == "aten" and name == "convolution_backward":
+            return self._library_backward(args, y)
         if library != "aten" or not isinstance(y, Tensor):
             raise _Refused
+        if name == "convolution":
+            x, weight, bias, *geometry = args
+            # before it gets its number: one that is not a map already would be copied
+            inputs = [self._slot(x), self._slot(weight), -1 if bias is None else self._slot(bias)]
+            return [_CONVOLUTION, self._library_map(y), *inputs, *_geometry(*geometry)]
+        if name == "add_" and not kwargs and _can_be_added(*args):
+            return [_ADD, self._slot(y), self._slot(args[1])]
         if name in _FRESH:
             return self._fresh(name, args, kwargs, y)
         if name in _FILLS:
@@ -118,6 +127,20 @@ class _Recorder(TorchDispatchMode):
         if name == "empty_like" and kwargs.get("memory_format") in (None, torch.preserve_format):
             return [_EMPTY_LIKE, self._new(y), self._slot(args[0])]
         return [_EMPTY, self._new(y), _DTYPES[y.dtype], *_strided(y)]
+
+    def _library_map(self, y: Tensor) -> _Slot:
+        if not y.is_contiguous(memory_format=torch.channels_last):
+            raise _Refused  # copied then, and not where the library chooses otherwise
+        return self._new(y)
+
+    def _library_backward(self, args: tuple[Any, ...], y: tuple[Tensor | None, ...]) -> list[int]:
+        grad, x, weight, bias_sizes, *geometry, (needs_input, needs_weight, needs_bias) = args
+        if needs_bias or bias_sizes is not None:
+            raise _Refused
+        inputs = [self._slot(grad), self._slot(x), self._slot(weight)]
+        dx = self._library_map(y[0]) if needs_input and y[0] is not None else -1
+        dweight = self._new(y[1]) if needs_weight and y[1] is not None else -1
+        return [_CONVOLUTION_BACKWARD, dx, dweight, *inputs, *_geometry(*geometry)]
 
     def _arguments(self, parameters: Sequence[Any], args: tuple[Any, ...]) -> Iterator[int]:
         for parameter, value in zip(parameters, args, strict=True):
@@ -170,6 +193,31 @@ class _Recorder(TorchDispatchMode):
             torch.tensor(self._numbers, dtype=torch.float64, device="cpu"),
             tuple(None if at is None else outputs.index(at) for at in returned),
         )
+
+
+def _can_be_added(to: Tensor, other: Any) -> bool:
+    """Whether they are numbers per channel."""
+    return (
+        isinstance(other, Tensor)
+        and to.dtype == other.dtype
+        and to.dtype in (torch.float32, torch.float64)
+        and to.shape == other.shape
+        and to.is_contiguous()
+        and other.is_contiguous()
+    )
+
+
+def _geometry(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> list[int]:
+    if transposed or any(output_padding):
+        raise _Refused
+    return [len(stride), *stride, len(padding), *padding, len(dilation), *dilation, groups]
 
 
 def _strided(t: Tensor) -> list[int]:
