@@ -23,7 +23,7 @@ std::vector<Entry>& entries() {
 }
 
 // What a recorded schedule does beside calling operators; `fusedres/backends/tape.py` writes these numbers.
-enum Step : int64_t { kEmpty, kEmptyLike, kView, kFill, kAdd, kConvolution, kConvolutionBackward, kCall };
+enum Step : int64_t { kEmpty, kEmptyLike, kView, kFill, kCopy, kAdd, kConvolution, kConvolutionBackward, kCall };
 
 using torch::stable::detail::from;
 
@@ -49,9 +49,7 @@ void add(const Tensor& to, const Tensor& other) {
 }
 
 // A map of the library's in channels_last, whatever it chose.
-Tensor as_map(const Tensor& t) {
-  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
-}
+Tensor as_map(const Tensor& t) { return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast); }
 
 // Stride, padding, dilation of a convolution with no output padding, and its groups.
 struct Geometry {
@@ -129,6 +127,11 @@ void step(Reader& r) {
     case kFill: {
       const Tensor to = r.next<Tensor>();
       torch::stable::fill_(to, r.next<double>());
+      return;
+    }
+    case kCopy: {
+      Tensor to = r.next<Tensor>();
+      torch::stable::copy_(to, r.next<Tensor>());
       return;
     }
     case kAdd: {

@@ -6,7 +6,8 @@
 namespace fusedres {
 namespace {
 
-// Whether each object is of its class still and has its dictionary still: `three` holds object, class and dictionary in turn.
+// Whether each object is of its class still and has its dictionary still: `three` holds object, class and dictionary in
+// turn.
 bool are_themselves(PyObject* three) {
   const Py_ssize_t n = PyTuple_Size(three);
   for (Py_ssize_t i = 0; i + 2 < n; i += 3) {

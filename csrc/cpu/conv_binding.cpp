@@ -3,10 +3,10 @@
 
 #include <vector>
 
+#include "../tape.h"
 #include "capability.h"
 #include "conv.h"
 #include "norm.h"
-#include "../tape.h"
 #include "tensors.h"
 
 namespace fusedres {

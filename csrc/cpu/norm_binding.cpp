@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "norm.h"
 #include "../tape.h"
+#include "norm.h"
 #include "tensors.h"
 
 namespace fusedres {

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
+#include "../tape.h"
 #include "capability.h"
 #include "passes.h"
-#include "../tape.h"
 #include "tensors.h"
 
 namespace fusedres {

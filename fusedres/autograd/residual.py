@@ -67,8 +67,16 @@ class Subsample:
         return (shape[0], self.front + shape[1] + self.back, *spatial)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The subsampled map."""
-        return as_map(F.pad(x[:, :, :: self.stride[0], :: self.stride[1]], (0, 0, 0, 0, self.front, self.back)))
+        """The map of those pixels and channels."""
+        y = empty_map(self.out_shape(tuple(x.shape)), x)
+        if self.pads:
+            y.zero_()
+        y[:, self.front : self.front + x.shape[1]].copy_(x[:, :, :: self.stride[0], :: self.stride[1]])
+        return y
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The definition, in plain PyTorch."""
+        return F.pad(x[:, :, :: self.stride[0], :: self.stride[1]], (0, 0, 0, 0, self.front, self.back))
 
     def backward(self, grad: Tensor, shape: Shape) -> Tensor:
         """The gradient of the input, of ``shape``."""
@@ -402,7 +410,7 @@ class Residual(BlockSpec):
             if shortcut.pool is not None:
                 s = F.avg_pool2d(s, shortcut.pool.kernel, shortcut.pool.stride, 0, shortcut.pool.ceil)
             if shortcut.subsample is not None:
-                s = shortcut.subsample.forward(s)
+                s = shortcut.subsample.reference(s)
             if shortcut.unit is not None:
                 s = apply(shortcut.unit, of_units[-1], s)
             if shortcut.gated:

@@ -387,9 +387,9 @@ class CppBackend(Backend):
             return known.play((*maps, *tensors))
         if known is None:
             return schedule()
+        if len(memo) >= _MOST_SCHEDULES:
+            memo.clear()
         if known < RUNS_BEFORE_RECORDING:
-            if len(memo) >= _MOST_SCHEDULES:
-                memo.clear()
             memo[key] = known + 1
             return schedule()
         results, memo[key] = record(schedule, (*maps, *tensors))

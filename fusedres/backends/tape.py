@@ -3,7 +3,7 @@
 A schedule (:meth:`~.contract.Backend.run_schedule`) goes the same way for all maps of the same shapes: the same operators on the same
 numbers, with other tensors. :func:`record` runs it and writes that down; :meth:`Tape.play` is one operator, ``fusedres_cpp::play``, that
 goes the same way in C++. A tape holds operators of ``fusedres_cpp``, convolutions of the library, fresh tensors, views, fills and sums in
-place; a schedule that does anything else (a collective, a pool of the library) has none.
+place and copies; a schedule that does anything else (a collective, a pool of the library) has none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ else:
     _NUMBERS = {name: number for number, name in enumerate(tape_operators())}
     _play = torch.ops.fusedres_cpp.play.default
 
-_EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _ADD, _CONVOLUTION, _CONVOLUTION_BACKWARD, _CALL = range(8)  # as csrc/tape.cpp has them
+# as csrc/tape.cpp has them
+_EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _COPY, _ADD, _CONVOLUTION, _CONVOLUTION_BACKWARD, _CALL = range(9)
 #: as torch numbers them
 _DTYPES = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FRESH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -71,13 +72,14 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._held: list[Tensor] = []
         self._slots: dict[int, _Slot] = {}
+        self._size = 0
         self._steps: list[list[int]] = []
         self._numbers: list[float] = []
         self._fits = True
         for t in given:
             if t is not None:
                 self._new(t)
-        self._given = len(self._slots)
+        self._given = self._size
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -85,12 +87,24 @@ class _Recorder(TorchDispatchMode):
         y = func(*args, **(kwargs or {}))
         if self._fits:
             try:
-                self._steps.append(self._step(func, args, kwargs or {}, y))
+                if not self._is_same(func, args, y):
+                    self._steps.append(self._step(func, args, kwargs or {}, y))
             except _Refused:
                 self._fits = False
         return y
 
     # ---- from an operator to a step ----------------------------------------------------------------------------------
+
+    def _is_same(self, func: Any, args: tuple[Any, ...], y: Any) -> bool:
+        """Whether it only gives a tensor that was made here another object, as Python's ``torch.empty`` does while a mode looks on."""
+        if func is not torch.ops.aten.detach.default:
+            return False
+        of = self._slot(args[0])
+        if of < self._given:
+            return False
+        self._held.append(y)
+        self._slots[id(y)] = of
+        return True
 
     def _step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[int]:
         schema = func._schema
@@ -106,6 +120,8 @@ class _Recorder(TorchDispatchMode):
             # before it gets its number: one that is not a map already would be copied
             inputs = [self._slot(x), self._slot(weight), -1 if bias is None else self._slot(bias)]
             return [_CONVOLUTION, self._library_map(y), *inputs, *_geometry(*geometry)]
+        if name == "copy_" and len(args) == 2 and not kwargs:
+            return [_COPY, self._slot(y), self._slot(args[1])]
         if name == "add_" and not kwargs and _can_be_added(*args):
             return [_ADD, self._slot(y), self._slot(args[1])]
         if name in _FRESH:
@@ -162,7 +178,10 @@ class _Recorder(TorchDispatchMode):
 
     def _new(self, t: Tensor) -> _Slot:
         self._held.append(t)  # so that no other tensor gets its identity
-        return self._slots.setdefault(id(t), _Slot(len(self._slots)))
+        if id(t) not in self._slots:
+            self._slots[id(t)] = _Slot(self._size)
+            self._size += 1
+        return self._slots[id(t)]
 
     def _number(self, value: float) -> int:
         self._numbers.append(float(value))
@@ -178,15 +197,15 @@ class _Recorder(TorchDispatchMode):
         outputs = [*dict.fromkeys(at for at in returned if at is not None)]
         last = {at: i for i, step in enumerate(self._steps) for at in step if isinstance(at, _Slot)}
         # what is read of what was given comes first, then what is made
-        read = [at for at in self._slots.values() if at < self._given and (at in last or at in outputs)]
-        order = {at: i for i, at in enumerate([*read, *map(_Slot, range(self._given, len(self._slots)))])}
+        read = [at for at in range(self._given) if at in last or at in outputs]
+        order = {at: i for i, at in enumerate([*read, *range(self._given, self._size)])}
         code = [len(order), len(outputs), *(order[at] for at in outputs)]
         for i, step in enumerate(self._steps):
             code += [order[n] if isinstance(n, _Slot) else n for n in step]
             freed = [order[at] for at, end in last.items() if end == i and at >= self._given and at not in outputs]
             code += (len(freed), *freed)
-        places = {id(t): i for i, t in reversed([*enumerate(given)]) if t is not None}
-        chosen = [places[id(self._held[at])] for at in read]
+        places = {self._slots[id(t)]: i for i, t in enumerate(given) if t is not None}
+        chosen = [places[at] for at in read]
         return Tape(
             operator.itemgetter(*chosen) if len(chosen) > 1 else _single(*chosen),
             torch.tensor(code, dtype=torch.int64, device="cpu"),
