@@ -400,6 +400,19 @@ def test_maps_of_every_layout_are_taken_and_left_as_in_eager(layout, identity):
     assert operators(counter) == {"residual_forward": parts_run, "residual_backward": parts_run}
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_the_gradient_of_a_map_from_outside_lies_as_in_eager(layout):
+    """Tracers take it that the derivatives of ReLU6, hardswish and others lie as the map does. They lie as the gradient: where that is
+    another layout, a view of them, as an instance norm's, fails."""
+    model, twin = twins(lambda: nn.Sequential(nn.InstanceNorm2d(16, affine=True), nn.ReLU6(), LeftSum()))
+    x = maps().to(memory_format=layout)
+    program, counter = compiled(model)
+    assert_equal(step(program, x, True), step(twin, x, True))
+    (found,), (expected,) = (torch.autograd.grad(m(x.requires_grad_()).sum(), x) for m in (program, twin))
+    assert found.stride() == expected.stride()
+    assert operators(counter) == {"residual_forward": 1, "residual_backward": 1}
+
+
 def test_training_without_gradients_moves_statistics_alone():
     model, twin = block()
     program, counter = compiled(model)
