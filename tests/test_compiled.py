@@ -243,12 +243,15 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "no affine": lambda m: setattr(m[0].bn2, "weight", None),
     "dilation": lambda m: [setattr(m[0].conv2, name, (2, 2)) for name in ("dilation", "padding")],
     "an own forward": lambda m: setattr(m[0].conv2, "forward", functools.partial(squared, m[0].conv2)),
+    "an own _conv_forward": lambda m: setattr(
+        m[0].conv2, "_conv_forward", lambda x, *own: F.conv2d(x, *own, 2, 1).square()
+    ),
     "reverted": fusedres.revert,
 }
 
 
 #: behind which original modules run, whose sums have an order of their own
-ORIGINALS = ("a hook", "an own forward", "reverted")
+ORIGINALS = ("a hook", "an own forward", "an own _conv_forward", "reverted")
 
 
 @pytest.mark.parametrize("change", CHANGES)
