@@ -1,6 +1,15 @@
-// The module fusedres._C. Importing it registers the operators of the namespace fusedres_cpp, which each part declares
-// beside its kernels.
+// The module fusedres._C. Loading it registers the operators of the namespace fusedres_cpp, which each part declares
+// beside its kernels. A program without Python loads it for these alone: what it uses of Python's is absent there then,
+// instead of an error, and nobody calls what is in this file.
 #include <Python.h>
+
+#pragma weak PyErr_SetString
+#pragma weak PyExc_ValueError
+#pragma weak PyList_Append
+#pragma weak PyList_New
+#pragma weak PyModule_Create2
+#pragma weak PyUnicode_FromString
+#pragma weak _Py_Dealloc
 
 #include <exception>
 

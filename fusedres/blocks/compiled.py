@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from ..autograd.operators import OPERATORS, Recorded
+from ..autograd.operators import Recorded, infer
 from ..backends.layout import format_of
 from ..swap import FusedBlock
 from .handover import suggests_channels_last
@@ -171,7 +171,7 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
             *statistics,
         )
     else:
-        found = OPERATORS[step.family].infer(step.text, x.x, beside_x, x.stats, weights, statistics)
+        found = infer(step.family, step.text, x.x, beside_x, x.stats, weights, statistics)
     for i, place in enumerate(step.moves):
         statistics[place].copy_(found[2 + i])
     for where, times in step.counters:
