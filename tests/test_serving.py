@@ -82,7 +82,7 @@ def images(batch: int, dtype: torch.dtype = torch.float32, layout: torch.memory_
     return torch.randn(batch, 3, 32, 32, generator=generator).to(dtype).contiguous(memory_format=layout)
 
 
-def operators(program: torch.export.ExportedProgram) -> Counter[str]:
+def operators(program: torch.export.ExportedProgram | torch.fx.GraphModule) -> Counter[str]:
     """The operators that a program calls, by their names without overloads; an item of a list is none."""
     called = (n.target for n in program.graph.nodes if n.op == "call_function" and n.target is not operator.getitem)
     return Counter(".".join(str(target).split(".")[:2]) for target in called)
@@ -174,10 +174,17 @@ def test_the_choice_of_primitives_is_one_thread_s_and_ends_with_its_context():
 
 
 def test_what_dynamo_traces_keeps_its_operators():
-    model = converted(MODELS["resnet"][0])
+    model, graphs = converted(MODELS["resnet"][0]), []
+
+    def compiler(traced: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(traced)
+        return traced.forward
+
+    torch._dynamo.reset()
     with inlined(cpp.BACKEND), torch.no_grad():
-        found = operators(torch.export.export(model, (images(2),), strict=True))
-    assert found["fusedres.residual_infer"] == 5
+        torch.compile(model, backend=compiler, fullgraph=True)(images(2))
+    (graph,) = graphs
+    assert operators(graph)["fusedres.residual_infer"] == 5
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------------
