@@ -1,6 +1,6 @@
-// The module fusedres._C. Importing it registers the operators of the namespace fusedres_cpp, which each part declares
+// The module fusedres._C. Loading it registers the operators of the namespace fusedres_cpp, which each part declares
 // beside its kernels.
-#include <Python.h>
+#include "python_symbols.h"
 
 #include <exception>
 

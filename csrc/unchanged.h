@@ -1,7 +1,7 @@
 // Whether Python objects are the very same ones as before.
 #pragma once
 
-#include <Python.h>
+#include "python_symbols.h"
 
 namespace fusedres {
 

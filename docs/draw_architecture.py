@@ -54,6 +54,7 @@ LAYERS = (
             Room("nn", ("nn",)),
             Room("concat", ("concat",)),
             Room("functional", ("functional",)),
+            Room("serving", ("serving",)),
             Room("tuning", ("tuning", "tuning.tune", "tuning.precompile", "tuning.step")),
         ),
     ),

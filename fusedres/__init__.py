@@ -9,6 +9,7 @@ from .backends.select import backends, use_backend
 from .convert import convert, export_plain, revert
 from .errors import BackendError
 from .report import Report, report
+from .serving import export_cpp, library_path
 from .tuning import precompile, tune
 from .verify import verify
 from .version import __version__
@@ -19,8 +20,10 @@ __all__ = [
     "__version__",
     "backends",
     "convert",
+    "export_cpp",
     "export_plain",
     "functional",
+    "library_path",
     "nn",
     "ops",
     "precompile",

@@ -36,6 +36,8 @@ def test_the_extension_loads():
     extension = pytest.importorskip("fusedres._C", exc_type=ImportError)
     assert extension.cpu_capability() in extension.cpu_capabilities()
     assert ".abi3." in extension.__file__
+    assert fusedres.library_path() == Path(extension.__file__)
+    assert fusedres.library_path().parent == Path(fusedres.__file__).parent
 
 
 def test_the_version_is_that_of_the_distribution():

@@ -8,12 +8,15 @@ They run what a call in eager runs, on the backend that is chosen for the tensor
 (:mod:`.encoding`). Nothing is written into an argument and no results share memory: statistics that move are results, and what is not there
 is a tensor without elements. Maps of any layout are taken; those that are returned are channels_last. :class:`Recorded` is their autograd
 node. Their fake implementations are the same schedules on the eager backend, which takes tensors without values.
+
+For programs that have no Python, :func:`inlined` leaves in a trace the primitives themselves instead of the operators.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +42,8 @@ _MOST_PASSED = 4096
 _passed: set[tuple[Any, ...]] = set()
 #: what fake calls have returned, by what they were given
 _faked: dict[Any, Any] = {}
+#: the backend whose primitives a tracer sees in the place of operators
+_inlined: ContextVar[Backend | None] = ContextVar("fusedres_inlined", default=None)
 
 
 class Operators(NamedTuple):
@@ -111,13 +116,19 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(
-        cls, text: str, x: Tensor, source: Tensor | None, weights: list[Tensor], statistics: list[Tensor], fake: bool
+        cls,
+        text: str,
+        x: Tensor,
+        source: Tensor | None,
+        weights: list[Tensor],
+        statistics: list[Tensor],
+        valueless: bool,
     ) -> _Call:
         moves = moving(text)
         own = [t.clone() if i in moves else t for i, t in enumerate(statistics)]
-        spec = decode(text, tuple(x.shape[2:]), weights, own, counts=not fake)
+        spec = decode(text, tuple(x.shape[2:]), weights, own, counts=not valueless)
         x, source = as_map(x), None if source is None else as_map(source)
-        if not fake:
+        if not valueless:
             _check(spec, text, x, source, [*weights, *own])
         return cls(spec, x, source, [own[i] for i in moves])
 
@@ -131,10 +142,11 @@ def _forward(
     weights: list[Tensor],
     statistics: list[Tensor],
     recorded: bool,
-    fake: bool = False,
+    valueless: bool = False,
 ) -> list[Tensor]:
+    """``valueless``: the tensors are a tracer's: sizes may be symbols, and were checked when the trace was planned."""
     with torch.no_grad(), _without_autocast(x):
-        call = _Call.of(text, x, source, weights, statistics, fake)
+        call = _Call.of(text, x, source, weights, statistics, valueless)
         backend = for_maps(backend, x.dim())
         kept: list[Tensor | None] = []
         if recorded:
@@ -263,6 +275,33 @@ def _define(family: str) -> Operators:
 
 
 OPERATORS = {family: _define(family) for family in FAMILIES.values()}
+
+
+@contextlib.contextmanager
+def inlined(backend: Backend) -> Iterator[None]:
+    """Inside, in this thread, :func:`infer` runs the schedule of a family on ``backend`` instead of its operator, so that an exporter that
+    traces it without Dynamo sees the primitives of ``backend``."""
+    token = _inlined.set(backend)
+    try:
+        yield
+    finally:
+        _inlined.reset(token)
+
+
+def infer(
+    family: str,
+    text: str,
+    x: Tensor,
+    source: Tensor | None,
+    stats: Tensor | None,
+    weights: list[Tensor],
+    statistics: list[Tensor],
+) -> list[Tensor]:
+    """What ``*_infer`` of the ``family`` returns: by the operator, or :func:`inlined`."""
+    backend = None if torch.compiler.is_dynamo_compiling() else _inlined.get()
+    if backend is None:
+        return OPERATORS[family].infer(text, x, source, stats, weights, statistics)
+    return _forward(backend, text, x, source, stats, weights, statistics, recorded=False, valueless=True)
 
 
 class Recorded(torch.autograd.Function):

@@ -60,6 +60,8 @@ class Backend(ABC):
     name: ClassVar[str]
     #: which convolutions can be tuned, and how: None where there is nothing to choose
     tuner: ClassVar[Any] = None
+    #: whether it is asked what all backends return, of tensors without values, where sizes may be symbols of a tracer
+    stands_in: ClassVar[bool] = False
 
     @abstractmethod
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -271,6 +273,7 @@ class Wrapped(Backend):
         # an instance's, where a backend's are its class's
         self.name = inner.name  # type: ignore[misc]
         self.tuner = inner.tuner  # type: ignore[misc]
+        self.stands_in = inner.stands_in  # type: ignore[misc]
 
     def call(self, primitive: str, *args: Any, **kwargs: Any) -> Any:
         """Run ``primitive`` on the inner backend."""

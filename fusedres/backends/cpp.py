@@ -23,6 +23,7 @@ from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
 from . import library_conv
 from .contract import Backend, Reduction, accum_dtype
+from .layout import empty_map
 from .tape import Tape, record
 
 try:
@@ -122,7 +123,10 @@ def _plan(x: LazyMap, weight: Tensor, geometry: Geometry) -> tuple[tuple[int, ..
     # an activation of what has no scale and shift is not among the kernels' prologues
     if x[1] is None and x[2] != "none":
         return None
-    return _own_conv(x[0].shape, weight.shape, weight.dtype, geometry)
+    try:
+        return _own_conv(x[0].shape, weight.shape, weight.dtype, geometry)
+    except TypeError:  # sizes that are symbols of a tracer have no hash
+        return _own_conv.__wrapped__(x[0].shape, weight.shape, weight.dtype, geometry)
 
 
 #: how often a schedule runs in Python for maps of the same shapes before it is recorded: sizes that come once are not worth it
@@ -136,7 +140,7 @@ def _measures(t: Tensor | None) -> Any:
 
 
 def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
+    return empty_map(x.shape, x)
 
 
 def _is_relu(x: LazyMap) -> bool:
@@ -180,7 +184,7 @@ class CppBackend(Backend):
         raw, scale_shift, act, _ = x
         out, stats, out_scale_shift, residual, out_act = epilogue
         if out is None:
-            out = torch.empty(plan[0], dtype=raw.dtype, memory_format=torch.channels_last)
+            out = empty_map(plan[0], raw)
         added, added_scale_shift = (None, None) if residual is None else residual[:2]
         _conv_forward(
             raw, scale_shift, *_code(act), weight, bias, plan[1], out, stats, out_scale_shift, added, added_scale_shift,
@@ -206,7 +210,7 @@ class CppBackend(Backend):
         statistics = _running_statistics(norm)
         raw, scale_shift, x_act, _ = x
         if out is None:
-            out = torch.empty(plan[0], dtype=raw.dtype, memory_format=torch.channels_last)
+            out = empty_map(plan[0], raw)
         added, added_scale_shift = (None, None) if residual is None else residual[:2]
         _conv_norm_forward(
             raw, scale_shift, *_code(x_act), weight, bias, plan[1], out, norm.weight, norm.bias, *statistics, norm.eps, added,
@@ -235,7 +239,7 @@ class CppBackend(Backend):
             return None, dweight
         dx, base, accumulate, scaled, sums = target
         if dx is None:
-            dx = torch.empty(raw.shape, dtype=raw.dtype, memory_format=torch.channels_last)
+            dx = _like(raw)
         below = raw if scale_shift is not None or sums is not None else None
         _conv_dgrad(*grad, weight, numbers, dx, below, scale_shift, *code, mean_invstd, base, accumulate, scaled, sums)
         return dx, dweight
@@ -315,8 +319,8 @@ class CppBackend(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         shape = pool.out_shape(x.raw.shape)
         if out is None:
-            out = torch.empty(shape, dtype=x.raw.dtype, memory_format=torch.channels_last)
-        index = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) if _is_max(pool) else None
+            out = empty_map(shape, x.raw)
+        index = empty_map(shape, x.raw, torch.uint8) if _is_max(pool) else None
         _pool_forward(x.raw, x.scale_shift, *_code(x.act), _window(pool), out, index, stats)
         return out, index
 

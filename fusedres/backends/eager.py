@@ -77,6 +77,7 @@ class EagerBackend(Backend):
     """Plain PyTorch, on every device; it takes meta and fake tensors, too: what it returns of them is what every backend would."""
 
     name = "eager"
+    stands_in = True
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -8,6 +8,8 @@ from torch import Tensor
 from .contract import accum_dtype
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+#: dimensions from the outermost in memory to the innermost
+_ORDERS = {4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 
 
 def format_of(dims: int) -> torch.memory_format:
@@ -40,7 +42,8 @@ def is_slice(x: Tensor) -> bool:
 
 def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised channels_last map, in the dtype of ``like`` where none is given."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(len(shape)))
+    # by its order: Inductor forgets the memory format of torch.empty, and would copy between what it makes of it and maps
+    return torch.empty_permuted(shape, _ORDERS[len(shape)], dtype=dtype or like.dtype, device=like.device)
 
 
 def has_symbols(*sizes: int) -> bool:

@@ -16,8 +16,8 @@ from .contract import Backend
 from .layout import as_map, empty_map, has_symbols
 
 
-def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    if has_symbols(*a.shape):
+def _convolved(passes: Backend, a: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    if passes.stands_in and has_symbols(*a.shape):
         # torch's own answer would hold for some numbers of images alone, since it asks which library computes so many
         size = geometry.out_size(tuple(a.shape[2:]), tuple(weight.shape[2:]))
         return empty_map((a.shape[0], weight.shape[0], *size), a)
@@ -28,9 +28,9 @@ def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometr
 
 
 def _gradients(
-    grad: Tensor, a: Tensor, weight: Tensor, geometry: Geometry, need_da: bool, need_dw: bool
+    passes: Backend, grad: Tensor, a: Tensor, weight: Tensor, geometry: Geometry, need_da: bool, need_dw: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    if has_symbols(*a.shape):
+    if passes.stands_in and has_symbols(*a.shape):
         return empty_map(tuple(a.shape), a) if need_da else None, torch.empty_like(weight) if need_dw else None
     return torch.ops.aten.convolution_backward(
         grad, a, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.padding),
@@ -43,7 +43,7 @@ def conv_forward(
 ) -> Tensor:
     """See :meth:`~fusedres.backends.contract.Backend.conv_forward`."""
     a = x.raw if x.is_plain else passes.materialize(x)
-    raw = as_map(_convolved(a, weight, bias, geometry))
+    raw = as_map(_convolved(passes, a, weight, bias, geometry))
     if not epilogue.is_plain or epilogue.out is not None:
         # nobody else has the library's output: where no place is given it is overwritten
         out = raw if epilogue.out is None else epilogue.out
@@ -68,7 +68,7 @@ def conv_backward(
     g = grad.grad if grad.coeff is None else passes.apply_grad_coeff(grad)
     # the input gradient alone needs x only for its shape
     a = x.raw if x.is_plain or not need_dw else passes.materialize(x)
-    da, dweight = _gradients(g, a, weight, geometry, target is not None, need_dw)
+    da, dweight = _gradients(passes, g, a, weight, geometry, target is not None, need_dw)
     if target is None or da is None:
         return None, dweight
     da = as_map(da)

@@ -28,7 +28,7 @@ else:
 _EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _COPY, _ADD, _CONVOLUTION, _CONVOLUTION_BACKWARD, _CALL = range(9)
 #: as torch numbers them
 _DTYPES = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
-_FRESH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_FRESH = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
 _FILLS = ("fill_", "zero_")
 
 Tensors = Sequence[Tensor | None]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from ..autograd.operators import OPERATORS, Recorded
+from ..autograd.operators import Recorded, infer
 from ..backends.layout import format_of
 from ..swap import FusedBlock
 from .handover import enter, suggests_channels_last
@@ -45,22 +45,22 @@ def _watch(block: Any, plan: Plan) -> None:
         and len(torch_module._global_backward_hooks) == len(torch_module._global_backward_pre_hooks) == 0
         and block._fusedres.recompute == plan.recompute
     )
-    for path, hooks, children, attributes, functions, parameters, buffers in plan.facts:
-        module = module_at(block, path)
+    for fact in plan.facts:  # read by names: Dynamo of torch 2.11 cannot unpack a named tuple that is a constant
+        module = module_at(block, fact.path)
         now = (
             len(module._forward_hooks),
             len(module._forward_pre_hooks),
             len(module._backward_hooks),
             len(module._backward_pre_hooks),
         )
-        same = same and now == hooks and tuple(module._modules) == children
-        for name, value in attributes:
+        same = same and now == fact.hooks and tuple(module._modules) == fact.children
+        for name, value in fact.attributes:
             same = same and getattr(module, name) == value
-        for name in functions:
+        for name in fact.functions:
             same = same and callable(getattr(module, name))
-        for name, missing in parameters:
+        for name, missing in fact.parameters:
             same = same and (module._parameters[name] is None) == missing
-        for name, missing in buffers:
+        for name, missing in fact.buffers:
             same = same and (module._buffers[name] is None) == missing
     if not same:
         raise RuntimeError("fusedres: a block has changed while it was traced")
@@ -169,7 +169,7 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
             *statistics,
         )
     else:
-        found = OPERATORS[step.family].infer(step.text, x.x, beside_x, x.stats, weights, statistics)
+        found = infer(step.family, step.text, x.x, beside_x, x.stats, weights, statistics)
     for i, place in enumerate(step.moves):
         statistics[place].copy_(found[2 + i])
     for where, times in step.counters:
