@@ -252,10 +252,34 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 #: behind which original modules run, whose sums have an order of their own
 ORIGINALS = ("a hook", "an own forward", "an own _conv_forward", "reverted")
+#: what a compiler notices where it guards the hooks that it has read
+HOOKS = ("a hook", "a hook on a block")
+
+
+class Hooks(nn.Module):
+    """Tells by its output whether its child has hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + len(self.child._forward_hooks)
+
+
+def hooks_are_guarded() -> bool:
+    """Whether this version of torch compiles anew where the number of hooks has changed that a forward reads."""
+    model = Hooks()
+    program = torch.compile(model, backend="eager")
+    before = program(torch.zeros(1))
+    model.child.register_forward_hook(lambda *_: None)
+    return not torch.equal(program(torch.zeros(1)), before)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_compilation_is_noticed(change):
+    if change in HOOKS and not hooks_are_guarded():
+        pytest.skip("this version of torch guards no hooks")
     model, twin = twins(lambda: nn.Sequential(projected()))
     x, is_exact = maps(), change not in ORIGINALS
     if not is_exact:

@@ -154,8 +154,7 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
     statistics = [tensor_at(block, where) for where in step.statistics]
     # two arguments of an autograd node may not be the same tensor
     beside_x = None if beside is None else beside.x.view_as(beside.x) if source is given else beside.x
-    recorded = _is_recorded(x.x, beside_x, weights) and not (torch.compiler.is_exporting() and len(step.moves) == 0)
-    if recorded:
+    if not step.infers and _is_recorded(x.x, beside_x, weights):
         found = Recorded.apply(
             step.family,
             step.text,

@@ -74,10 +74,11 @@ class Where(NamedTuple):
 class Fused(NamedTuple):
     """A part that runs as one operator of ``family``, and the slots that it reads (``source``: -1 for none) and writes.
 
-    ``casts``: of the weights, those that autocast casts; ``casts_input``: whether it casts the input. ``counters``: of the BatchNorms that
-    use a batch, with how often. ``lies``: how its output would lie in memory (:func:`_lies_as`) where what its shortcut reads would not be
-    channels_last, where its input would not, and where both would not. ``instead``: its original steps, over slots of their own, of which
-    the first two are its maps; without any that is the forward of the block.
+    ``casts``: of the weights, those that autocast casts; ``casts_input``: whether it casts the input. ``infers``: whether it runs in its
+    form for inference even where gradients are enabled. ``counters``: of the BatchNorms that use a batch, with how often. ``lies``: how its
+    output would lie in memory (:func:`_lies_as`) where what its shortcut reads would not be channels_last, where its input would not, and
+    where both would not. ``instead``: its original steps, over slots of their own, of which the first two are its maps; without any that is
+    the forward of the block.
     """
 
     at: int
@@ -88,6 +89,7 @@ class Fused(NamedTuple):
     casts_input: bool
     statistics: tuple[Where, ...]
     moves: tuple[int, ...]
+    infers: bool
     counters: tuple[tuple[Where, int], ...]
     keeps_output: bool
     measures: bool
@@ -195,6 +197,8 @@ class Planner:
             self.casts if casts is None else casts,
             tuple(map(self.where, encoded.statistics)),
             encoded.moves,
+            # asked here, outside of the trace: in one, torch.compile of torch 2.11 says it exported
+            not encoded.moves and torch.compiler.is_exporting(),
             tuple((self.where(counter), times) for counter, times in counters.items()),
             spec.keeps_output,
             spec.measures,
