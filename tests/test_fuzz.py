@@ -236,6 +236,20 @@ def test_every_kind_of_difference_is_seen(alter: Any, what: str, monkeypatch: py
     assert what in {d.what for d in run(Case()).differences}
 
 
+OVERLOOKED = (Action("convert"), Action("compile"), Action(), Action("patch_class"), Action())
+
+
+def test_where_a_compiled_network_parts_from_itself_its_twin_may_do_as_either() -> None:
+    """torch.compile overlooks the patch. The hook makes the twin's graph anew, with the patch; the network's keeps to its old code."""
+    assert_equal(Session(actions=(*OVERLOOKED, Action("forward_pre_hook", 54), Action())))
+
+
+def test_a_compiled_twin_that_does_as_neither_is_found() -> None:
+    with observe(scaled):
+        result = run(Session(actions=OVERLOOKED))
+    assert result.differences and result.at == 2
+
+
 # ---- its parts -------------------------------------------------------------------------------------------------------
 
 

@@ -22,15 +22,19 @@ from .plan import FUNCTIONS, ORDINARY, Call, Fused, Plan, module_at, tensor_at
 
 
 class _Map(NamedTuple):
-    """A value on its way, as :class:`~.handover.Handover`: what a part has returned is in channels_last, whatever eager's is."""
+    """A value on its way, as :class:`~.handover.Handover`: what a part has returned is in channels_last, whatever eager's is. ``kept``: by
+    the part, for its backward."""
 
     x: Any
     stats: Tensor | None = None
     owes_nchw: bool = False
+    kept: bool = False
 
 
 def _left(value: _Map) -> Any:
-    """A value for code that is not ours, in eager's memory format."""
+    """A value for code that is not ours, which may overwrite it, in eager's memory format."""
+    if value.kept:
+        return value.x.clone(memory_format=torch.contiguous_format if value.owes_nchw else torch.preserve_format)
     if not value.owes_nchw:
         return value.x
     if isinstance(value.x, Tensor):
@@ -84,6 +88,10 @@ def _called(block: Any, step: Call, values: list[Any]) -> _Map:
     raw = step.measures or step.keeps_layout
     if step.direct:
         return _handed(module_at(block, step.path), values[step.reads[0]])
+    for slot in step.reads:
+        # whoever reads it later reads what has been written into it, or into a view of it
+        if (step.overwrites or values[slot].kept) and not step.measures:
+            values[slot] = _Map(_left(values[slot]))
     args = [_filled(block, value, values, raw) for value in step.args]
     kwargs = {name: _filled(block, value, values, raw) for name, value in step.kwargs}
     y = (module_at(block, step.path) if step.function == "" else getattr(FUNCTIONS, step.function))(*args, **kwargs)
@@ -174,7 +182,7 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
     for where, times in step.counters:
         tensor_at(block, where).add_(times)
     y, owes = _as_eager(step, found[0], arrived, order, arrived if source is None else source.x, beside_order)
-    return _Map(y, found[1] if step.measures else None, owes)
+    return _Map(y, found[1] if step.measures else None, owes, recorded and step.keeps_output)
 
 
 def _channels(x: Tensor) -> int:

@@ -182,6 +182,7 @@ class GeneralKind(Kind):
                 kwargs=tuple((name, _told(v, at, planner)) for name, v in action.kwargs.items()),
                 keeps_layout=action.keeps_layout,
                 measures=action.measures,
+                overwrites=action.overwrites,
                 to_channels_last=is_convolution and suggests_channels_last(action.call.weight),
                 reads=tuple(at[slot] for slot in action.reads),
             )
@@ -275,6 +276,8 @@ class _Call:
         take = self._raw if action.measures or action.keeps_layout else self._leave
         fill_args, fill_kwargs = action.arguments
         args, kwargs = fill_args(take), dict(zip(action.kwargs, fill_kwargs(take), strict=True))
+        if action.overwrites:
+            self.entered.clear()
         with _recording(action.grad):
             y = action.call(*args, **kwargs)
             owes = action.keeps_layout and self._owes_behind(action, y)

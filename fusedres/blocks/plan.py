@@ -105,7 +105,8 @@ class Call(NamedTuple):
     :meth:`Planner.written` gives them.
 
     ``direct``: of a fused module, to which its map is handed over. ``keeps_layout``, ``reads``, ``to_channels_last``: how its result lies
-    in memory, as a general block's calls have it. ``measures``: it asks for a shape or a dtype alone.
+    in memory, as a general block's calls have it. ``measures``: it asks for a shape or a dtype alone. ``overwrites``: what it reads may
+    be overwritten by it, or through its result.
     """
 
     path: Path
@@ -116,6 +117,7 @@ class Call(NamedTuple):
     direct: bool = False
     keeps_layout: bool = False
     measures: bool = False
+    overwrites: bool = False
     to_channels_last: bool = False
     reads: tuple[int, ...] = ()
 

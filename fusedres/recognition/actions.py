@@ -65,7 +65,8 @@ class Plain:
     """``call(*args, **kwargs)`` as it stands gives ``result``; ``args`` and ``kwargs`` hold :class:`Slot` in the places of ``reads``.
 
     ``keeps_layout``: whether its values do not depend on the memory format of its maps, and its result has theirs; ``measures``: whether it
-    asks for a map's shape or dtype alone. ``grad``: as of :class:`Fused`.
+    asks for a map's shape or dtype alone; ``overwrites``: whether it, or a call behind it that may share its memory, may overwrite what it
+    reads. ``grad``: as of :class:`Fused`.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Plain:
     result: int
     keeps_layout: bool
     measures: bool
+    overwrites: bool
     grad: bool | None = None
     done: tuple[int, ...] = ()
 

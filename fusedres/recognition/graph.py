@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,8 @@ class BlockGraph:
 
     ``main_first``: whether the forward computes its main row before its shortcut, None where their steps alternate. ``argument``: the name
     of the forward's parameter. ``through``: the paths of the modules inside that were gone through. ``shortcut_left``: whether the
-    shortcut is the first operand of the sum, whose memory format the sum has.
+    shortcut is the first operand of the sum, whose memory format the sum has. ``spare``: the paths of the modules that must not overwrite
+    the map that they are given, since somebody else reads it.
     """
 
     main: tuple[Step, ...]
@@ -85,6 +86,7 @@ class BlockGraph:
     through: tuple[str, ...] = ()
     reads: Reads = field(default_factory=Reads, compare=False)
     shortcut_left: bool = False
+    spare: tuple[str, ...] = ()
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -230,6 +232,57 @@ def _check_in_place(module: nn.Module, nodes: list[Node], start: Node) -> None:
             source = at
 
 
+def may_overwrite(module: nn.Module, node: Node) -> bool:
+    """Whether it is a module of the user's inside ``module``, which may do anything to its maps."""
+    if node.op != "module":
+        return False
+    called = child_of(module, node.target)
+    return called is not None and not class_of(called).__module__.startswith("torch.nn.modules")
+
+
+def _memory(module: nn.Module, node: Node) -> list[Node]:
+    """The values whose memory ``node`` may be given: what it reads, and what these may share memory with."""
+    found: list[Node] = []
+    left = [source for source in node.sources if source.is_map]
+    while left:
+        found.append(left.pop())
+        left += shares(module, found[-1])
+    return found
+
+
+def _sharing(module: nn.Module, nodes: list[Node]) -> tuple[str, ...]:
+    """The paths of the user's modules that are given what somebody else reads."""
+    read = Counter(id(source) for node in nodes if node.is_map for source in node.sources)
+    users = [node for node in nodes if may_overwrite(module, node)]
+    return tuple(node.target for node in users if any(read[id(at)] > 1 for at in _memory(module, node)))
+
+
+def _check_spare(module: nn.Module, paths: Iterable[str], training: bool) -> None:
+    """Check that the modules of the user's at ``paths`` do not overwrite the map that they are given; raises Refused."""
+    for path in paths:
+        called = child_of(module, path)
+        if called is not None and _overwrites_its_map(called, training):
+            raise Refused(f"its {path} may overwrite what is still read")
+
+
+def _overwrites_its_map(called: nn.Module, training: bool) -> bool:
+    """Whether a module of the user's overwrites the map that it is given, or that cannot be told."""
+    tracer = Tracer(called, training, False, {})
+    try:
+        _, start, _ = tracer.forward()
+    except Unsupported:
+        return True
+    return any(
+        start in _memory(called, node)
+        and (
+            node.in_place
+            or may_overwrite(called, node)
+            and _overwrites_its_map(called.get_submodule(node.target), training)
+        )
+        for node in tracer.nodes
+    )
+
+
 def is_fresh(module: nn.Module, node: Node) -> bool:
     """Whether the result of a call shares no memory with what it reads."""
     if node.in_place:
@@ -297,6 +350,8 @@ def _traced(module: nn.Module, training: bool, deep: bool, rows: dict[tuple[int,
         raise Unsupported("its forward is no row of steps, nor two that are added")
     _account(match, tracer.nodes, start)
     _check_in_place(module, tracer.nodes, start)
+    spare = _sharing(module, tracer.nodes)
+    _check_spare(module, spare, training)
 
     def steps(row: Row) -> tuple[Step, ...]:
         return tuple(step for _, step in row)
@@ -312,6 +367,7 @@ def _traced(module: nn.Module, training: bool, deep: bool, rows: dict[tuple[int,
         tuple(tracer.through),
         tracer.reads,
         match.shortcut_left,
+        spare,
     )
 
 
@@ -380,6 +436,7 @@ def check_graph(block: nn.Module, graph: BlockGraph, training: bool | None = Non
         changed = graph.reads.changed(block)
         if changed is not None:
             raise Unsupported(f"{changed} has changed since it was converted; fusedres.convert reads it anew")
+        _check_spare(block, graph.spare, block.training)
     for path in graph.through:
         module = child_of(block, path)
         if module is not None:

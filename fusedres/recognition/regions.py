@@ -23,7 +23,7 @@ from ..errors import Unsupported
 from . import harmless
 from .actions import Action, Fused, Getter, Plain, Program, Setter, Slot
 from .flow import Flow
-from .graph import CONCATENATIONS, SUMS, is_fresh, shares, unary
+from .graph import CONCATENATIONS, SUMS, is_fresh, may_overwrite, shares, unary
 from .layout import pieces_of
 from .modules import child_of, class_of
 from .ops import Op, act_of, of_step
@@ -244,7 +244,7 @@ class _Regions:
             if node.in_place:
                 if any(of == group(node.args[0]) and first < at for of, _, first in read):
                     raise Unsupported(f"its forward overwrites, by {_name(node)}, what is fused")
-            elif self._may_overwrite(node):
+            elif may_overwrite(self.block, node):
                 given = {group(source) for source in node.sources if source.is_map}
                 if any(of in given and first < at < last for of, last, first in read):
                     raise Unsupported(f"its {_name(node)} reads what a piece reads later, and may overwrite it")
@@ -274,13 +274,6 @@ class _Regions:
         fused = {id(node) for stretch in self.stretches.values() for node in stretch.nodes}
         groups = {group(node) for node in self.flow.nodes if node.in_place and id(node) not in fused}
         return [node for node in self.flow.nodes if node.op == "get" and node.is_map and group(node) in groups]
-
-    def _may_overwrite(self, node: Node) -> bool:
-        """Whether it is a module of the user's, which may do anything to its maps."""
-        if node.op != "module":
-            return False
-        module = child_of(self.block, node.target)
-        return module is not None and not class_of(module).__module__.startswith("torch.nn.modules")
 
     def _groups(self) -> Callable[[Node], int]:
         """What tells whether two values may share memory: they are of one group."""
@@ -336,7 +329,8 @@ class _Regions:
         args, kwargs = self.slots(node.args), {name: self.slots(value) for name, value in node.kwargs.items()}
         reads = tuple(dict.fromkeys(self.at[id(source)] for source in node.sources))
         call, at = self._callable(node), self.at[id(node)]
-        return Plain(_name(node), call, args, kwargs, reads, at, keeps, measures, node.grad)
+        overwrites = overwrites or node.in_place or may_overwrite(self.block, node)
+        return Plain(_name(node), call, args, kwargs, reads, at, keeps, measures, overwrites, node.grad)
 
     def kept(self) -> tuple[tuple[Getter, type], ...]:
         """What has to stand under the names that are read anew at every call."""

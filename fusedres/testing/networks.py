@@ -74,7 +74,8 @@ class Errors:
     @staticmethod
     def of(values: Tensors, truth: Tensors) -> Errors:
         """Those of ``values``."""
-        together = error(*(torch.cat([side[key].double().flatten() for key in truth]) for side in (values, truth)))
+        found, wanted = (torch.cat([side[key].double().flatten() for key in truth]) for side in (values, truth))
+        together = error(found, wanted)
         return Errors(together[0], {key: error(values[key], truth[key])[0] for key in truth})
 
     @property

@@ -41,11 +41,12 @@ DRAWS = 9
 @dataclass
 class Result:
     """``differences``: none where converting changes nothing; ``fused``: the kinds of blocks that a backend ran; ``invalid``: why the case
-    says nothing, where eager cannot run it."""
+    says nothing, where eager cannot run it; ``at``: the number of the last action of a session."""
 
     differences: list[Difference] = field(default_factory=list)
     fused: set[str] = field(default_factory=set)
     invalid: str | None = None
+    at: int = 0
 
 
 def convert(case: Case) -> Convert:
