@@ -1,20 +1,13 @@
 // The module fusedres._C. Loading it registers the operators of the namespace fusedres_cpp, which each part declares
-// beside its kernels. A program without Python loads it for these alone: what it uses of Python's is absent there then,
-// instead of an error, and nobody calls what is in this file.
-#include <Python.h>
-
-#pragma weak PyErr_SetString
-#pragma weak PyExc_ValueError
-#pragma weak PyList_Append
-#pragma weak PyList_New
-#pragma weak PyModule_Create2
-#pragma weak PyUnicode_FromString
-#pragma weak _Py_Dealloc
+// beside its kernels.
+#include "python_symbols.h"
 
 #include <exception>
 
 #include "cpu/activation.h"
 #include "cpu/capability.h"
+#include "tape.h"
+#include "unchanged.h"
 
 namespace {
 
@@ -57,12 +50,26 @@ PyObject* activations(PyObject*, PyObject*) {
   return names;
 }
 
+PyObject* tape_operators(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (names == nullptr) return nullptr;
+  for (int64_t i = 0; const char* name = fusedres::tape_operator_name(i); ++i) {
+    if (append(names, name)) continue;
+    Py_DECREF(names);
+    return nullptr;
+  }
+  return names;
+}
+
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS,
      "The instruction set of the CPU kernels in this process: 'default', 'avx2', 'avx512' or 'avx512_bf16'; "
      "FUSEDRES_CPU_CAPABILITY overrides it."},
     {"cpu_capabilities", cpu_capabilities, METH_NOARGS, "The instruction sets that this CPU supports, the best last."},
     {"activations", activations, METH_NOARGS, "The names of the activations, each at the place that is its number."},
+    {"tape_operators", tape_operators, METH_NOARGS,
+     "The names of the operators that a recorded schedule may hold, each at the place that is its number."},
+    {"unchanged", fusedres::unchanged, METH_VARARGS, fusedres::kUnchangedDoc},
     {nullptr, nullptr, 0, nullptr},
 };
 

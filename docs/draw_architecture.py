@@ -67,7 +67,7 @@ LAYERS = (
         (
             Room("eager", ("backends.eager",)),
             Room("conv3d", ("backends.conv3d",)),
-            Room("cpp", ("backends.cpp",)),
+            Room("cpp", ("backends.cpp", "backends.tape")),
             Room("triton", ("backends.triton", "tuning.convolutions", "tuning.estimate", "tuning.plans")),
         ),
     ),

@@ -1,5 +1,7 @@
 """The C++ extension, for type checkers: importing it also registers the operators ``torch.ops.fusedres_cpp``."""
 
+from typing import Any
+
 __file__: str
 
 def activations() -> list[str]:
@@ -11,3 +13,12 @@ def cpu_capabilities() -> list[str]:
 def cpu_capability() -> str:
     """The instruction set of the CPU kernels in this process: 'default', 'avx2', 'avx512' or 'avx512_bf16'; ``FUSEDRES_CPU_CAPABILITY``
     overrides it."""
+
+def tape_operators() -> list[str]:
+    """The names of the operators that a recorded schedule may hold, each at the place that is its number."""
+
+def unchanged(
+    three: tuple[Any, ...], mappings: tuple[dict[str, object], ...], lengths: bytes, values: tuple[object, ...]
+) -> bool:
+    """Whether every object of ``three`` (object, class, ``__dict__`` in turn) has that class and that ``__dict__`` still, and the
+    dictionaries ``mappings`` hold, one after the other, ``lengths`` (32 bits each) values: the very objects of ``values``."""

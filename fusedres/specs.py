@@ -7,6 +7,7 @@ runs (``run``) and what it is compared with (``reference``).
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -216,6 +217,16 @@ class BlockSpec(ABC):
     def keeps_output(self) -> bool:
         """Whether backward reads the output, and not the input, which is in it."""
         return False
+
+    @functools.cached_property
+    def operands(self) -> list[Tensor]:
+        """Every tensor that it holds: those of :attr:`tensors`, and running statistics."""
+        return [*dict.fromkeys(instances(self, Tensor))]
+
+    @functools.cached_property
+    def memo(self) -> dict[Any, Any]:
+        """Where a backend keeps how its schedules went (:meth:`~.backends.contract.Backend.run_schedule`)."""
+        return {}
 
     @property
     def exchanges(self) -> bool:

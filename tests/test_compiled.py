@@ -243,33 +243,25 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "no affine": lambda m: setattr(m[0].bn2, "weight", None),
     "dilation": lambda m: [setattr(m[0].conv2, name, (2, 2)) for name in ("dilation", "padding")],
     "an own forward": lambda m: setattr(m[0].conv2, "forward", functools.partial(squared, m[0].conv2)),
+    "an own _conv_forward": lambda m: setattr(
+        m[0].conv2, "_conv_forward", lambda x, *own: F.conv2d(x, *own, 2, 1).square()
+    ),
     "reverted": fusedres.revert,
 }
 
 
 #: behind which original modules run, whose sums have an order of their own
-ORIGINALS = ("a hook", "an own forward", "reverted")
+ORIGINALS = ("a hook", "an own forward", "an own _conv_forward", "reverted")
 #: what a compiler notices where it guards the hooks that it has read
 HOOKS = ("a hook", "a hook on a block")
 
 
-class Hooks(nn.Module):
-    """Tells by its output whether its child has hooks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.child = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + len(self.child._forward_hooks)
-
-
 def hooks_are_guarded() -> bool:
-    """Whether this version of torch compiles anew where the number of hooks has changed that a forward reads."""
-    model = Hooks()
-    program = torch.compile(model, backend="eager")
+    """Whether this version of torch compiles anew where the number of hooks that a forward reads has changed."""
+    child = nn.ReLU()
+    program = torch.compile(lambda x: x + len(child._forward_hooks), backend="eager")
     before = program(torch.zeros(1))
-    model.child.register_forward_hook(lambda *_: None)
+    child.register_forward_hook(lambda *_: None)
     return not torch.equal(program(torch.zeros(1)), before)
 
 
@@ -422,6 +414,19 @@ def test_maps_of_every_layout_are_taken_and_left_as_in_eager(layout, identity):
     assert torch.equal(y, expected) and y.stride() == expected.stride()
     parts_run = 1 if identity else 2
     assert operators(counter) == {"residual_forward": parts_run, "residual_backward": parts_run}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_the_gradient_of_a_map_from_outside_lies_as_in_eager(layout):
+    """Tracers take it that the derivatives of ReLU6, hardswish and others lie as the map does. They lie as the gradient: where that is
+    another layout, a view of them, as an instance norm's, fails."""
+    model, twin = twins(lambda: nn.Sequential(nn.InstanceNorm2d(16, affine=True), nn.ReLU6(), LeftSum()))
+    x = maps().to(memory_format=layout)
+    program, counter = compiled(model)
+    assert_equal(step(program, x, True), step(twin, x, True))
+    (found,), (expected,) = (torch.autograd.grad(m(x.requires_grad_()).sum(), x) for m in (program, twin))
+    assert found.stride() == expected.stride()
+    assert operators(counter) == {"residual_forward": 1, "residual_backward": 1}
 
 
 def test_training_without_gradients_moves_statistics_alone():

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../tape.h"
 #include "capability.h"
 #include "conv.h"
 #include "norm.h"
@@ -311,6 +312,13 @@ void conv_wgrad(const Tensor& grad, const OptionalTensor& raw, const OptionalTen
     });
   });
 }
+
+const bool kOnTape[] = {
+    on_tape<&conv_forward>("conv_forward"),
+    on_tape<&conv_norm_forward>("conv_norm_forward"),
+    on_tape<&conv_dgrad>("conv_dgrad"),
+    on_tape<&conv_wgrad>("conv_wgrad"),
+};
 
 }  // namespace
 }  // namespace fusedres

@@ -93,9 +93,8 @@ inline void load_units_of_pixel(const Source& s, int64_t pixel, int64_t first, i
 // The product is read once; the second visit of the statistics is to the output, which is half as large.
 template <int V>
 void write_block(const float* c, int64_t ldc, int64_t rows, Value* out, int64_t stride, const TileStats& to) {
-  const float count = static_cast<float>(rows), inverse = 1.f / count;
+  const float inverse = 1.f / static_cast<float>(rows);
   vec average[V];
-  Deviations deviations[V];
   for (int j = 0; j < V; ++j) average[j] = vec{};
   for (int64_t m = 0; m < rows; ++m) {
     for (int j = 0; j < V; ++j) {
@@ -105,9 +104,7 @@ void write_block(const float* c, int64_t ldc, int64_t rows, Value* out, int64_t 
     }
   }
   for (int j = 0; j < V; ++j) average[j] *= inverse;
-  for (int64_t m = 0; m < rows; ++m)
-    for (int j = 0; j < V; ++j) deviations[j].add(load(out + m * stride + j * kLanes) - average[j]);
-  for (int j = 0; j < V; ++j) deviations[j].put(average[j], count, to.from(j * kLanes));
+  deviations_block<V>(out, stride, rows, average, to);
 }
 
 void write_tile(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool,

@@ -37,6 +37,10 @@ struct Deviations {
     sum += deviation;
     squares += deviation * deviation;
   }
+  void add(const Deviations& more) {
+    sum += more.sum;
+    squares += more.squares;
+  }
   void put(vec average, float rows, const TileStats& to) const {
     const vec rest = sum / rows;
     store(to.mean, average);
@@ -45,20 +49,32 @@ struct Deviations {
   }
 };
 
+// The second visit, of a few rows at a time, whose sums are then added: a sum is rounded as often as something is added
+// to it.
+template <int V, class T>
+void deviations_block(const T* x, int64_t pitch, int64_t rows, const vec (&average)[V], const TileStats& to) {
+  constexpr int64_t kRows = 16;
+  Deviations all[V];
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    Deviations few[V];
+    for (int64_t m = begin; m < least(rows, begin + kRows); ++m)
+      for (int j = 0; j < V; ++j) few[j].add(load(x + m * pitch + j * kLanes) - average[j]);
+    for (int j = 0; j < V; ++j) all[j].add(few[j]);
+  }
+  for (int j = 0; j < V; ++j) all[j].put(average[j], static_cast<float>(rows), to.from(j * kLanes));
+}
+
 // Two visits of values that are in cache, several vectors at once, because one chain of additions would wait for
 // itself.
 template <int V>
 void stats_block(const float* c, int64_t ldc, int64_t rows, const TileStats& to) {
-  const float count = static_cast<float>(rows), inverse = 1.f / count;
+  const float inverse = 1.f / static_cast<float>(rows);
   vec average[V];
-  Deviations deviations[V];
   for (int j = 0; j < V; ++j) average[j] = vec{};
   for (int64_t m = 0; m < rows; ++m)
     for (int j = 0; j < V; ++j) average[j] += load(c + m * ldc + j * kLanes);
   for (int j = 0; j < V; ++j) average[j] *= inverse;
-  for (int64_t m = 0; m < rows; ++m)
-    for (int j = 0; j < V; ++j) deviations[j].add(load(c + m * ldc + j * kLanes) - average[j]);
-  for (int j = 0; j < V; ++j) deviations[j].put(average[j], count, to.from(j * kLanes));
+  deviations_block<V>(c, ldc, rows, average, to);
 }
 
 void column_stats(const float* c, int64_t ldc, int64_t rows, int64_t columns, const TileStats& to) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../tape.h"
 #include "norm.h"
 #include "tensors.h"
 
@@ -222,6 +223,12 @@ void bn_backward(const Tensor& sums, int64_t count, const OptionalTensor& weight
     to_r.store(begin, n, r);
   });
 }
+
+const bool kOnTape[] = {
+    on_tape<&bn_coefficients>("bn_coefficients"),
+    on_tape<&bn_frozen>("bn_frozen"),
+    on_tape<&bn_backward>("bn_backward"),
+};
 
 }  // namespace
 

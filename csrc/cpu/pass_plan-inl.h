@@ -111,11 +111,21 @@ inline void sum_lanes(const T* x, int n, AccumOf<T>* sum) {
   store(sum, load(sum) + load_lanes<T, kPart>(x, n));
 }
 
-template <class T, bool kPart>
-inline void measure_lanes(const T* x, int n, const AccumOf<T>* shift, AccumOf<T>* first, AccumOf<T>* second) {
-  const VecOf<T> d = load_lanes<T, kPart>(x, n) - load(shift);
-  store(first, load(first) + d);
-  store(second, load(second) + d * d);
+// Of kRows rows, which are added to each other before they are added to the block's sums: a sum is rounded as often as
+// something is added to it.
+template <class T, int kRows, bool kPart>
+inline void measure_lanes(const T* x, int64_t pitch, int n, const AccumOf<T>* shift, AccumOf<T>* first,
+                          AccumOf<T>* second) {
+  const VecOf<T> from = load(shift);
+  VecOf<T> sum = {}, squares = {};
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const VecOf<T> d = load_lanes<T, kPart>(x + r * pitch, n) - from;
+    sum += d;
+    squares += d * d;
+  }
+  store(first, load(first) + sum);
+  store(second, load(second) + squares);
 }
 
 template <class T>
@@ -128,14 +138,13 @@ inline void sum_rows(const T* x, int64_t pitch, int64_t rows, int n, AccumOf<T>*
   }
 }
 
-template <class T>
-inline void measure_rows(const T* x, int64_t pitch, int64_t rows, int n, Moments<T>& m) {
+template <class T, int kRows>
+inline void measure_rows(const T* x, int64_t pitch, int n, Moments<T>& m) {
   constexpr int kLanes = kLanesOf<T>;
-  for (int64_t r = 0; r < rows; ++r, x += pitch) {
-    int c = 0;
-    for (; c + kLanes <= n; c += kLanes) measure_lanes<T, false>(x + c, kLanes, m.shift + c, m.first + c, m.second + c);
-    if (c < n) measure_lanes<T, true>(x + c, n - c, m.shift + c, m.first + c, m.second + c);
-  }
+  int c = 0;
+  for (; c + kLanes <= n; c += kLanes)
+    measure_lanes<T, kRows, false>(x + c, pitch, kLanes, m.shift + c, m.first + c, m.second + c);
+  if (c < n) measure_lanes<T, kRows, true>(x + c, pitch, n - c, m.shift + c, m.first + c, m.second + c);
 }
 
 // Merges a block of rows into (mean, M2), which are over `seen` rows so far.
@@ -159,7 +168,9 @@ __attribute__((noinline)) void measure_block(const T* x, int64_t pitch, int64_t 
   }
   std::memset(m.first, 0, sizeof(m.first));
   std::memset(m.second, 0, sizeof(m.second));
-  measure_rows<T>(x, pitch, rows, n, m);
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) measure_rows<T, 4>(x + r * pitch, pitch, n, m);
+  for (; r < rows; ++r) measure_rows<T, 1>(x + r * pitch, pitch, n, m);
   const double inverse = 1.0 / double(rows), part = double(rows) / double(seen + rows), weight = double(seen) * part;
   for (int c = 0; c < n; ++c) {
     const double offset = double(m.first[c]) * inverse;

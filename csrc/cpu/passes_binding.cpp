@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../tape.h"
 #include "capability.h"
 #include "passes.h"
 #include "tensors.h"
@@ -281,6 +282,18 @@ void pool_backward(const Tensor& grad, const OptionalTensor& index, const Tensor
   p.pass = a;
   kernels().pool_backward(p, sums.has_value(), coeff.has_value(), parallel);
 }
+
+const bool kOnTape[] = {
+    on_tape<&statistics>("statistics"),
+    on_tape<&add_act_forward>("add_act_forward"),
+    on_tape<&add_act_backward>("add_act_backward"),
+    on_tape<&highway_forward>("highway_forward"),
+    on_tape<&highway_backward>("highway_backward"),
+    on_tape<&apply_grad_coeff>("apply_grad_coeff"),
+    on_tape<&dgrad_epilogue>("dgrad_epilogue"),
+    on_tape<&pool_forward>("pool_forward"),
+    on_tape<&pool_backward>("pool_backward"),
+};
 
 }  // namespace
 }  // namespace fusedres

@@ -48,6 +48,7 @@ from .steps import (
     Refill,
     bias_grad,
     bias_grad_behind_norm,
+    gradients,
     identity_coeff,
     needs_autograd,
     new_reduction,
@@ -55,6 +56,7 @@ from .steps import (
     norm_backward,
     norm_grads,
     normalize,
+    record,
     replay,
     replays,
 )
@@ -176,7 +178,11 @@ class Dense(BlockSpec):
         if needs_autograd(x, *self.tensors):
             anchor = Anchor.apply(x) if x.requires_grad else None
             return DenseFunction.apply(backend, self, anchor, x, *self.tensors)
-        buffer, found, _ = self.forward(backend, as_map(x), keep=False)
+        x = as_map(x)
+        buffer, found = backend.run_schedule(
+            self.memo, "run", (x,), self.operands, lambda: self.forward(backend, x, keep=False)[:2]
+        )
+        assert buffer is not None
         return buffer, found
 
     def forward(self, backend: Backend, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
@@ -272,7 +278,7 @@ class DenseFunction(torch.autograd.Function):
     def forward(
         ctx: Any, backend: Backend, spec: Dense, anchor: Tensor | None, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        buffer, stats, kept = spec.record(backend, as_map(x), None, None)
+        buffer, stats, kept = record(spec, backend, as_map(x), None, None)
         ctx.backend, ctx.spec = backend, spec
         ctx.save_for_backward(anchor, buffer, *kept, *tensors)
         ctx.set_materialize_grads(False)
@@ -294,7 +300,7 @@ class DenseFunction(torch.autograd.Function):
             inputs = (x, *tensors)
             return None, None, None, *replay(lambda x, *t: spec.reference(x, None, *t), inputs, grad)
         need_x, *need = ctx.needs_input_grad[3:]
-        dx, _, *grads = spec.gradients(ctx.backend, as_map(grad), buffer, None, kept, tensors, (need_x, False, *need))
+        dx, _, *grads = gradients(spec, ctx.backend, grad, buffer, None, kept, tensors, (need_x, False, *need))
         return None, None, None, dx, *grads
 
 

@@ -34,7 +34,18 @@ from ..errors import Unsupported
 from ..operands import Epilogue, LazyMap
 from ..specs import BlockSpec, Conv, Forward, Norm, Pool, Shape, Unit
 from .residual_backward import Kept, OfUnit, ResidualBackward, flatten, split
-from .steps import conv_norm, kept_map, mean_pool, needs_autograd, normalize, normalize_input, replay, replays
+from .steps import (
+    conv_norm,
+    gradients,
+    kept_map,
+    mean_pool,
+    needs_autograd,
+    normalize,
+    normalize_input,
+    record,
+    replay,
+    replays,
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,16 @@ class Subsample:
         return (shape[0], self.front + shape[1] + self.back, *spatial)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The subsampled map."""
-        return as_map(F.pad(x[:, :, :: self.stride[0], :: self.stride[1]], (0, 0, 0, 0, self.front, self.back)))
+        """The map of those pixels and channels."""
+        y = empty_map(self.out_shape(tuple(x.shape)), x)
+        if self.pads:
+            y.zero_()
+        y[:, self.front : self.front + x.shape[1]].copy_(x[:, :, :: self.stride[0], :: self.stride[1]])
+        return y
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The definition, in plain PyTorch."""
+        return F.pad(x[:, :, :: self.stride[0], :: self.stride[1]], (0, 0, 0, 0, self.front, self.back))
 
     def backward(self, grad: Tensor, shape: Shape) -> Tensor:
         """The gradient of the input, of ``shape``."""
@@ -256,10 +275,16 @@ class Residual(BlockSpec):
             x = kept_map(x, *self._weights_on_input(source is None))
             return ResidualFunction.apply(backend, self, stats, (out,), x, source, *self.tensors)
         x = as_map(x)
-        if self.trains:
-            state = self.forward(backend, x, source, stats, out)
-            return state.y, state.stats
-        return self.infer(backend, x, source, out), None
+
+        def schedule() -> tuple[Tensor, Tensor | None]:
+            if self.trains:
+                state = self.forward(backend, x, source, stats, out)
+                return state.y, state.stats
+            return self.infer(backend, x, source, out), None
+
+        y, measured = backend.run_schedule(self.memo, "run", (x, source, stats, out), self.operands, schedule)
+        assert y is not None
+        return y, measured
 
     def _weights_on_input(self, root: bool) -> list[Tensor | None]:
         """The tensors whose gradients need the input; ``root``: whether the shortcut reads it, too."""
@@ -385,7 +410,7 @@ class Residual(BlockSpec):
             if shortcut.pool is not None:
                 s = F.avg_pool2d(s, shortcut.pool.kernel, shortcut.pool.stride, 0, shortcut.pool.ceil)
             if shortcut.subsample is not None:
-                s = shortcut.subsample.forward(s)
+                s = shortcut.subsample.reference(s)
             if shortcut.unit is not None:
                 s = apply(shortcut.unit, of_units[-1], s)
             if shortcut.gated:
@@ -411,7 +436,7 @@ class ResidualFunction(torch.autograd.Function):
         source: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, measured, kept = spec.record(backend, x, source, stats, *held)
+        y, measured, kept = record(spec, backend, x, source, stats, *held)
         ctx.backend, ctx.spec = backend, spec
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, source, *kept, *tensors)
@@ -429,4 +454,4 @@ class ResidualFunction(torch.autograd.Function):
         if replays(grad):
             return None, None, None, None, *replay(spec.reference, (x, source, *tensors), grad)
         need = ctx.needs_input_grad[4:]
-        return None, None, None, None, *spec.gradients(ctx.backend, as_map(grad), x, source, kept, tensors, need)
+        return None, None, None, None, *gradients(spec, ctx.backend, grad, x, source, kept, tensors, need)

@@ -14,7 +14,7 @@ from ..backends.contract import Backend, Reduction, accum_dtype
 from ..backends.eager import BACKEND as EAGER
 from ..backends.layout import as_map, channel_empty, row_count
 from ..operands import Epilogue, GradTarget, LazyMap
-from ..specs import Norm, Pool, Unit
+from ..specs import BlockSpec, Forward, Norm, Pool, Unit
 from .exchange import gather_stats, mean_sums
 
 
@@ -164,6 +164,41 @@ def kept_map(x: Tensor, *weights: Tensor | None) -> Tensor:
     would keep nothing of it, so that its owner may overwrite it before backward: a copy, if it is none yet."""
     found = as_map(x)
     return found.clone() if found is x and not needs_autograd(x, *weights) else found
+
+
+def record(
+    spec: BlockSpec, backend: Backend, x: Tensor, source: Tensor | None, stats: Tensor | None, out: Tensor | None = None
+) -> Forward:
+    """``spec.record(...)``, as the ``backend`` runs schedules."""
+
+    def schedule() -> list[Tensor | None]:
+        y, measured, kept = spec.record(backend, x, source, stats, out)
+        return [y, measured, *kept]
+
+    y, measured, *kept = backend.run_schedule(spec.memo, "record", (x, source, stats, out), spec.operands, schedule)
+    assert y is not None
+    return Forward(y, measured, kept)
+
+
+def gradients(
+    spec: BlockSpec,
+    backend: Backend,
+    grad: Tensor,
+    held: Tensor,
+    source: Tensor | None,
+    kept: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    need: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """``spec.gradients(...)`` for the map of a gradient, as the ``backend`` runs schedules."""
+    grad = as_map(grad)
+    return backend.run_schedule(
+        spec.memo,
+        ("gradients", *need),
+        (grad, held, source),
+        (*kept, *tensors),
+        lambda: spec.gradients(backend, grad, held, source, kept, tensors, need),
+    )
 
 
 def functorch_active() -> bool:

@@ -27,12 +27,14 @@ from ..operands import FRESH, LazyGrad, LazyMap
 from ..specs import BlockSpec, Conv, Forward, Norm, Pool, Shape
 from .steps import (
     bias_grad,
+    gradients,
     kept_map,
     needs_autograd,
     new_reduction,
     norm_backward,
     norm_grads,
     normalize_input,
+    record,
     replay,
     replays,
 )
@@ -78,7 +80,12 @@ class Transition(BlockSpec):
             # out here, so that what the Function keeps is its input, which double backward differentiates
             x = kept_map(x, self.norm.weight, self.norm.bias)
             return TransitionFunction.apply(backend, self, stats, x, *self.tensors), None
-        return self.forward(backend, as_map(x), stats)[0], None
+        x = as_map(x)
+        (y,) = backend.run_schedule(
+            self.memo, "run", (x, stats), self.operands, lambda: (self.forward(backend, x, stats)[0],)
+        )
+        assert y is not None
+        return y, None
 
     def forward(self, backend: Backend, x: Tensor, stats: Tensor | None) -> tuple[Tensor, LazyMap]:
         """``(y, x behind its BatchNorm)``."""
@@ -146,7 +153,7 @@ class TransitionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, backend: Backend, spec: Transition, stats: Tensor | None, x: Tensor, *tensors: Tensor | None
     ) -> Tensor:
-        y, _, kept = spec.record(backend, x, None, stats)
+        y, _, kept = record(spec, backend, x, None, stats)
         ctx.backend, ctx.spec = backend, spec
         ctx.save_for_backward(x, *kept, *tensors)
         return y
@@ -159,7 +166,7 @@ class TransitionFunction(torch.autograd.Function):
             inputs = (x, *tensors)
             return None, None, None, *replay(lambda x, *t: spec.reference(x, None, *t), inputs, grad)
         need_x, *need = ctx.needs_input_grad[3:]
-        dx, _, *grads = spec.gradients(
-            ctx.backend, as_map(grad), x, None, (scale_shift, mean_invstd), tensors, (need_x, False, *need)
+        dx, _, *grads = gradients(
+            spec, ctx.backend, grad, x, None, (scale_shift, mean_invstd), tensors, (need_x, False, *need)
         )
         return None, None, None, dx, *grads

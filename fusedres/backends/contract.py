@@ -26,7 +26,7 @@ registered backend to it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod, update_abstractmethods
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -52,7 +52,8 @@ class Backend(ABC):
     """The primitives, once for a device family. A subclass that lacks one cannot be registered (:func:`fusedres.backends.select.register`).
 
     May be left out, with what follows: ``new_reduction`` and ``parameter_grad`` (reductions are tensors, merged where they are made),
-    ``routes`` (``report`` shows no plan per convolution), ``tuner`` (``fusedres.tune`` finds nothing to measure).
+    ``routes`` (``report`` shows no plan per convolution), ``tuner`` (``fusedres.tune`` finds nothing to measure), ``run_schedule``
+    (schedules run in Python each time).
     """
 
     #: what the user calls it
@@ -218,6 +219,20 @@ class Backend(ABC):
         ``"wgrad"``: ``"fused"`` (a kernel of ours) or ``"library"`` (oneDNN's or cuDNN's between our passes). Empty where the backend has
         no choice. Takes meta tensors."""
         return {}
+
+    def run_schedule(
+        self,
+        memo: dict[Any, Any],
+        which: Hashable,
+        maps: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        schedule: Callable[[], Sequence[Tensor | None]],
+    ) -> Sequence[Tensor | None]:
+        """``schedule()``: primitives of this backend in a row, on ``maps`` and on other ``tensors``, whose shapes and dtypes are always the
+        same for one ``memo``. ``which`` tells apart the schedules of one memo, and all constants of a schedule. What it makes depends on
+        nothing else, and it has no other effects than on its tensors, so that a backend may keep in ``memo`` how it went for maps like
+        these and go the same way again."""
+        return schedule()
 
     # ---- shared ------------------------------------------------------------------------------------------------------
 

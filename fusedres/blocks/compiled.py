@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from ..autograd.operators import Recorded, infer
 from ..backends.layout import format_of
 from ..swap import FusedBlock
-from .handover import suggests_channels_last
+from .handover import enter, suggests_channels_last
 from .plan import FUNCTIONS, ORDINARY, Call, Fused, Plan, module_at, tensor_at
 
 
@@ -53,7 +53,7 @@ def _watch(block: Any, plan: Plan) -> None:
             len(module._backward_hooks),
             len(module._backward_pre_hooks),
         )
-        same = same and now == fact.hooks and tuple(module._modules) == fact.children and callable(module.forward)
+        same = same and now == fact.hooks and tuple(module._modules) == fact.children
         for name, value in fact.attributes:
             same = same and getattr(module, name) == value
         for name in fact.functions:
@@ -122,12 +122,10 @@ def _is_recorded(x: Tensor, source: Tensor | None, weights: list[Any]) -> bool:
 def _entered(value: _Map) -> tuple[_Map, str]:
     """``(a map in channels_last, how eager's lies: "channels_last", "contiguous" or "other")``."""
     x = value.x
-    order = "contiguous"
     if suggests_channels_last(x):
         order = "contiguous" if value.owes_nchw else "channels_last"
-    elif not x.is_contiguous() and not value.owes_nchw:
-        order = "other"
-    return _Map(x.contiguous(memory_format=format_of(x.dim())), value.stats), order
+        return _Map(x.contiguous(memory_format=format_of(x.dim())), value.stats), order
+    return _Map(enter(x), value.stats), "contiguous" if value.owes_nchw or x.is_contiguous() else "other"
 
 
 def _as_eager(step: Fused, y: Tensor, x: Tensor, order: str, source: Tensor, source_order: str) -> tuple[Tensor, bool]:

@@ -23,7 +23,7 @@ from ..autograd.encoding import decode, encode
 from ..autograd.operators import FAMILIES
 from ..backends import select
 from ..errors import BackendError, Unsupported
-from ..recognition import FunctionStep, Op, Part, Piece, hooked, is_plain, method
+from ..recognition import FunctionStep, Op, Part, Piece, hooked, is_plain, method, methods_of
 from ..specs import BlockSpec, Conv, instances
 from ..swap import runs_fused, state_of
 from .handover import Order
@@ -52,7 +52,7 @@ FUNCTIONS = _Functions()
 
 class Fact(NamedTuple):
     """What a plan depends on of the module at ``path``: how many hooks there are of each kind, the names of its children, its plain
-    attributes and those that are functions, and which of its parameters and buffers are missing."""
+    attributes, those that are functions and the methods by which it computes, and which of its parameters and buffers are missing."""
 
     path: Path
     hooks: tuple[int, ...]
@@ -337,7 +337,10 @@ def _fact(path: Path, module: nn.Module, names: set[str]) -> Fact:
         ),
         tuple(module._modules),
         tuple((name, value) for name, value in own.items() if name not in _OF_EVERY_MODULE and _is_constant(value)),
-        tuple(name for name, value in own.items() if isinstance(value, FunctionType | BuiltinFunctionType)),
+        (
+            *methods_of(module),
+            *(name for name, value in own.items() if isinstance(value, FunctionType | BuiltinFunctionType)),
+        ),
         tuple((name, tensor is None) for name, tensor in module._parameters.items()),
         tuple((name, tensor is None) for name, tensor in module._buffers.items()),
     )

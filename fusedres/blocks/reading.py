@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..errors import Unsupported
 from ..recognition import BlockGraph, Flow, classes_of, watched
 from .state import BlockState
+from .unchanged import Held
 
-_own = operator.attrgetter("__dict__")
 _contents = operator.itemgetter(
     "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )  # fmt: skip
@@ -31,12 +31,10 @@ Sets = Mapping[nn.Module, set[str]]
 
 class _Seen:
     """Every object that a reading of ``modules`` and ``graphs`` depends on, but for what the block itself sets (``sets``). Asked at every
-    call, so that what it is found by is kept: the classes of the modules, and the dictionaries in them, which are among the objects
-    themselves."""
+    call, so that what it is found by is kept: the classes of the modules, and the dictionaries in them."""
 
     def __init__(self, modules: list[nn.Module], graphs: tuple[BlockGraph | Flow, ...], sets: Sets) -> None:
-        self._modules, self._graphs = modules, graphs
-        self._classes = classes_of(modules)
+        self._graphs, self._classes = graphs, classes_of(modules)
         mappings: list[dict[str, object]] = []
         #: with the names that do not count
         self._set: list[tuple[dict[str, object], set[str]]] = []
@@ -46,26 +44,28 @@ class _Seen:
                 mappings += (held, *_contents(held))
             else:
                 self._set += ((mapping, names) for mapping in (held, *_contents(held)))
-        #: most are, and stay so: hooks, children
-        self._empty = [mapping for mapping in mappings if not mapping]
-        self._mappings = [mapping for mapping in mappings if mapping]
-        self.then = self._now()
+        self._held = Held(modules, mappings)
+        self._then = self._beside()
 
-    def _now(self) -> list[object]:
-        found: list[object] = [*map(type, self._modules), *map(_own, self._modules), *watched(self._classes)]
-        found += itertools.chain.from_iterable(map(dict.values, self._mappings))
+    def _beside(self) -> list[object]:
+        """What is beside all that modules hold."""
+        found: list[object] = watched(self._classes)
         for mapping, names in self._set:
             found += [value for name, value in mapping.items() if name not in names]
         for graph in self._graphs:
             found += graph.outside()
         return found
 
+    def objects(self) -> Iterator[object]:
+        """All of them, as they were."""
+        return itertools.chain(self._held.values, self._then)
+
     def holds(self) -> bool:
         """Whether all of them are the very same still."""
-        if any(self._empty):
+        if not self._held.is_unchanged():
             return False
-        now = self._now()
-        return len(now) == len(self.then) and all(map(operator.is_, now, self.then))
+        now = self._beside()
+        return len(now) == len(self._then) and all(map(operator.is_, now, self._then))
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,6 @@ def _read(
         seen, found = _Seen(modules, depends, {}), reason.anew()
     reading = Reading(seen, found)
     # weights that were computed (torch.func.functional_call) would be kept with their graph
-    if not any(isinstance(o, Tensor) and o.grad_fn is not None for o in seen.then):
+    if not any(isinstance(o, Tensor) and o.grad_fn is not None for o in seen.objects()):
         state.reading = reading
     return reading

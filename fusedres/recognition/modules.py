@@ -36,6 +36,7 @@ CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 #: what a module may compute by, on its class or on itself
 _METHODS = ("forward", "_forward_impl", "_conv_forward", "_check_input_dim", "bn_function")
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl")
+_CODE = frozenset((*_METHODS, *_CALLS))
 _FUNCTIONAL = (
     "conv2d",
     "conv3d",
@@ -75,7 +76,12 @@ def _is_torchs(code: tuple[Any, ...]) -> bool:
 
 def computes_by(name: str) -> bool:
     """Whether a module may compute by what it holds under ``name``."""
-    return name in _METHODS or name in _CALLS
+    return name in _CODE
+
+
+def methods_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the methods by which ``module`` computes, its class's or its own."""
+    return tuple(name for name in _METHODS if hasattr(module, name))
 
 
 # as they were before anything could change them; what had been changed even before is not known
@@ -122,7 +128,7 @@ def call_is_plain(module: nn.Module) -> bool:
 
 def has_own_code(module: nn.Module) -> bool:
     """Whether a method by which ``module`` computes was replaced on itself."""
-    return not module.__dict__.keys().isdisjoint(_METHODS)
+    return not module.__dict__.keys().isdisjoint(_CODE)
 
 
 class Hooked(Unsupported):

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import SMALL, Table, conforms, each, exact_and_fused, is_corrected, parametrize
+from contract import SMALL, Table, conforms, each, exact_and_fused, is_corrected, moments, parametrize
 from support import Draw
 from torch import Tensor
 
 from fusedres.backends import cpp, select
+from fusedres.backends.contract import Backend
 from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
 from fusedres.specs import Geometry, Norm, Pool
 
@@ -214,6 +215,34 @@ def test_a_large_mean_keeps_three_digits_of_the_deviation(config, case):
     if not config.interpreted:
         for mean in (1e4, -3e5):
             deviation_is_kept(mean, 1e-4, lambda x, stats: backend.statistics(x, stats))
+
+
+# ---- channels of mostly one value ------------------------------------------------------------------------------------
+
+MEASURES: dict[str, Callable[[Backend, Tensor, Tensor, Tensor], object]] = {
+    "statistics": lambda backend, x, eye, stats: backend.statistics(x, stats),
+    "convolution": lambda backend, x, eye, stats: backend.conv_forward(
+        LazyMap(x), eye, None, POINT, Epilogue(stats=stats)
+    ),
+    "pool": lambda backend, x, eye, stats: backend.pool_forward(
+        LazyMap(x), Pool("max", (1, 1), (1, 1), (0, 0)), stats=stats
+    ),
+    "sum": lambda backend, x, eye, stats: backend.add_act_forward(LazyMap(x), stats=stats),
+}
+
+
+@each(Table(MEASURES, tuple(MEASURES), ()))
+def test_a_channel_of_mostly_one_value_is_measured_as_closely(config, case):
+    """As behind a ReLU: most squared deviations are equal, and adding one after the other rounds in one direction again and again, as NumPy
+    does for Triton's interpreter."""
+
+    def step(backend, draw):
+        x, stats = draw.filled(1, 512, 20, 8), draw.room(2, 512)
+        x[:, :, 1:] = x[:, :, 1:2, :1]
+        case(backend, x, torch.eye(512, dtype=draw.storage, device=draw.device)[..., None, None], stats)
+        return moments(stats, x.numel())
+
+    conforms(config, step)
 
 
 # ---- NaN and infinity ------------------------------------------------------------------------------------------------

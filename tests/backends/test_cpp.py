@@ -17,7 +17,7 @@ from fusedres import activations
 from fusedres.backends import cpp, eager
 from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
 from fusedres.specs import Geometry, Pool
-from fusedres.testing import assert_parity
+from fusedres.testing import assert_parity, error
 
 _C = pytest.importorskip("fusedres._C")
 
@@ -103,6 +103,19 @@ def test_an_unknown_activation_raises(operator: str, number: int) -> None:
     }
     with pytest.raises(RuntimeError, match=f"no activation has the number {number}"):
         calls[operator]()
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height", [4, 5, 20])
+def test_measuring_few_rows_of_mostly_one_value_costs_less_than_a_rounding(height: int) -> None:
+    """Of which eager, by the rule alone, would allow three: their squared deviations round in one direction again and again."""
+    x, stats = normal(1, 512, height, 8), torch.empty(2, 512)
+    x[:, :, 1:] = x[:, :, 1:2, :1]
+    cpp.BACKEND.statistics(x, stats)
+    deviations = x.double() - x.double().mean((2, 3), keepdim=True)
+    assert error(stats[1], deviations.square().sum((0, 2, 3)))[0] < torch.finfo(torch.float32).eps
 
 
 # ---- Winograd's algorithm, where numbers are not ordinary ------------------------------------------------------------

@@ -250,17 +250,11 @@ def patch_class(cls: type, name: str, function: Callable) -> Callable:
     return patch
 
 
-def patch_convolutions(monkeypatch, *models: nn.Module) -> None:
-    for model in models:
-        for module in [m for m in model.modules() if isinstance(m, nn.Conv2d)]:
-            module._conv_forward = mirrored.__get__(module)
-
-
-def patch_instances(kind: type[nn.Module], function: Callable) -> Callable:
+def patch_instances(kind: type[nn.Module], function: Callable, name: str = "forward") -> Callable:
     def patch(monkeypatch, *models: nn.Module) -> None:
         for model in models:
             for module in [m for m in model.modules() if isinstance(m, kind)]:
-                module.forward = function.__get__(module)
+                setattr(module, name, function.__get__(module))
 
     return patch
 
@@ -315,7 +309,8 @@ PATCHES: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
     "BatchNorm2d.forward": (small_resnet, patch_class(nn.BatchNorm2d, "forward", doubled_norm)),
     "ReLU.forward": (small_resnet, patch_class(nn.ReLU, "forward", lambda s, x: torch.tanh(x))),
     "MaxPool2d.forward": (small_resnet, patch_class(nn.MaxPool2d, "forward", lambda s, x: F.max_pool2d(x, 2))),
-    "convolutions' _conv_forward": (small_resnet, patch_convolutions),
+    "convolutions' _conv_forward": (small_resnet, patch_instances(nn.Conv2d, mirrored, "_conv_forward")),
+    "norms' _call_impl": (small_resnet, patch_instances(nn.BatchNorm2d, doubled_norm, "_call_impl")),
     "convolutions' forward": (small_densenet, patch_instances(nn.Conv2d, lambda s, x: mirrored(s, x, s.weight, s.bias))),
     "norms' forward": (small_resnet, patch_instances(nn.BatchNorm2d, doubled_norm)),
     "blocks' forward": (small_resnet, patch_instances(resnet.BasicBlock, without_act)),

@@ -1,0 +1,230 @@
+#include "tape.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
+namespace fusedres {
+namespace {
+
+using torch::stable::Tensor;
+
+struct Entry {
+  const char* name;
+  TapeOperator run;
+};
+
+// In a function, because operators are added while the library is being loaded, in no order.
+std::vector<Entry>& entries() {
+  static std::vector<Entry> all;
+  return all;
+}
+
+// What a recorded schedule does beside calling operators; `fusedres/backends/tape.py` writes these numbers.
+enum Step : int64_t { kEmpty, kEmptyLike, kView, kFill, kCopy, kAdd, kConvolution, kConvolutionBackward, kCall };
+
+using torch::stable::detail::from;
+
+// Calls an operator of torch's, whose results replace its arguments on `stack`.
+template <size_t kArguments>
+void call_torch(const char* name, const char* overload, std::array<StableIValue, kArguments>& stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+}
+
+// Adds C numbers to C numbers.
+void add(const Tensor& to, const Tensor& other) {
+  STD_TORCH_CHECK(to.scalar_type() == other.scalar_type() && to.numel() == other.numel() && to.is_contiguous() &&
+                      other.is_contiguous(),
+                  "a recorded sum wants tensors of one shape and dtype without gaps");
+  const auto sum = [&](auto zero) {
+    auto* a = static_cast<decltype(zero)*>(to.data_ptr());
+    const auto* b = static_cast<const decltype(zero)*>(other.data_ptr());
+    for (int64_t i = 0; i < to.numel(); ++i) a[i] += b[i];
+  };
+  if (to.scalar_type() == torch::headeronly::ScalarType::Double) return sum(double{});
+  STD_TORCH_CHECK(to.scalar_type() == torch::headeronly::ScalarType::Float, "a recorded sum is of float32 or float64");
+  sum(float{});
+}
+
+// A map of the library's in channels_last, whatever it chose.
+Tensor as_map(const Tensor& t) { return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast); }
+
+// Stride, padding, dilation of a convolution with no output padding, and its groups.
+struct Geometry {
+  std::vector<int64_t> stride, padding, dilation;
+  int64_t groups;
+
+  explicit Geometry(Reader& r)
+      : stride(r.integers()), padding(r.integers()), dilation(r.integers()), groups(r.integer()) {}
+};
+
+void convolution(Reader& r) {
+  const int64_t to = r.integer();
+  const Tensor x = r.next<Tensor>(), weight = r.next<Tensor>();
+  const auto bias = r.next<std::optional<Tensor>>();
+  const Geometry g(r);
+  const std::vector<int64_t> no_padding(g.padding.size(), 0);
+  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),       from(g.stride), from(g.padding),
+                                    from(g.dilation), from(false),  from(no_padding), from(g.groups)};
+  call_torch("aten::convolution", "", stack);
+  r.slot(to) = as_map(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+void convolution_backward(Reader& r) {
+  const int64_t to_input = r.integer(), to_weight = r.integer();
+  const Tensor grad = r.next<Tensor>(), x = r.next<Tensor>(), weight = r.next<Tensor>();
+  const Geometry g(r);
+  const std::vector<int64_t> no_padding(g.padding.size(), 0);
+  const bool needs_input = to_input >= 0, needs_weight = to_weight >= 0;
+  const std::array<bool, 3> wanted{needs_input, needs_weight, false};
+  std::array<StableIValue, 11> stack{from(grad),
+                                     from(x),
+                                     from(weight),
+                                     from(std::nullopt),
+                                     from(g.stride),
+                                     from(g.padding),
+                                     from(g.dilation),
+                                     from(false),
+                                     from(no_padding),
+                                     from(g.groups),
+                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()))};
+  call_torch("aten::convolution_backward", "", stack);
+  // all three are taken off the stack, since each is owned
+  const Tensor dx = torch::stable::detail::to<Tensor>(stack[0]), dweight = torch::stable::detail::to<Tensor>(stack[1]);
+  torch::stable::detail::to<Tensor>(stack[2]);
+  if (needs_input) r.slot(to_input) = as_map(dx);
+  if (needs_weight) r.slot(to_weight) = dweight;
+}
+
+void step(Reader& r) {
+  switch (r.integer()) {
+    case kEmpty: {
+      const int64_t to = r.integer(), dtype = r.integer();
+      const std::vector<int64_t> sizes = r.integers(), strides = r.integers();
+      AtenTensorHandle made = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                             int32_t(dtype), aoti_torch_device_type_cpu(), 0, &made));
+      r.slot(to) = Tensor(made);
+      return;
+    }
+    case kEmptyLike: {
+      const int64_t to = r.integer();
+      r.slot(to) = torch::stable::empty_like(r.next<Tensor>());
+      return;
+    }
+    case kView: {
+      const int64_t to = r.integer();
+      const Tensor of = r.next<Tensor>();
+      const std::vector<int64_t> sizes = r.integers(), strides = r.integers();
+      AtenTensorHandle made = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(of.get(), int64_t(sizes.size()), sizes.data(),
+                                                                   strides.data(), r.integer(), &made));
+      r.slot(to) = Tensor(made);
+      return;
+    }
+    case kFill: {
+      const Tensor to = r.next<Tensor>();
+      torch::stable::fill_(to, r.next<double>());
+      return;
+    }
+    case kCopy: {
+      Tensor to = r.next<Tensor>();
+      torch::stable::copy_(to, r.next<Tensor>());
+      return;
+    }
+    case kAdd: {
+      const Tensor to = r.next<Tensor>(), other = r.next<Tensor>();
+      return add(to, other);
+    }
+    case kConvolution: return convolution(r);
+    case kConvolutionBackward: return convolution_backward(r);
+    case kCall: {
+      const int64_t number = r.integer();
+      STD_TORCH_CHECK(number >= 0 && number < int64_t(entries().size()), "no operator has the number ", number);
+      entries()[number].run(r);
+      return;
+    }
+    default: STD_TORCH_CHECK(false, "a recorded schedule that is none");
+  }
+}
+
+// `code`: how many tensors there are in all, the numbers of those that are returned, then steps, each followed by the
+// numbers of the tensors that nothing reads any more. `inputs` are the first tensors.
+std::vector<Tensor> play(std::vector<Tensor> inputs, const Tensor& code, const Tensor& numbers) {
+  STD_TORCH_CHECK(code.scalar_type() == torch::headeronly::ScalarType::Long && code.is_contiguous() &&
+                      numbers.scalar_type() == torch::headeronly::ScalarType::Double && numbers.is_contiguous(),
+                  "code must hold 64-bit integers, numbers float64, side by side");
+  Slots slots;
+  Reader r(static_cast<const int64_t*>(code.data_ptr()), code.numel(), static_cast<const double*>(numbers.data_ptr()),
+           numbers.numel(), slots);
+  const int64_t size = r.integer();
+  STD_TORCH_CHECK(size >= int64_t(inputs.size()), "a recorded schedule of ", size, " tensors got ", inputs.size());
+  slots.resize(size);
+  for (size_t i = 0; i < inputs.size(); ++i) slots[i] = std::move(inputs[i]);
+  const std::vector<int64_t> outputs = r.integers();
+  while (!r.done()) {
+    step(r);
+    for (int64_t n = r.integer(); n > 0; --n) r.slot(r.integer()).reset();
+  }
+  std::vector<Tensor> returned;
+  returned.reserve(outputs.size());
+  for (int64_t number : outputs) {
+    STD_TORCH_CHECK(r.slot(number).has_value(), "a recorded schedule returns what it has not made");
+    returned.push_back(*r.slot(number));
+  }
+  return returned;
+}
+
+}  // namespace
+
+int64_t Reader::integer() {
+  STD_TORCH_CHECK(code_ != end_, "a recorded schedule ends in the middle of a step");
+  return *code_++;
+}
+
+std::vector<int64_t> Reader::integers() {
+  const int64_t n = integer();
+  STD_TORCH_CHECK(n >= 0 && n <= end_ - code_, "a recorded schedule ends in the middle of a list");
+  const int64_t* begin = code_;
+  code_ += n;
+  return {begin, code_};
+}
+
+std::optional<Tensor>& Reader::slot(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number < int64_t(slots_.size()), "no tensor has the number ", number);
+  return slots_[number];
+}
+
+double Reader::number(int64_t at) const {
+  STD_TORCH_CHECK(at >= 0 && at < count_, "there is no number ", at);
+  return numbers_[at];
+}
+
+const Tensor& Reader::tensor(int64_t number) {
+  const std::optional<Tensor>& found = slot(number);
+  STD_TORCH_CHECK(found.has_value(), "tensor ", number, " is not there");
+  return *found;
+}
+
+std::optional<Tensor> Reader::maybe(int64_t number) {
+  return number < 0 ? std::nullopt : std::optional<Tensor>(tensor(number));
+}
+
+bool add_tape_operator(const char* name, TapeOperator run) {
+  entries().push_back({name, run});
+  return true;
+}
+
+const char* tape_operator_name(int64_t number) {
+  return number < int64_t(entries().size()) ? entries()[number].name : nullptr;
+}
+
+}  // namespace fusedres
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
+  m.def("play(Tensor[] inputs, Tensor code, Tensor numbers) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) { m.impl("play", TORCH_BOX(&fusedres::play)); }

@@ -1,0 +1,293 @@
+"""Schedules that the C++ extension plays from a tape: the same bits as the schedule itself, and what no tape may hold runs as before."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support import each_mode, ran
+from test_family import ALL
+from torch import Tensor, nn
+
+import fusedres
+from fusedres.backends import tape
+from fusedres.backends.contract import Backend
+from fusedres.testing import randomize
+
+_C = pytest.importorskip("fusedres._C")
+cpp = importlib.import_module("fusedres.backends.cpp")  # the package binds the name to its backend
+
+
+class Tapes:
+    """What became of schedules: the numbers of those that were recorded, refused and played."""
+
+    def __init__(self) -> None:
+        self.recorded = self.refused = self.played = 0
+
+
+@pytest.fixture
+def tapes(monkeypatch) -> Iterator[Tapes]:
+    """Counts, while every test here starts to record at a schedule's first run."""
+    count, record, play = Tapes(), tape.record, tape.Tape.play
+
+    def counted(*args):
+        results, made = record(*args)
+        count.recorded += made is not None
+        count.refused += made is None
+        return results, made
+
+    def played(self, given):
+        count.played += 1
+        return play(self, given)
+
+    monkeypatch.setattr(cpp, "record", counted)
+    monkeypatch.setattr(tape.Tape, "play", played)
+    monkeypatch.setattr(cpp, "RUNS_BEFORE_RECORDING", 0)
+    return count
+
+
+def in_python(run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What ``run`` gives where no schedule has a tape."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp.CppBackend, "run_schedule", Backend.run_schedule)
+        return run()
+
+
+def steps(block: nn.Module, maps: list[Tensor], training: bool) -> list[Tensor]:
+    """Everything that so many steps make: outputs, gradients, running statistics."""
+    found = []
+    for x in maps:
+        x = x.clone().requires_grad_(training)
+        with torch.set_grad_enabled(training):
+            y = block(x)
+        found.append(y.detach())
+        if training:
+            block.zero_grad()
+            y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+            found += [x.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
+            found += [b.clone() for b in block.buffers()]
+    return found
+
+
+def drawn(build: Callable[[], nn.Module], training: bool, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    torch.manual_seed(0)
+    block = build().to(dtype).train(training)
+    randomize(block)
+    return fusedres.convert(block, verify=False, **options)
+
+
+def assert_same_bits(
+    block: nn.Module, shape: tuple[int, ...], training: bool, dtype: torch.dtype = torch.float32
+) -> None:
+    maps = [torch.randn(shape).to(dtype).to(memory_format=torch.channels_last) for _ in range(3)]
+    twin = copy.deepcopy(block)
+    ours, plain = steps(block, maps, training), in_python(lambda: steps(twin, maps, training))
+    assert len(ours) == len(plain)
+    for i, (a, b) in enumerate(zip(ours, plain, strict=True)):
+        assert torch.equal(a, b) and a.stride() == b.stride(), f"result {i} is not that of the schedule in Python"
+
+
+#: whose shortcut is a pool that the library has to compute
+WITHOUT = ("basic-pooled-projection-odd", "pyramid", "pooled-odd")
+
+
+@each_mode
+@pytest.mark.parametrize("name", ALL)
+def test_a_tape_gives_the_bits_of_its_schedule(name, training, tapes):
+    build, shape = ALL[name]
+    assert_same_bits(drawn(build, training), shape, training)
+    assert tapes.refused > 0 if name in WITHOUT else tapes.played >= tapes.recorded > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["basic", "own-class-projection", "bottleneck-grouped", "row-mixed"])
+def test_tapes_of_other_dtypes(name, dtype, tapes):
+    build, shape = ALL[name]
+    assert_same_bits(drawn(build, True, dtype), shape, True, dtype)
+    assert tapes.played > 0
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck-projection", "row-mixed"])
+def test_tapes_of_recomputing_blocks(name, tapes):
+    build, shape = ALL[name]
+    assert_same_bits(drawn(build, True, recompute=True), shape, True)
+    assert tapes.played > 0
+
+
+class Stem(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )  # fmt: skip
+
+
+def row(groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+
+@each_mode
+@pytest.mark.parametrize(
+    "build, shape",
+    [
+        (Stem, (2, 3, 13, 11)),
+        (lambda: row(groups=8), (2, 8, 5, 7)),
+        (lambda: row(groups=2), (2, 8, 5, 7)),
+        (lambda: row(groups=4), (2, 8, 1, 1)),
+        (lambda: nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8, affine=False)), (2, 4, 3, 3)),
+    ],
+    ids=["stem", "depthwise", "groups", "one-pixel", "not-affine"],
+)
+def test_tapes_of_rows(build, shape, training, tapes):
+    assert_same_bits(drawn(build, training), shape, training)
+    assert tapes.played > 0 and tapes.refused == 0
+
+
+def test_a_size_that_came_once_is_not_recorded(tapes, monkeypatch):
+    monkeypatch.setattr(cpp, "RUNS_BEFORE_RECORDING", 1)
+    block = drawn(row, False)
+    for size, (recorded, played) in zip((5, 6, 5, 6, 5), ((0, 0), (0, 0), (1, 0), (2, 0), (2, 1)), strict=True):
+        with torch.no_grad():
+            block(torch.randn(2, 8, size, size).to(memory_format=torch.channels_last))
+        assert (tapes.recorded, tapes.played) == (recorded, played)
+
+
+def test_sizes_that_change_all_the_time_do_not_pile_up(tapes, monkeypatch):
+    monkeypatch.setattr(cpp, "_MOST_SCHEDULES", 4)
+    block = drawn(row, False)
+    with torch.no_grad():
+        for size in (*range(1, 12), 11):
+            block(torch.randn(1, 8, size, 2).to(memory_format=torch.channels_last))
+    found = block._fusedres.kind.reading(block, block._fusedres)
+    (part,) = block._fusedres.kind.parts(found)
+    assert len(part.describe(None)[0].memo) <= 4 and tapes.played == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block[1].eval(),
+        lambda block: setattr(block[1], "momentum", 0.5),
+        lambda block: setattr(block[1], "eps", 0.1),
+        lambda block: setattr(block[0], "weight", nn.Parameter(block[0].weight.detach() * 2)),
+        lambda block: block[0].weight.data.mul_(2),
+        lambda block: block[0].weight.requires_grad_(False),
+        lambda block: setattr(block[0].weight, "data", block[0].weight.data.contiguous()),
+        lambda block: block.double(),
+    ],
+    ids=["mode", "momentum", "eps", "other-weight", "weight-in-place", "frozen", "layout", "dtype"],
+)
+def test_what_changes_between_steps_is_noticed(change, tapes):
+    block = drawn(row, True)
+    maps = [torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last) for _ in range(3)]
+    twin = copy.deepcopy(block)
+    steps(block, maps, True), in_python(lambda: steps(twin, maps, True))
+    assert tapes.played == 4  # twice forward and backward
+    for of in (block, twin):
+        change(of)
+    maps = [x.to(block[0].weight.dtype) for x in maps]
+    for a, b in zip(steps(block, maps, True), in_python(lambda: steps(twin, maps, True)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_tape_is_not_the_schedule_of_an_observed_backend(tapes):
+    block = drawn(row, False)
+    x = torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        block(x), block(x)
+        with fusedres.use_backend("eager"):
+            block(x)
+    assert tapes.played == 1 and ran(block) == "eager"
+
+
+def test_a_schedule_that_reads_a_value_has_no_tape():
+    x = torch.ones(3)
+    results, made = tape.record(lambda: [torch.empty(int(x.sum().item()))], [x])
+    assert made is None and results[0].shape == (3,)
+
+
+def test_a_schedule_that_reads_what_it_was_not_given_has_no_tape():
+    x, other = torch.ones(3), torch.ones(3)
+    assert tape.record(lambda: [other.view(3, 1)], [x])[1] is None
+    assert tape.record(lambda: [other], [x])[1] is None
+
+
+def test_a_tape_may_return_what_it_was_given():
+    x, y = torch.ones(3), torch.zeros(3)
+    results, made = tape.record(lambda: [x, None, y.view(3, 1), x], [x, None, y])
+    assert made is not None and results[0] is x
+    a, b = torch.rand(3), torch.rand(3)
+    first, nothing, view, again = made.play([a, None, b])
+    assert first is a and again is a and nothing is None and view.data_ptr() == b.data_ptr() and view.shape == (3, 1)
+
+
+def test_fills_and_sums_are_played():
+    def schedule(x: Tensor) -> list[Tensor]:
+        made = torch.empty(2, 3)
+        made[0].fill_(2.0)
+        made[1].zero_()
+        made[1].add_(x)
+        return [made, torch.empty_like(x)]
+
+    x = torch.rand(3)
+    results, made = tape.record(lambda: schedule(x), [x])
+    other = torch.rand(3)
+    found = made.play([other])
+    assert torch.equal(found[0], torch.stack([torch.full((3,), 2.0), other])) and found[1].shape == (3,)
+    assert torch.equal(results[0][1], x)
+
+
+@pytest.mark.parametrize(
+    "code, says",
+    [
+        ([], "ends in the middle"),
+        ([2, 1], "in the middle of a list"),
+        ([0, 0], "got 1"),
+        ([1, 1, 5], "no tensor has the number 5"),
+        ([2, 1, 1], "has not made"),
+        ([1, 0, 99], "is none"),
+        ([1, 0, 8, 10**6], "no operator has the number"),
+        ([2, 0, 3, 1, 0], "tensor 1 is not there"),
+        ([1, 0, 3, 0, 4], "there is no number 4"),
+    ],
+)
+def test_a_broken_tape_is_an_error(code, says):
+    numbers = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=says):
+        torch.ops.fusedres_cpp.play([torch.ones(1)], torch.tensor(code, dtype=torch.int64), numbers)
+
+
+def test_every_operator_that_writes_into_its_arguments_is_on_tapes():
+    names = {name for name in dir(torch.ops.fusedres_cpp) if not name.startswith("_")} - {"name", "play"}
+    assert set(_C.tape_operators()) >= {"conv_forward", "bn_coefficients", "add_act_forward"}
+    assert names <= set(_C.tape_operators())
+
+
+def test_memory_is_freed_where_the_schedule_frees_it():
+    x = torch.randn(1, 64, 64, 64).to(memory_format=torch.channels_last)
+
+    def schedule(x: Tensor) -> list[Tensor]:
+        for _ in range(20):
+            made = torch.empty_like(x, memory_format=torch.channels_last)
+            torch.ops.fusedres_cpp.add_act_forward(x, None, None, None, 0, 0.0, made, None)
+            x = made
+        return [x]
+
+    with torch.no_grad():
+        made = tape.record(lambda: schedule(x), [x])[1]
+    assert made is not None
+    size, outputs, last, *code = made.code.tolist()
+    assert (size, outputs, last) == (21, 1, 20)
+    freed = []
+    while code:  # a map is allocated, then written
+        (fresh, _, _, dims), code = code[:4], code[4:]
+        assert fresh == 0 and dims == 4
+        code = code[2 * dims + 1 :]
+        assert code[0] == 0, "a fresh map was freed"
+        call, code = code[1:11], code[11:]
+        assert call[0] == 8
+        freed += code[1 : 1 + code[0]]
+        code = code[1 + code[0] :]
+    assert freed == [*range(1, 20)]
