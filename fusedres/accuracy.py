@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 
-def error(value: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The relative error in the 2-norm, and the largest error relative to the largest value; infinite where value is not finite and truth
-    is."""
+def error(value: Tensor, truth: Tensor, least: float = 0.0) -> tuple[float, float]:
+    """The relative error in the 2-norm, and the largest error relative to the largest value, where norm and value count as ``least`` at
+    least; infinite where value is not finite and truth is."""
     truth = truth.detach().double()
     difference = (value.detach().double() - truth).abs()
     if difference.numel() == 0:
         return 0.0, 0.0
     pairs = (difference.norm(), truth.norm()), (difference.max(), truth.abs().max())
-    found = [mine.item() / (scale.item() or 1.0) for mine, scale in pairs]
+    found = [mine.item() / (max(scale.item(), least) or 1.0) for mine, scale in pairs]
     norm, largest = (e if math.isfinite(e) else math.inf for e in found)
     return norm, largest
 

@@ -38,8 +38,8 @@ from .transition import Transition
 #: by their names in those of operators
 FAMILIES: dict[type[BlockSpec], str] = {Residual: "residual", Dense: "dense", Transition: "transition"}
 _MOST_PASSED = 4096
-#: what has been checked: texts with the measures of their tensors
-_passed: set[tuple[Any, ...]] = set()
+#: what a backend keeps of schedules (:meth:`~fusedres.backends.contract.Backend.run_schedule`), by texts with the measures of their tensors
+_memos: dict[tuple[Any, ...], dict[Any, Any]] = {}
 #: what fake calls have returned, by what they were given
 _faked: dict[Any, Any] = {}
 #: the backend whose primitives a tracer sees in the place of operators
@@ -95,42 +95,15 @@ def _like(grad: Tensor, tensor: Tensor) -> Tensor:
     return grad if same else torch.empty_like(tensor).copy_(grad)
 
 
-def _check(spec: BlockSpec, text: str, x: Tensor, source: Tensor | None, tensors: Sequence[Tensor]) -> None:
-    maps = (x,) if source is None else (x, source)
-    measures = (text, *((t.dtype, t.device, t.shape) for t in (*maps, *tensors)))
-    if measures in _passed:
-        return
-    spec.check(*maps)
-    if len(_passed) >= _MOST_PASSED:
-        _passed.clear()
-    _passed.add(measures)
-
-
-class _Call(NamedTuple):
-    """The arguments of a forward: maps as maps, the description with statistics of its own where they move."""
-
-    spec: BlockSpec
-    x: Tensor
-    source: Tensor | None
-    moved: list[Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        text: str,
-        x: Tensor,
-        source: Tensor | None,
-        weights: list[Tensor],
-        statistics: list[Tensor],
-        valueless: bool,
-    ) -> _Call:
-        moves = moving(text)
-        own = [t.clone() if i in moves else t for i, t in enumerate(statistics)]
-        spec = decode(text, tuple(x.shape[2:]), weights, own, counts=not valueless)
-        x, source = as_map(x), None if source is None else as_map(source)
-        if not valueless:
-            _check(spec, text, x, source, [*weights, *own])
-        return cls(spec, x, source, [own[i] for i in moves])
+def _memo(text: str, tensors: Iterable[Tensor]) -> dict[Any, Any]:
+    """What a backend keeps of the schedules of ``text`` with tensors like these; empty where there were none yet."""
+    key = (text, *((t.dtype, t.device, t.shape) for t in tensors))
+    found = _memos.get(key)
+    if found is None:
+        if len(_memos) >= _MOST_PASSED:
+            _memos.clear()
+        found = _memos[key] = {}
+    return found
 
 
 def _forward(
@@ -146,15 +119,24 @@ def _forward(
 ) -> list[Tensor]:
     """``valueless``: the tensors are a tracer's: sizes may be symbols, and were checked when the trace was planned."""
     with torch.no_grad(), _without_autocast(x):
-        call = _Call.of(text, x, source, weights, statistics, valueless)
+        moves = moving(text)
+        own = [t.clone() if i in moves else t for i, t in enumerate(statistics)]
+        given, beside = as_map(x), None if source is None else as_map(source)
         backend = for_maps(backend, x.dim())
-        kept: list[Tensor | None] = []
-        if recorded:
-            y, measured, kept = call.spec.record(backend, call.x, call.source, stats)
-        else:
-            y, measured = call.spec.run(backend, call.x, call.source, stats=stats)
-        results = [y, measured, *call.moved, *kept]
-        return _apart(results, x, (x, call.x, source, call.source, stats, *weights, *statistics))
+
+        def schedule() -> list[Tensor | None]:
+            spec = decode(text, tuple(given.shape[2:]), weights, own, counts=not valueless)
+            if not valueless:
+                spec.check(*((given,) if beside is None else (given, beside)))
+            if recorded:
+                y, measured, kept = spec.record(backend, given, beside, stats)
+                return [y, measured, *kept]
+            return [*spec.run(backend, given, beside, stats=stats)]
+
+        memo = {} if valueless else _memo(text, (*weights, *own))
+        y, measured, *kept = backend.run_schedule(memo, recorded, (given, beside, stats), (*weights, *own), schedule)
+        results = [y, measured, *(own[i] for i in moves), *kept]
+        return _apart(results, x, (x, given, source, beside, stats, *weights, *statistics))
 
 
 def _backward(
@@ -166,22 +148,30 @@ def _backward(
     weights: list[Tensor],
     kept: list[Tensor],
     need: list[bool],
+    valueless: bool = False,
 ) -> list[Tensor]:
+    """``valueless``: as in :func:`_forward`."""
     with torch.no_grad(), _without_autocast(held):
-        spec = decode(text, tuple(held.shape[2:]), weights, None)
-        at = {id(t): i for i, t in enumerate(weights, 2)}
-        wanted = [*need[:2], *(t is not None and need[at[id(t)]] for t in spec.tensors)]
-        x, beside = as_map(held), None if source is None else as_map(source)
+        g, x, beside = as_map(grad), as_map(held), None if source is None else as_map(source)
         there = [t if t.numel() else None for t in kept]
-        found = spec.gradients(for_maps(backend, x.dim()), as_map(grad), x, beside, there, spec.tensors, wanted)
-        totals: dict[int, Tensor | None] = dict(enumerate(found[:2]))
-        for t, g in zip(spec.tensors, found[2:], strict=True):
-            if t is not None and g is not None:
-                i, g = at[id(t)], _like(g, t)
-                before = totals.get(i)  # one weight may stand at several places
-                totals[i] = g if before is None else before + g
-        results = [totals[i] for i, wants in enumerate(need) if wants]
-        return _apart(results, held, (grad, held, x, source, beside, *weights, *kept))
+        backend = for_maps(backend, x.dim())
+
+        def schedule() -> list[Tensor | None]:
+            spec = decode(text, tuple(held.shape[2:]), weights, None)
+            at = {id(t): i for i, t in enumerate(weights, 2)}
+            wanted = [*need[:2], *(t is not None and need[at[id(t)]] for t in spec.tensors)]
+            found = spec.gradients(backend, g, x, beside, there, spec.tensors, wanted)
+            totals: dict[int, Tensor | None] = dict(enumerate(found[:2]))
+            for t, dt in zip(spec.tensors, found[2:], strict=True):
+                if t is not None and dt is not None:
+                    i, dt = at[id(t)], _like(dt, t)
+                    before = totals.get(i)  # one weight may stand at several places
+                    totals[i] = dt if before is None else before + dt
+            return [totals[i] for i, wants in enumerate(need) if wants]
+
+        memo = {} if valueless else _memo(text, weights)
+        results = backend.run_schedule(memo, ("gradients", *need), (g, x, beside), (*there, *weights), schedule)
+        return _apart(results, held, (grad, g, held, x, source, beside, *weights, *kept))
 
 
 def _measures(argument: Any) -> Any:
@@ -264,11 +254,11 @@ def _define(family: str) -> Operators:
     )
     backward.register_fake(
         lambda text, grad, held, source, weights, kept, need: _fake(
-            _backward, text, grad, held, source, list(weights), list(kept), list(need)
+            _backward, text, grad, held, source, list(weights), list(kept), list(need), True
         )
     )
     for operator, run in ((forward, _forward), (infer, _forward), (backward, _backward)):
-        last = () if operator is backward else (operator is forward, True)
+        last = (True,) if operator is backward else (operator is forward, True)
         register_flop_formula(operator._opoverload._overloadpacket, get_raw=True)(_flops(run, last))
     of_family = [getattr(torch.ops.fusedres, f"{family}_{name}").default for name in Operators._fields]
     return Operators(*of_family)

@@ -309,6 +309,40 @@ def test_the_sign_of_an_activation_within_rounding_of_zero_is_no_fault(monkeypat
     assert found.holds == (struck == "one call"), str(found)
 
 
+class Biased(nn.Module):
+    """A block with a bias in front of a BatchNorm, whose gradient vanishes, and with the mean of what is normalised in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(y.mean((0, 2, 3)), alpha=0.1)
+        return torch.relu(y + x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_what_vanishes_excuses_no_other_error(monkeypatch, dtype):
+    model, run = fusedres.convert(Biased().to(dtype)), verify._run
+    x = torch.randn(4, 6, 8, 8, dtype=dtype)
+    found = fusedres.verify(model, x)
+    assert found.holds, str(found)
+
+    def twice(of: nn.Module, example: tuple, seed: int) -> dict:
+        found = run(of, example, seed)
+        if isinstance(of, FusedBlock):
+            for value in (found["gradients"]["gradient of bn.weight"], found["buffers"]["buffer bn.running_mean"]):
+                value.mul_(2)
+        return found
+
+    monkeypatch.setattr(verify, "_run", twice)
+    wrong = {d.name for d in fusedres.verify(model, x) if not d.holds}
+    assert wrong == {"gradient of bn.weight", "buffer bn.running_mean"}
+
+
 def test_models_of_several_inputs_and_outputs_are_verified():
     class Two(nn.Module):
         def __init__(self) -> None:
