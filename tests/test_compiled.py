@@ -256,23 +256,12 @@ ORIGINALS = ("a hook", "an own forward", "an own _conv_forward", "reverted")
 HOOKS = ("a hook", "a hook on a block")
 
 
-class Hooks(nn.Module):
-    """Tells by its output whether its child has hooks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.child = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + len(self.child._forward_hooks)
-
-
 def hooks_are_guarded() -> bool:
-    """Whether this version of torch compiles anew where the number of hooks has changed that a forward reads."""
-    model = Hooks()
-    program = torch.compile(model, backend="eager")
+    """Whether this version of torch compiles anew where the number of hooks that a forward reads has changed."""
+    child = nn.ReLU()
+    program = torch.compile(lambda x: x + len(child._forward_hooks), backend="eager")
     before = program(torch.zeros(1))
-    model.child.register_forward_hook(lambda *_: None)
+    child.register_forward_hook(lambda *_: None)
     return not torch.equal(program(torch.zeros(1)), before)
 
 
