@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import TensorWeakRef
 
 try:
     from fusedres._C import tape_operators
@@ -70,8 +71,8 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, given: Tensors) -> None:
         super().__init__()
-        self._held: list[Tensor] = []
-        self._slots: dict[int, _Slot] = {}
+        #: by the identity of a tensor, as long as it lives: held here it would not be freed where the schedule frees it
+        self._slots: dict[int, tuple[TensorWeakRef, _Slot]] = {}
         self._size = 0
         self._steps: list[list[int]] = []
         self._numbers: list[float] = []
@@ -102,8 +103,7 @@ class _Recorder(TorchDispatchMode):
         of = self._slot(args[0])
         if of < self._given:
             return False
-        self._held.append(y)
-        self._slots[id(y)] = of
+        self._slots[id(y)] = TensorWeakRef(y), of
         return True
 
     def _step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[int]:
@@ -170,18 +170,23 @@ class _Recorder(TorchDispatchMode):
             else:
                 yield self._number(value) if kind == "float" else int(value)
 
+    def _known(self, t: Tensor) -> _Slot | None:
+        ref, slot = self._slots.get(id(t), (None, None))
+        return slot if ref is not None and ref() is t else None
+
     def _slot(self, t: Tensor) -> _Slot:
-        found = self._slots.get(id(t))
+        found = self._known(t)
         if found is None:
             raise _Refused  # from outside: the next call may have another
         return found
 
     def _new(self, t: Tensor) -> _Slot:
-        self._held.append(t)  # so that no other tensor gets its identity
-        if id(t) not in self._slots:
-            self._slots[id(t)] = _Slot(self._size)
+        found = self._known(t)
+        if found is None:
+            found = _Slot(self._size)
+            self._slots[id(t)] = TensorWeakRef(t), found
             self._size += 1
-        return self._slots[id(t)]
+        return found
 
     def _number(self, value: float) -> int:
         self._numbers.append(float(value))
@@ -191,20 +196,20 @@ class _Recorder(TorchDispatchMode):
 
     def tape(self, given: Tensors, results: Tensors) -> Tape | None:
         """All of it, None where no tape holds it."""
-        returned = [None if t is None else self._slots.get(id(t)) for t in results]
+        returned = [None if t is None else self._known(t) for t in results]
         if not self._fits or [t is None for t in results] != [at is None for at in returned]:
             return None
         outputs = [*dict.fromkeys(at for at in returned if at is not None)]
         last = {at: i for i, step in enumerate(self._steps) for at in step if isinstance(at, _Slot)}
         # what is read of what was given comes first, then what is made
         read = [at for at in range(self._given) if at in last or at in outputs]
-        order = {at: i for i, at in enumerate([*read, *range(self._given, self._size)])}
+        order: dict[int, int] = {at: i for i, at in enumerate([*read, *range(self._given, self._size)])}
         code = [len(order), len(outputs), *(order[at] for at in outputs)]
         for i, step in enumerate(self._steps):
             code += [order[n] if isinstance(n, _Slot) else n for n in step]
             freed = [order[at] for at, end in last.items() if end == i and at >= self._given and at not in outputs]
             code += (len(freed), *freed)
-        places = {self._slots[id(t)]: i for i, t in enumerate(given) if t is not None}
+        places: dict[int, int] = {self._slot(t): i for i, t in enumerate(given) if t is not None}
         chosen = [places[at] for at in read]
         return Tape(
             operator.itemgetter(*chosen) if len(chosen) > 1 else _single(*chosen),

@@ -162,7 +162,8 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
     statistics = [tensor_at(block, where) for where in step.statistics]
     # two arguments of an autograd node may not be the same tensor
     beside_x = None if beside is None else beside.x.view_as(beside.x) if source is given else beside.x
-    if not step.infers and _is_recorded(x.x, beside_x, weights):
+    recorded = not step.infers and _is_recorded(x.x, beside_x, weights)
+    if recorded:
         found = Recorded.apply(
             step.family,
             step.text,
