@@ -15,7 +15,7 @@ namespace fusedres {
 using Slots = std::vector<std::optional<torch::stable::Tensor>>;
 
 // Where in a recorded schedule it stands, and the tensors that there are so far.
-class Reader {
+class [[gnu::visibility("hidden")]] Reader {
  public:
   Reader(const int64_t* code, int64_t size, const double* numbers, int64_t count, Slots& slots)
       : code_(code), end_(code + size), numbers_(numbers), count_(count), slots_(slots) {}
