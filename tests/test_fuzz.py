@@ -4,6 +4,7 @@ is."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +40,16 @@ from fusedres.testing.fuzz.description import (
 from fusedres.testing.fuzz.generate import Generator
 from fusedres.testing.fuzz.shrink import shrink
 from fusedres.testing.fuzz.source import Writer
+
+#: the package binds its name to its backend
+cpp = importlib.import_module("fusedres.backends.cpp")
+
+
+@pytest.fixture(autouse=True)
+def from_the_second_step_on_tapes(monkeypatch) -> None:
+    """Cases are short: what a schedule of the C++ backend does is recorded at its first run."""
+    monkeypatch.setattr(cpp, "RUNS_BEFORE_RECORDING", 0)
+
 
 UNITS = (Unit("cna"), Unit("cn"))
 RELU = Act("relu")
