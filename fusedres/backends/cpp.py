@@ -88,11 +88,16 @@ def _multiplies_bfloat16() -> bool:
     return cpu_capability() == "avx512_bf16"
 
 
-def _takes_groups(read: int, written: int, taps: int) -> bool:
-    """Whether the kernels are faster than the library on groups that read and write so many channels each. A group is a convolution of
-    slices here, which fills a vector only where it is wide; the library has kernels for narrow ones, but for a 1x1 copies every group out
-    and back. ``pytest bench/test_primitives.py --benchmark-only -k groups`` times both sides of the bounds."""
-    return read >= 4 if taps == 1 else min(read, written) >= 8 and read * written >= 256
+def _takes_groups(read: int, written: int, taps: int, pixels: int) -> bool:
+    """Whether the kernels are faster than the library, with the passes around it, on groups that read and write so many channels each. A
+    group is a convolution of slices here, which fills a vector only where it is wide; the library has kernels for narrow ones, which take
+    longer to begin: they win on many ``pixels`` of output. ``pytest bench/test_primitives.py --benchmark-only -k groups`` times both sides
+    of the bounds."""
+    if pixels <= 16:
+        return read >= 4
+    if taps == 1:
+        return read >= 4 and (written >= 16 or pixels <= 2048)
+    return min(read, written) >= 8 and read * written >= 256
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,12 +114,14 @@ def _own_conv(
     if (
         len(weight) != 4
         or not takes
-        or not (geometry.groups == 1 or _takes_groups(weight[1], written, weight[2] * weight[3]))
         or max(weight[2:]) > _MAX_KERNEL
         or geometry.stride[0] * geometry.stride[1] > _MAX_STRIDE
     ):
         return None
-    out = (shape[0], weight[0], *geometry.out_size(tuple(shape[2:]), tuple(weight[2:])))
+    height, width = geometry.out_size(tuple(shape[2:]), tuple(weight[2:]))
+    out = (shape[0], weight[0], height, width)
+    if geometry.groups > 1 and not _takes_groups(weight[1], written, weight[2] * weight[3], shape[0] * height * width):
+        return None
     several = () if geometry.groups == 1 else (geometry.groups,)
     return out, [*geometry.stride, *geometry.padding, *geometry.dilation, *several]
 
