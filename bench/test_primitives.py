@@ -36,10 +36,10 @@ def vectors(rows: int, channels: int) -> Tensor:
     return torch.rand(rows, channels) + 0.5
 
 
-def convolution(inputs: int, outputs: int, kernel: int, groups: int = 1) -> dict[str, Call]:
-    """A convolution's forward in training and in inference, and its backward, all with everything pending."""
+def convolution(inputs: int, outputs: int, kernel: int, groups: int = 1, size: int = SIZE) -> dict[str, Call]:
+    """A convolution's forward in training and in inference, and its backward, all with everything pending; maps of ``size`` pixels."""
     geometry = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
-    x, y, weight = new_map(inputs), new_map(outputs), torch.randn(outputs, inputs // groups, kernel, kernel)
+    x, y, weight = new_map(inputs, size), new_map(outputs, size), torch.randn(outputs, inputs // groups, kernel, kernel)
     weight = weight.to(memory_format=torch.channels_last)
     below, own, coeff = vectors(2, inputs), vectors(2, outputs), vectors(3, outputs)
     stats, sums = torch.empty_like(own), torch.empty_like(below)
@@ -89,6 +89,8 @@ def cases() -> dict[str, Call]:
         # on both sides of what the cpp backend leaves to the library
         **{f"conv 1x1, groups of {n}": (WIDE, WIDE, 1, WIDE // n) for n in (2, 4, 16)},
         **{f"conv 3x3, groups of {n}": (WIDE, WIDE, 3, WIDE // n) for n in (4, 8, 16, 32)},
+        **{f"conv 1x1, groups of 8, {size} px": (WIDE, WIDE, 1, WIDE // 8, size) for size in (8, 16, 64)},
+        **{f"conv 3x3, groups of 4, {size} px": (WIDE, WIDE, 3, WIDE // 4, size) for size in (1, 4)},
     }
     convolutions = {f"{name} {use}": c for name, shape in shapes.items() for use, c in convolution(*shape).items()}
     return convolutions | passes()

@@ -38,8 +38,9 @@ from .transition import Transition
 #: by their names in those of operators
 FAMILIES: dict[type[BlockSpec], str] = {Residual: "residual", Dense: "dense", Transition: "transition"}
 _MOST_PASSED = 4096
-#: what a backend keeps of schedules (:meth:`~fusedres.backends.contract.Backend.run_schedule`), by texts with the measures of their tensors
-_memos: dict[tuple[Any, ...], dict[Any, Any]] = {}
+#: what a backend keeps of schedules (:meth:`~fusedres.backends.contract.Backend.run_schedule`), by texts with the measures of their
+#: tensors; a forward that stands here has been checked
+_memos: dict[tuple[Any, ...] | None, dict[Any, Any]] = {}
 #: what fake calls have returned, by what they were given
 _faked: dict[Any, Any] = {}
 #: the backend whose primitives a tracer sees in the place of operators
@@ -95,15 +96,15 @@ def _like(grad: Tensor, tensor: Tensor) -> Tensor:
     return grad if same else torch.empty_like(tensor).copy_(grad)
 
 
-def _memo(text: str, tensors: Iterable[Tensor]) -> dict[Any, Any]:
-    """What a backend keeps of the schedules of ``text`` with tensors like these; empty where there were none yet."""
-    key = (text, *((t.dtype, t.device, t.shape) for t in tensors))
-    found = _memos.get(key)
-    if found is None:
-        if len(_memos) >= _MOST_PASSED:
-            _memos.clear()
-        found = _memos[key] = {}
-    return found
+def _measured(text: str, tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What tells apart the schedules of ``text``: the measures of the ``tensors``."""
+    return (text, *(None if t is None else (t.dtype, t.device, t.shape) for t in tensors))
+
+
+def _remember(key: tuple[Any, ...], memo: dict[Any, Any]) -> None:
+    if len(_memos) >= _MOST_PASSED:
+        _memos.clear()
+    _memos[key] = memo
 
 
 def _forward(
@@ -124,17 +125,22 @@ def _forward(
         given, beside = as_map(x), None if source is None else as_map(source)
         backend = for_maps(backend, x.dim())
 
+        key = None if valueless else _measured(text, (given, beside, *weights, *own))
+        known = _memos.get(key)
+
         def schedule() -> list[Tensor | None]:
             spec = decode(text, tuple(given.shape[2:]), weights, own, counts=not valueless)
-            if not valueless:
+            if key is not None and known is None:
                 spec.check(*((given,) if beside is None else (given, beside)))
             if recorded:
                 y, measured, kept = spec.record(backend, given, beside, stats)
                 return [y, measured, *kept]
             return [*spec.run(backend, given, beside, stats=stats)]
 
-        memo = {} if valueless else _memo(text, (*weights, *own))
+        memo = {} if known is None else known
         y, measured, *kept = backend.run_schedule(memo, recorded, (given, beside, stats), (*weights, *own), schedule)
+        if key is not None and known is None:
+            _remember(key, memo)
         results = [y, measured, *(own[i] for i in moves), *kept]
         return _apart(results, x, (x, given, source, beside, stats, *weights, *statistics))
 
@@ -169,7 +175,12 @@ def _backward(
                     totals[i] = dt if before is None else before + dt
             return [totals[i] for i, wants in enumerate(need) if wants]
 
-        memo = {} if valueless else _memo(text, weights)
+        memo: dict[Any, Any] = {}
+        if not valueless:
+            key = _measured(text, weights)
+            memo = _memos.get(key, memo)
+            if not memo:
+                _remember(key, memo)
         results = backend.run_schedule(memo, ("gradients", *need), (g, x, beside), (*there, *weights), schedule)
         return _apart(results, held, (grad, g, held, x, source, beside, *weights, *kept))
 

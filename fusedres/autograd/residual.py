@@ -69,9 +69,11 @@ class Subsample:
     def forward(self, x: Tensor) -> Tensor:
         """The map of those pixels and channels."""
         y = empty_map(self.out_shape(tuple(x.shape)), x)
+        end = self.front + x.shape[1]
         if self.pads:
-            y.zero_()
-        y[:, self.front : self.front + x.shape[1]].copy_(x[:, :, :: self.stride[0], :: self.stride[1]])
+            y[:, : self.front].zero_()
+            y[:, end:].zero_()
+        y[:, self.front : end].copy_(x[:, :, :: self.stride[0], :: self.stride[1]])
         return y
 
     def reference(self, x: Tensor) -> Tensor:

@@ -214,6 +214,25 @@ def test_a_schedule_that_reads_what_it_was_not_given_has_no_tape():
     assert tape.record(lambda: [other], [x])[1] is None
 
 
+def test_one_tensor_at_two_places_has_no_tape(tapes):
+    x = torch.ones(3)
+    assert tape.record(lambda: [x.view(3, 1)], [x, x])[1] is None
+    block = drawn(ALL["row-mixed"][0], True)
+    twin = copy.deepcopy(block)
+    maps = [torch.randn(2, 5, 5, 7).to(memory_format=torch.channels_last) for _ in range(3)]
+
+    def passes(block: nn.Module) -> list[Tensor]:
+        found = []
+        for own, x in zip((True, False, False), maps, strict=True):
+            y = block(x.clone().requires_grad_())
+            y.backward(y if own else torch.ones_like(y))  # what a dense block keeps is its output
+            found += [p.grad.clone() for p in block.parameters()]
+        return found
+
+    for a, b in zip(passes(block), in_python(lambda: passes(twin)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_tape_may_return_what_it_was_given():
     x, y = torch.ones(3), torch.zeros(3)
     results, made = tape.record(lambda: [x, None, y.view(3, 1), x], [x, None, y])
