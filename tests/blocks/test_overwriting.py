@@ -124,6 +124,7 @@ def results(model: nn.Module, x: Tensor, records: bool) -> list[Tensor]:
 
 def assert_same(found: list[Tensor], wanted: list[Tensor]) -> None:
     for value, expected in zip(found, wanted, strict=True):
+        # in float64, where sums in another order are off by some 1e-15 of their terms
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
 
 
