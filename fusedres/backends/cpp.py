@@ -21,10 +21,9 @@ from .. import activations
 from ..errors import BackendError
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
-from . import library_conv
+from . import library_conv, tape
 from .contract import Backend, Reduction, accum_dtype
 from .layout import empty_map
-from .tape import Tape, record
 
 try:
     from fusedres import _C
@@ -134,16 +133,6 @@ def _plan(x: LazyMap, weight: Tensor, geometry: Geometry) -> tuple[tuple[int, ..
         return _own_conv(x[0].shape, weight.shape, weight.dtype, geometry)
     except TypeError:  # sizes that are symbols of a tracer have no hash
         return _own_conv.__wrapped__(x[0].shape, weight.shape, weight.dtype, geometry)
-
-
-#: how often a schedule runs in Python for maps of the same shapes before it is recorded: sizes that come once are not worth it
-RUNS_BEFORE_RECORDING = 1
-#: schedules that are remembered for one description; where more come, sizes change all the time
-_MOST_SCHEDULES = 64
-
-
-def _measures(t: Tensor | None) -> Any:
-    return None if t is None else (t.shape, t.stride(), t.dtype)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -392,19 +381,7 @@ class CppBackend(Backend):
     ) -> Sequence[Tensor | None]:
         if type(maps[0]) is not Tensor and type(maps[0]) is not Parameter:  # somebody traces
             return schedule()
-        key = (which, *map(_measures, maps))
-        known = memo.get(key, 0)
-        if isinstance(known, Tape):
-            return known.play((*maps, *tensors))
-        if known is None:
-            return schedule()
-        if len(memo) >= _MOST_SCHEDULES:
-            memo.clear()
-        if known < RUNS_BEFORE_RECORDING:
-            memo[key] = known + 1
-            return schedule()
-        results, memo[key] = record(schedule, (*maps, *tensors))
-        return results
+        return tape.run(memo, (which, *map(tape.measures, maps)), (*maps, *tensors), schedule)
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         if primitive == "conv_forward":

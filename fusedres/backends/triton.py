@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from triton.compiler.errors import CompilationError
 from triton.runtime import build
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..activations import parse
-from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, tiles
+from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, launch, tiles
 from ..kernels import pool as pooling
 from ..kernels.launch import INTERPRETED, arch_of, target_device
 from ..kernels.reduce import Reduction
@@ -32,7 +33,7 @@ from ..specs import Geometry, Norm, Pool
 from ..tuning import estimate, plans
 from ..tuning.convolutions import TritonTuner, backward_problem, forward_problem, has_fused_form, operands
 from ..tuning.plans import FUSED, LIBRARY, Plan, Problem
-from . import library_conv
+from . import library_conv, tape
 from .contract import Backend
 
 #: where a primitive reduces to
@@ -110,6 +111,10 @@ def _without_activation(x: LazyMap, residual: LazyMap | None) -> None:
     """ValueError where an operand of an addition has an activation, which the pass would drop."""
     if x.act != "none" or (residual is not None and residual.act != "none"):
         raise ValueError("an operand of an addition has an activation of its own")
+
+
+def _launcher() -> tape.Launcher:
+    return tape.Launcher(launch.observed, launch.driver_launch())
 
 
 class TritonBackend(Backend):
@@ -409,6 +414,31 @@ class TritonBackend(Backend):
     ) -> Tensor | None:
         """See the contract."""
         return pooling.pool_backward(grad, index, _parsed(x), pool, sums=sums, coeff=coeff, dx=dx)
+
+    # ---- schedules ---------------------------------------------------------------------------------------------------
+
+    def run_schedule(
+        self,
+        memo: dict[Any, Any],
+        which: Hashable,
+        maps: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        schedule: Callable[[], Sequence[Tensor | None]],
+    ) -> Sequence[Tensor | None]:
+        """See the contract: launches that were recorded, where the C++ extension is there to play them."""
+        x = maps[0]
+        if x is None or type(x) not in (Tensor, Parameter) or not tape.can_play():
+            return schedule()
+        stream = launch.stream_to_play_on(x.device)
+        if stream is None:
+            return schedule()
+        # everything that decides how the maps' convolutions run
+        settings = (
+            self.name, x.device, _override, plans.edition, launch.edition, len(self._fallen), launch.product_precision(x.dtype)
+        )  # fmt: skip
+        return tape.run(
+            memo, (which, settings, *map(tape.measures, maps)), (*maps, *tensors), schedule, _launcher(), stream
+        )
 
     # ---- C numbers ---------------------------------------------------------------------------------------------------
 

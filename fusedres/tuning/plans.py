@@ -177,6 +177,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 _tables: dict[torch.device, dict[Problem, Plan]] = {}
+#: how often tables have changed
+edition = 0
 
 
 def table(device: torch.device) -> Table:
@@ -191,11 +193,15 @@ def table(device: torch.device) -> Table:
 
 def forget() -> None:
     """Read the files anew at the next look, as another process would."""
+    global edition
+    edition += 1
     _tables.clear()
 
 
 def remember(device: torch.device, found: Table) -> Path:
     """Use the plans from now on, here and, through the file, in later processes; returns the file."""
+    global edition
+    edition += 1
     name = device_name(device)
     path = cache_folder() / file_name(name)
     write(path, name, found, arch_of_gpu(device))
