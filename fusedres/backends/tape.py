@@ -32,6 +32,7 @@ _EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _COPY, _ADD, _CONVOLUTION, _CONVOLUTION_BACKW
 _DEVICES = {"cpu": 0, "cuda": 1}
 _DTYPES = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FRESH = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 _FILLS = ("fill_", "zero_")
 
 #: how often a schedule runs for maps of the same shapes before it is recorded: sizes that come once are not worth it
@@ -97,7 +98,7 @@ def record(
 ) -> tuple[Tensors, Tape | None]:
     """``(the results of the schedule, how it went)``, None where that is more than a tape holds. ``given``: all tensors that it reads."""
     recorder = _Recorder(given)
-    with recorder if launcher is None else launcher.observed(recorder.launched), recorder:
+    with contextlib.nullcontext() if launcher is None else launcher.observed(recorder.launched), recorder:
         results = schedule()
     return results, recorder.tape(given, results)
 
@@ -202,8 +203,13 @@ class _Recorder(TorchDispatchMode):
         return True
 
     def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[list[int]]:
+        if isinstance(y, Tensor) and y.device.type == "meta":
+            return []  # somebody asks for strides: nothing that a step could read
         if func is torch.ops.aten.unbind.int:
             return [self._view(args[0], part) for part in y]
+        if func in _COPIES:
+            of = self._slot(args[0])
+            return [self._empty(y), [_COPY, self._slot(y), of]]
         return [self._step(func, args, kwargs, y)]
 
     def _view(self, of: Tensor, y: Tensor) -> list[int]:
@@ -241,11 +247,20 @@ class _Recorder(TorchDispatchMode):
         return self._view(args[0], y)
 
     def _fresh(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> list[int]:
-        if y.device != self._device or y.dtype not in _DTYPES or kwargs.get("pin_memory"):
+        if kwargs.get("pin_memory"):
             raise _Refused
         if name == "empty_like" and kwargs.get("memory_format") in (None, torch.preserve_format):
+            self._check(y)
             return [_EMPTY_LIKE, self._new(y), self._slot(args[0])]
+        return self._empty(y)
+
+    def _empty(self, y: Tensor) -> list[int]:
+        self._check(y)
         return [_EMPTY, self._new(y), _DTYPES[y.dtype], *_strided(y)]
+
+    def _check(self, made: Tensor) -> None:
+        if made.device != self._device or made.dtype not in _DTYPES:
+            raise _Refused
 
     def _library_map(self, y: Tensor) -> _Slot:
         if not y.is_contiguous(memory_format=torch.channels_last):
