@@ -173,6 +173,8 @@ def watched() -> list[int]:
     return found
 
 
+original_compile = triton.JITFunction._do_compile
+
 #: of the stub: a watcher of launches
 WATCHER = ctypes.CFUNCTYPE(
     None, *[ctypes.POINTER(ctypes.c_uint)] * 2, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p,
@@ -272,6 +274,24 @@ def tapes_are_schedules() -> dict[str, object]:
     return {"launches": len(steps[0]), "same": [s == steps[0] for s in steps], "in_python": in_python}
 
 
+def really_compiled() -> dict[str, object]:
+    """Of a kernel that Triton has compiled itself: whether the driver is asked for what is said of it, at its first launch and later."""
+    said: list[tuple] = []
+    with compiled(), watching() as asked, launch.observed(lambda request, _: said.append(request)):
+        with mock.patch.object(triton.JITFunction, "_do_compile", original_compile):
+            statistics(map_of())
+        statistics(map_of())
+    said[0].owner.module = None  # which it would unload when no driver is left
+    return {
+        "launches": len(asked),
+        "same": [
+            (request.owner, request.grid, (request.threads, 1, 1), request.shared) == tuple(one[:4])
+            for request, one in zip(said, asked, strict=True)
+        ],
+        "parameters": [len(request.parameters) == len(one[5]) for request, one in zip(said, asked, strict=True)],
+    }
+
+
 def refusals() -> list[str]:
     """What is said of tensors on two devices, and of arguments in another order than the kernel's."""
     x, found = form_of(map_of()), []
@@ -290,7 +310,15 @@ def refusals() -> list[str]:
     return found
 
 
-SCENES = (direct_is_public, specialisations, watched, requests_are_tritons, tapes_are_schedules, refusals)
+SCENES = (
+    really_compiled,
+    direct_is_public,
+    specialisations,
+    watched,
+    requests_are_tritons,
+    tapes_are_schedules,
+    refusals,
+)
 
 if __name__ == "__main__":
     print(json.dumps({scene.__name__: scene() for scene in SCENES}))

@@ -66,6 +66,10 @@ def test_of_every_launch_observers_learn_what_tritons_launcher_asks_the_driver_f
     assert result == {"launches": 46, "kernels": 12, "different": []}
 
 
+def test_what_triton_compiles_is_described_as_it_is_launched(found):
+    assert found["really_compiled"] == {"launches": 2, "same": [True] * 2, "parameters": [True] * 2}
+
+
 @needs_extension
 def test_a_tape_asks_the_driver_for_what_its_schedule_does(found):
     result = found["tapes_are_schedules"]

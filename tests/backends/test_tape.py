@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support import each_mode, ran
-from taped import assert_same, drawn, in_python, row, steps
+from taped import WITHOUT, assert_same, drawn, in_python, row, steps
 from test_family import ALL
 from torch import Tensor, nn
 
@@ -55,10 +55,6 @@ def assert_same_bits(
     maps = [torch.randn(shape).to(dtype).to(memory_format=torch.channels_last) for _ in range(3)]
     twin = copy.deepcopy(block)
     assert_same(steps(block, maps, training), in_python(cpp.CppBackend, lambda: steps(twin, maps, training)))
-
-
-#: whose shortcut is a pool that the library has to compute
-WITHOUT = ("basic-pooled-projection-odd", "pyramid", "pooled-odd")
 
 
 @each_mode
