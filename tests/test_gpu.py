@@ -158,6 +158,24 @@ def test_cuda_graph(mode, plan):
                 torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_graphed(mode):
+    """A model by CUDA graphs makes what the model does: outputs, gradients, running statistics."""
+    model = fusedres.convert(network()).train(mode == "train")
+    reference = copy.deepcopy(model)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True), torch.set_grad_enabled(mode == "train"):
+        forward = fusedres.graphed(model, images(0))
+        for seed in (1, 2):
+            ours, theirs = forward(images(seed)), reference(images(seed))
+            torch.testing.assert_close(ours, theirs)
+            if mode == "train":
+                ours.float().square().mean().backward(), theirs.float().square().mean().backward()
+                for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+                    torch.testing.assert_close(p.grad, q.grad)
+        for p, q in zip(model.buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
 def test_precompile():
     """What is compiled in parallel beforehand is what the step launches: nothing is left for its first call."""
     model, x = fusedres.convert(network()).train(), images(0)
