@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .autograd.steps import functorch_active
-from .blocks.unchanged import Held
+from .blocks.unchanged import Held, contents
 
 #: steps before a capture: in the first kernels are compiled and plans chosen, in the second schedules are recorded
 WARM_UP = 3
@@ -242,7 +242,4 @@ class _Replay(torch.autograd.Function):
 def _held(model: nn.Module) -> Held:
     """Everything that the modules of a model hold."""
     modules = list(model.modules())
-    return Held(
-        modules,
-        (held for m in modules for held in (m.__dict__, m._parameters, m._buffers, m._modules, *_hooks(m))),
-    )
+    return Held(modules, (held for m in modules for held in (m.__dict__, *contents(m.__dict__))))

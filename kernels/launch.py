@@ -122,6 +122,11 @@ def record(device: torch.device | None = None, arch: Arch | None = None) -> Iter
         _state.recording = previous
 
 
+def is_recording() -> bool:
+    """Whether this thread's launches are collected (:func:`record`) or told to an :func:`observed` one."""
+    return _state.recording is not None or _state.observer is not None
+
+
 def target_device(device: torch.device) -> torch.device:
     """``device``, or for the meta device the one that :func:`record` was told."""
     recording = _state.recording
@@ -192,7 +197,8 @@ class Prepared:
         **numbers: object,
     ) -> None:
         self.kernel, self.grid, self._numbers, self._late = kernel, grid, numbers, late
-        self._grid = (*grid, 1, 1)[:3]
+        x, y, z = (*grid, 1, 1)[:3]
+        self._grid = x, y, z
         self._options: dict[str, object] = {"num_warps": max(1, num_warps * 32 // arch.warp)}
         if num_stages is not None:
             self._options["num_stages"] = num_stages

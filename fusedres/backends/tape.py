@@ -213,7 +213,7 @@ class _Recorder(TorchDispatchMode):
         return [self._step(func, args, kwargs, y)]
 
     def _view(self, of: Tensor, y: Tensor) -> list[int]:
-        slot, offset = self._slot(of), y.storage_offset() - of.storage_offset()
+        slot, offset = self._slot(of), int(y.storage_offset() - of.storage_offset())
         return [_VIEW, self._new(y), slot, *_strided(y), offset]
 
     def _step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[int]:
