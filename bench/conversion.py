@@ -24,7 +24,7 @@ from torch import nn
 import fusedres
 from fusedres.swap import FusedBlock
 
-from . import environment
+from . import environment, report
 
 MODELS = ("resnet152", "densenet121", "densenet201", "regnet_y_16gf", "dpn92")
 
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     stem = options.output / "conversion"
     stem.with_suffix(".json").write_text(json.dumps({"environment": about, "models": records}, indent=1) + "\n")
     stem.with_suffix(".md").write_text(
-        f"Processor seconds that `fusedres.convert` takes, on one thread of {about['device']}.\n\n{text}\n"
+        f"Processor seconds that `fusedres.convert` takes, on one thread.\n\n{text}\n\n{report.environment_list(about)}\n"
     )
     return 0
 

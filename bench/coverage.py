@@ -24,7 +24,7 @@ import fusedres
 from fusedres.report import why_not_fused
 from fusedres.swap import FusedBlock, original_class
 
-from . import environment
+from . import environment, report
 
 #: the modules of timm that hold residual or dense convolutional networks, and the classes of their blocks
 FILES: dict[str, tuple[str, ...]] = {
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     about |= {"library": options.library, "version": timm.__version__}
     stem.with_suffix(".json").write_text(json.dumps({"environment": about, "models": records}, indent=1) + "\n")
     stem.with_suffix(".md").write_text(
-        f"Blocks of {options.library} {timm.__version__} that `convert` recognises.\n\n{text}\n"
+        f"Blocks of {options.library} {timm.__version__} that `convert` recognises.\n\n{text}\n\n{report.environment_list(about)}\n"
     )
     return 1 if any("error" in record for record in records) else 0
 

@@ -316,6 +316,7 @@ def test_conversion_is_timed_with_its_proof_and_without(tmp_path, capsys):
     conversion.main(["--models", "resnet18", "--repeats", "1", "--output", str(tmp_path)])
     assert "| resnet18 | 11.7 M | " in capsys.readouterr().out
     (record,) = json.loads((tmp_path / "conversion.json").read_text())["models"]
+    assert "Command: `python -m bench.conversion --models resnet18" in (tmp_path / "conversion.md").read_text()
     assert 0 < record["without"] and 0 < record["with_proof"]
     with pytest.raises(SystemExit, match="has no model|has a model"):
         conversion.main(["--models", "nonsense", "--output", str(tmp_path)])

@@ -74,6 +74,17 @@ def assert_checked(spec: BlockSpec, x: Tensor, traced: bool) -> None:
     encoded, family = encode(spec, {}), OPERATORS[FAMILIES[type(spec)]]
     call = (encoded.text, x, None, None, encoded.weights, encoded.statistics)
     inferred, found = (checked(f, *call, traced=traced) for f in (family.infer, family.forward))
+    weights = [t.detach().requires_grad_() for t in encoded.weights]
+    checked(
+        family.forward,
+        encoded.text,
+        x.detach().requires_grad_(),
+        None,
+        None,
+        weights,
+        encoded.statistics,
+        traced=traced,
+    )
     head = 2 + len(encoded.moves)
     for ours, recorded in zip(inferred, found[:head], strict=True):
         torch.testing.assert_close(ours, recorded)

@@ -6,8 +6,9 @@
 
 They run what a call in eager runs, on the backend that is chosen for the tensors when they are called. A description goes as text
 (:mod:`.encoding`). Nothing is written into an argument and no results share memory: statistics that move are results, and what is not there
-is a tensor without elements. Maps of any layout are taken; those that are returned are channels_last. :class:`Recorded` is their autograd
-node. Their fake implementations are the same schedules on the eager backend, which takes tensors without values.
+is a tensor without elements. Maps of any layout are taken; those that are returned are channels_last. ``*_forward`` has an autograd formula
+(:func:`_differentiate`), outside of what a compiler traces, so that it knows whether a backward is differentiated itself. Their fake
+implementations are the same schedules on the eager backend, which takes tensors without values.
 
 For programs that have no Python, :func:`inlined` leaves in a trace the primitives themselves instead of the operators.
 """
@@ -15,6 +16,7 @@ For programs that have no Python, :func:`inlined` leaves in a trace the primitiv
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ from ..specs import BlockSpec
 from .dense import Dense
 from .encoding import decode, moving
 from .residual import Residual
+from .steps import replay, replays
 from .transition import Transition
 
 #: by their names in those of operators
@@ -185,6 +188,55 @@ def _backward(
         return _apart(results, held, (grad, g, held, x, source, beside, *weights, *kept))
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """What ``*_forward`` leaves for :func:`_differentiate`; of its results y alone is differentiable."""
+    text, x, source, _, weights, statistics = inputs
+    spec = decode(text, tuple(x.shape[2:]), weights, statistics, counts=False)
+    ctx.text, ctx.weights, ctx.keeps_output = text, len(weights), spec.keeps_output
+    ctx.statistics = statistics  # not saved: they may move before backward, which reads none that do
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0] if spec.keeps_output else x, source, *weights, *output[2 + len(moving(text)) :])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(backward: Callable[..., list[Tensor]], ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """The gradients of ``*_forward``: by the operator ``backward``, or in plain PyTorch where they are differentiated themselves."""
+    _, needs_x, needs_source, _, needs_weights, needs_statistics = ctx.needs_input_grad
+    need, grad = [needs_x, needs_source, *needs_weights], grads[0]
+    if grad is None:
+        found: list[Tensor | None] = [None] * len(need)
+    elif replays(grad):
+        found = _replayed(ctx, grad, needs_x)
+    else:
+        held, source, *rest = ctx.saved_tensors
+        weights, kept = rest[: ctx.weights], rest[ctx.weights :]
+        given = iter(backward(ctx.text, grad, held, source, weights, kept, need))
+        found = [next(given) if wants else None for wants in need]
+    dx, dsource, *of_weights = found
+    return None, dx, dsource, None, of_weights, [None] * len(needs_statistics)
+
+
+def _replayed(ctx: Any, grad: Tensor, needs_x: bool) -> list[Tensor | None]:
+    """The gradients of x, source and weights by :func:`~.steps.replay`."""
+    held, source, *rest = ctx.saved_tensors
+    text, statistics, size = ctx.text, ctx.statistics, tuple(held.shape[2:])
+
+    def described(weights: Sequence[Tensor]) -> Any:
+        return decode(text, size, weights, statistics, counts=False)
+
+    def reference(x: Tensor, source: Tensor | None, *weights: Tensor) -> Tensor:
+        spec = described(weights)
+        return spec.reference(x, source, *spec.tensors)
+
+    weights, x = rest[: ctx.weights], held
+    if ctx.keeps_output:
+        # x is the first channels of y, whose gradient this node hands on to x alone
+        with torch.enable_grad():
+            x = held[:, : held.shape[1] - described(weights).growth]
+        x = x if needs_x else x.detach()
+    return replay(reference, (x, source, *weights), grad)
+
+
 def _measures(argument: Any) -> Any:
     """What of an argument says what a call returns, but for its values. Raises TypeError for sizes that are symbols."""
     if isinstance(argument, Tensor):
@@ -263,6 +315,7 @@ def _define(family: str) -> Operators:
             _forward, text, x, source, stats, list(weights), list(statistics), False, True
         )
     )
+    forward.register_autograd(functools.partial(_differentiate, backward), setup_context=_keep)
     backward.register_fake(
         lambda text, grad, held, source, weights, kept, need: _fake(
             _backward, text, grad, held, source, list(weights), list(kept), list(need), True
@@ -303,44 +356,3 @@ def infer(
     if backend is None:
         return OPERATORS[family].infer(text, x, source, stats, weights, statistics)
     return _forward(backend, text, x, source, stats, weights, statistics, recorded=False, valueless=True)
-
-
-class Recorded(torch.autograd.Function):
-    """``apply(family, text, moves, keeps_output, x, source, stats, count, *weights, *statistics)`` with ``count`` weights and ``moves``
-    statistics that move: ``(y, stats of y, *the statistics that move)``, of which only y is differentiable."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        family: str,
-        text: str,
-        moves: int,
-        keeps_output: bool,
-        x: Tensor,
-        source: Tensor | None,
-        stats: Tensor | None,
-        count: int,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        weights, statistics = list(tensors[:count]), list(tensors[count:])
-        found = OPERATORS[family].forward(text, x, source, stats, weights, statistics)
-        head, kept = found[: 2 + moves], found[2 + moves :]
-        ctx.family, ctx.text, ctx.count, ctx.others = family, text, count, len(statistics)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(head[0] if keeps_output else x, source, *weights, *kept)
-        ctx.mark_non_differentiable(*head[1:])
-        return tuple(head)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        held, source, *rest = ctx.saved_tensors
-        weights, kept = list(rest[: ctx.count]), list(rest[ctx.count :])
-        needs = ctx.needs_input_grad
-        need = [needs[4], needs[5], *needs[8 : 8 + ctx.count]]
-        found = OPERATORS[ctx.family].backward(ctx.text, grad, held, source, weights, kept, need)
-        at, grads = 0, []
-        for wants in need:
-            grads.append(found[at] if wants else None)
-            at += wants
-        dx, dsource, *of_weights = grads
-        return None, None, None, None, dx, dsource, None, None, *of_weights, *([None] * ctx.others)

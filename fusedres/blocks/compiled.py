@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from ..autograd.operators import Recorded, infer
+from ..autograd.operators import OPERATORS, infer
 from ..backends.layout import format_of
 from ..swap import FusedBlock
 from .handover import enter, suggests_channels_last
@@ -160,22 +160,10 @@ def _ran(block: Any, step: Fused, given: _Map, source: _Map | None) -> _Map:
     if cast is not None:
         weights = [w.to(cast) if casts else w for w, casts in zip(weights, step.casts)]  # noqa: B905
     statistics = [tensor_at(block, where) for where in step.statistics]
-    # two arguments of an autograd node may not be the same tensor
-    beside_x = None if beside is None else beside.x.view_as(beside.x) if source is given else beside.x
+    beside_x = None if beside is None else beside.x
     recorded = not step.infers and _is_recorded(x.x, beside_x, weights)
     if recorded:
-        found = Recorded.apply(
-            step.family,
-            step.text,
-            len(step.moves),
-            step.keeps_output,
-            x.x,
-            beside_x,
-            x.stats,
-            len(weights),
-            *weights,
-            *statistics,
-        )
+        found = OPERATORS[step.family].forward(step.text, x.x, beside_x, x.stats, weights, statistics)
     else:
         found = infer(step.family, step.text, x.x, beside_x, x.stats, weights, statistics)
     for i, place in enumerate(step.moves):

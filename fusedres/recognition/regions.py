@@ -345,7 +345,14 @@ class _Regions:
     def _keeps_layout(self, node: Node) -> bool:
         if node.op == "module":
             return class_of(self.block.get_submodule(node.target)) in _MODULES_THAT_KEEP_LAYOUT
-        return node.target in _FUNCTIONS_THAT_KEEP_LAYOUT
+        return node.target in _FUNCTIONS_THAT_KEEP_LAYOUT and not self._is_left_view(node)
+
+    def _is_left_view(self, node: Node) -> bool:
+        """Whether a view leaves the block: with the strides of what it is part of, which a copy of it in another format would not have."""
+        is_identity = node.op == "module" and class_of(self.block.get_submodule(node.target)) is nn.Identity
+        if not is_identity and (node.op == "module" or node.target not in _VIEWS):
+            return False
+        return any(reader is None or self._is_left_view(reader) for reader in self.readers[id(node)])
 
     def _callable(self, node: Node) -> Callable[..., Any]:
         if node.op == "module":
@@ -383,10 +390,12 @@ def method(name: str) -> Callable[..., Any]:
     return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
 
 
+#: parts of maps
+_VIEWS = frozenset({torch.chunk, torch.split, "chunk", "split", "narrow", operator.getitem})
 #: what computes the same in every memory format, and gives back the one it gets
 _FUNCTIONS_THAT_KEEP_LAYOUT = frozenset(
-    {*CONCATENATIONS, torch.chunk, torch.split, "chunk", "split", "narrow", operator.getitem, operator.add, operator.mul, torch.add,
-     torch.mul, "add", "mul", F.relu, torch.relu, "relu", torch.sigmoid, F.sigmoid, "sigmoid", F.max_pool2d, F.avg_pool2d}
+    {*CONCATENATIONS, *_VIEWS, operator.add, operator.mul, torch.add, torch.mul, "add", "mul", F.relu, torch.relu, "relu", torch.sigmoid,
+     F.sigmoid, "sigmoid", F.max_pool2d, F.avg_pool2d}
 )  # fmt: skip
 _MODULES_THAT_KEEP_LAYOUT = frozenset({nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Conv2d, nn.BatchNorm2d})
 

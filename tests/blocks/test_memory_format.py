@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -208,6 +208,43 @@ def test_a_sum_that_runs_unfused_has_the_memory_format_of_its_first_operand(join
     ):  # which leaves float64 alone, and no piece of a general block is known to take
         assert model(x).stride() == plain(x).stride()
     assert not state_of(model).outcome.fused
+
+
+class Parts(Block):
+    """A block that returns parts of its sum."""
+
+    def __init__(self, part: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.part, self.out = part, nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + x
+        found = self.part(y)
+        return self.out(found[0]), found[-1], torch.relu(found[0])
+
+
+PARTS = {
+    "chunk": lambda y: y.chunk(2, 1),
+    "split": lambda y: torch.split(y, [3, 5], 1),
+    "slice": lambda y: (y[:, :, :-1], y[..., 1:]),
+    "narrow": lambda y: (y.narrow(2, 1, 3), y),
+    "slice of a part": lambda y: (y.chunk(2, 1)[1][:, 1:], y),
+}
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_map_has_the_strides_of_the_map(part, formats):
+    x_format, weight_format = FORMATS[formats]
+    plain, model = (m.to(memory_format=weight_format) for m in pair(lambda: Parts(PARTS[part])))
+    x = draw().contiguous(memory_format=x_format)
+    for ours, theirs in zip(model(x), plain(x), strict=True):
+        assert ours.stride() == theirs.stride()
+        assert_parity(ours, theirs, theirs)
+    assert_fused(model, FUSED)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")(x)
+    assert [y.stride() for y in compiled] == [y.stride() for y in plain(x)]
 
 
 class Dropping(Layer):
