@@ -87,15 +87,15 @@ def _multiplies_bfloat16() -> bool:
     return cpu_capability() == "avx512_bf16"
 
 
-def _takes_groups(read: int, written: int, taps: int, pixels: int) -> bool:
+def _takes_groups(read: int, written: int, taps: int, pixels: int, groups: int) -> bool:
     """Whether the kernels are faster than the library, with the passes around it, on groups that read and write so many channels each. A
     group is a convolution of slices here, which fills a vector only where it is wide; the library has kernels for narrow ones, which take
-    longer to begin: they win on many ``pixels`` of output. ``pytest bench/test_primitives.py --benchmark-only -k groups`` times both sides
-    of the bounds."""
+    longer to begin: they win on many ``pixels`` of output, the sooner the more groups there are. What times both sides of the bounds:
+    ``pytest bench/test_primitives.py --benchmark-only -k groups``."""
     if pixels <= 16:
         return read >= 4
     if taps == 1:
-        return read >= 4 and (written >= 16 or pixels <= 2048)
+        return read >= 4 and (written >= 16 or pixels * groups <= 4096)
     return min(read, written) >= 8 and read * written >= 256
 
 
@@ -119,9 +119,10 @@ def _own_conv(
         return None
     height, width = geometry.out_size(tuple(shape[2:]), tuple(weight[2:]))
     out = (shape[0], weight[0], height, width)
-    if geometry.groups > 1 and not _takes_groups(weight[1], written, weight[2] * weight[3], shape[0] * height * width):
+    groups, pixels = geometry.groups, shape[0] * height * width
+    if groups > 1 and not _takes_groups(weight[1], written, weight[2] * weight[3], pixels, groups):
         return None
-    several = () if geometry.groups == 1 else (geometry.groups,)
+    several = () if groups == 1 else (groups,)
     return out, [*geometry.stride, *geometry.padding, *geometry.dilation, *several]
 
 
