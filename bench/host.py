@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -80,10 +81,11 @@ class _Stub:
 class _Kernel:
     """A kernel as a compilation leaves it, with Triton's launcher in front of no code."""
 
-    function = 1
+    _numbers = itertools.count(1)
 
     def __init__(self, source: Any, options: Any) -> None:
-        metadata = SimpleNamespace(
+        self.src, self.function = source, next(self._numbers)
+        self.metadata = metadata = SimpleNamespace(
             num_ctas=1, num_warps=options.num_warps, shared=0, global_scratch_size=0, global_scratch_align=1,
             profile_scratch_size=0,
             profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False, tensordesc_meta=None,

@@ -54,8 +54,26 @@ Result cuGetErrorString(Result error, const char **text) { (void)error; *text = 
 Result cuPointerGetAttribute(void *data, int attribute, void *pointer) {
   (void)attribute; *(void **)data = pointer; return 0;
 }
-Result cuLaunchKernelEx(const void *config, Handle function, void **arguments, void **extra) {
-  (void)config; (void)function; (void)arguments; (void)extra; fusedres_stub_launches++; return 0;
+/* who wants to see what is asked for: the grid, the threads of a block, its shared memory, the stream, the function and its parameters */
+void (*fusedres_stub_watcher)(const unsigned *grid, const unsigned *block, unsigned shared, Handle stream, Handle function,
+                              void **parameters) = 0;
+
+static Result launched(const unsigned *grid, const unsigned *block, unsigned shared, Handle stream, Handle function, void **parameters) {
+  fusedres_stub_launches++;
+  if (fusedres_stub_watcher) fusedres_stub_watcher(grid, block, shared, stream, function, parameters);
+  return 0;
+}
+Result cuLaunchKernel(Handle function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
+                      unsigned block_z, unsigned shared, Handle stream, void **parameters, void **extra) {
+  const unsigned grid[] = {grid_x, grid_y, grid_z}, block[] = {block_x, block_y, block_z};
+  (void)extra;
+  return launched(grid, block, shared, stream, function, parameters);
+}
+struct Config { unsigned grid[3], block[3], shared; Handle stream; const void *attributes; unsigned count; };
+Result cuLaunchKernelEx(const struct Config *config, Handle function, void **parameters, void **extra) {
+  (void)extra;
+  if (config->count) return 1; /* no kernel here asks for more */
+  return launched(config->grid, config->block, config->shared, config->stream, function, parameters);
 }
 Result cuOccupancyMaxActiveClusters(int *clusters, Handle function, const void *config) {
   (void)function; (void)config; *clusters = 1; return 0;

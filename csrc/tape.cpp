@@ -11,6 +11,9 @@ namespace {
 
 using torch::stable::Tensor;
 
+// No kernel has as many parameters.
+constexpr int64_t kMostParameters = 64;
+
 struct Entry {
   const char* name;
   TapeOperator run;
@@ -23,7 +26,32 @@ std::vector<Entry>& entries() {
 }
 
 // What a recorded schedule does beside calling operators; `fusedres/backends/tape.py` writes these numbers.
-enum Step : int64_t { kEmpty, kEmptyLike, kView, kFill, kCopy, kAdd, kConvolution, kConvolutionBackward, kCall };
+enum Step : int64_t {
+  kEmpty,
+  kEmptyLike,
+  kView,
+  kFill,
+  kCopy,
+  kAdd,
+  kConvolution,
+  kConvolutionBackward,
+  kCall,
+  kLaunch
+};
+
+// A device by the numbers that torch gives it.
+struct Device {
+  int32_t type, index;
+};
+
+// Where kernels are launched: the queue of a GPU, and its driver's function of the type of CUDA's `cuLaunchKernel`.
+struct Queue {
+  using Launcher = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                           unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
+                           void** extra);
+  void* stream;
+  Launcher launcher;
+};
 
 using torch::stable::detail::from;
 
@@ -98,14 +126,35 @@ void convolution_backward(Reader& r) {
   if (needs_weight) r.slot(to_weight) = dweight;
 }
 
-void step(Reader& r) {
+// A kernel of a GPU: its handle, grid, threads and shared memory, then its parameters, each eight bytes of which the
+// kernel reads as many as it wants: the number of a tensor with an offset to its address, or -1 with the bits of a
+// number.
+void launch(Reader& r, const Queue& queue) {
+  STD_TORCH_CHECK(queue.launcher != nullptr, "a recorded launch has no driver");
+  void* function = reinterpret_cast<void*>(r.integer());
+  const auto next = [&] { return unsigned(r.integer()); };
+  const unsigned x = next(), y = next(), z = next(), threads = next(), shared = next();
+  const int64_t count = r.integer();
+  STD_TORCH_CHECK(count >= 0 && count <= kMostParameters, "a recorded launch of ", count, " parameters");
+  std::array<int64_t, kMostParameters> values;
+  std::array<void*, kMostParameters> parameters;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t tensor = r.integer(), rest = r.integer();
+    values[i] = tensor < 0 ? rest : reinterpret_cast<int64_t>(r.tensor(tensor).data_ptr()) + rest;
+    parameters[i] = &values[i];
+  }
+  const int error = queue.launcher(function, x, y, z, threads, 1, 1, shared, queue.stream, parameters.data(), nullptr);
+  STD_TORCH_CHECK(error == 0, "the driver has refused a recorded launch: error ", error);
+}
+
+void step(Reader& r, const Device& device, const Queue& queue) {
   switch (r.integer()) {
     case kEmpty: {
       const int64_t to = r.integer(), dtype = r.integer();
       const std::vector<int64_t> sizes = r.integers(), strides = r.integers();
       AtenTensorHandle made = nullptr;
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                             int32_t(dtype), aoti_torch_device_type_cpu(), 0, &made));
+                                                             int32_t(dtype), device.type, device.index, &made));
       r.slot(to) = Tensor(made);
       return;
     }
@@ -146,26 +195,44 @@ void step(Reader& r) {
       entries()[number].run(r);
       return;
     }
+    case kLaunch: return launch(r, queue);
     default: STD_TORCH_CHECK(false, "a recorded schedule that is none");
   }
 }
 
-// `code`: how many tensors there are in all, the numbers of those that are returned, then steps, each followed by the
-// numbers of the tensors that nothing reads any more. `inputs` are the first tensors.
-std::vector<Tensor> play(std::vector<Tensor> inputs, const Tensor& code, const Tensor& numbers) {
+// Whether a recorded schedule can be played with this tensor: it is where the recorded one was, and as aligned.
+bool fits(const Tensor& t, const Device& device, int64_t alignment) {
+  int32_t type = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  return type == device.type && index == device.index && reinterpret_cast<uintptr_t>(t.data_ptr()) % alignment == 0;
+}
+
+// `code`: type and index of the device, what divides the addresses of all inputs, how many tensors there are in all,
+// the numbers of those that are returned, then steps, each followed by the numbers of the tensors that nothing reads
+// any more. `inputs` are the first tensors. Returns nothing, having done nothing, where it was not recorded for such
+// inputs.
+std::vector<Tensor> play(std::vector<Tensor> inputs, const Tensor& code, const Tensor& numbers, int64_t stream,
+                         int64_t launcher) {
   STD_TORCH_CHECK(code.scalar_type() == torch::headeronly::ScalarType::Long && code.is_contiguous() &&
                       numbers.scalar_type() == torch::headeronly::ScalarType::Double && numbers.is_contiguous(),
                   "code must hold 64-bit integers, numbers float64, side by side");
   Slots slots;
   Reader r(static_cast<const int64_t*>(code.data_ptr()), code.numel(), static_cast<const double*>(numbers.data_ptr()),
            numbers.numel(), slots);
-  const int64_t size = r.integer();
+  const Queue queue{reinterpret_cast<void*>(stream), reinterpret_cast<Queue::Launcher>(launcher)};
+  const auto type = int32_t(r.integer());
+  const Device device{type, int32_t(r.integer())};
+  const int64_t alignment = r.integer(), size = r.integer();
+  STD_TORCH_CHECK(alignment > 0, "nothing is aligned to ", alignment, " bytes");
   STD_TORCH_CHECK(size >= int64_t(inputs.size()), "a recorded schedule of ", size, " tensors got ", inputs.size());
+  for (const Tensor& t : inputs)
+    if (!fits(t, device, alignment)) return {};
   slots.resize(size);
   for (size_t i = 0; i < inputs.size(); ++i) slots[i] = std::move(inputs[i]);
   const std::vector<int64_t> outputs = r.integers();
   while (!r.done()) {
-    step(r);
+    step(r, device, queue);
     for (int64_t n = r.integer(); n > 0; --n) r.slot(r.integer()).reset();
   }
   std::vector<Tensor> returned;
@@ -224,7 +291,8 @@ const char* tape_operator_name(int64_t number) {
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
-  m.def("play(Tensor[] inputs, Tensor code, Tensor numbers) -> Tensor[]");
+  m.def("play(Tensor[] inputs, Tensor code, Tensor numbers, int stream=0, int launcher=0) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) { m.impl("play", TORCH_BOX(&fusedres::play)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CUDA, m) { m.impl("play", TORCH_BOX(&fusedres::play)); }

@@ -38,12 +38,12 @@ class [[gnu::visibility("hidden")]] Reader {
 
   int64_t integer();
   std::vector<int64_t> integers();
-  // Where the tensor of that number is kept.
+  // Where the tensor of that number is kept, and the tensor itself.
   std::optional<torch::stable::Tensor>& slot(int64_t number);
+  const torch::stable::Tensor& tensor(int64_t number);
 
  private:
   double number(int64_t at) const;
-  const torch::stable::Tensor& tensor(int64_t number);
   std::optional<torch::stable::Tensor> maybe(int64_t number);
 
   const int64_t *code_, *end_;

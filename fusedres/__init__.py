@@ -8,6 +8,7 @@ from . import functional, nn, ops
 from .backends.select import backends, use_backend
 from .convert import convert, export_plain, revert
 from .errors import BackendError
+from .graphs import graphed
 from .report import Report, report
 from .serving import export_cpp, library_path
 from .tuning import precompile, tune
@@ -23,6 +24,7 @@ __all__ = [
     "export_cpp",
     "export_plain",
     "functional",
+    "graphed",
     "library_path",
     "nn",
     "ops",

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from .backends.select import backends, resolve
+from .backends.select import backends, load, names, resolve
 from .errors import BackendError
 from .version import __version__
 
@@ -50,11 +50,18 @@ def _choice(device: str, dtype: torch.dtype) -> str:
     return "original modules" if chosen is None else chosen.name
 
 
+def _notes(device: str) -> dict[str, list[str]]:
+    """What backends say of the device besides, by their names."""
+    loaded = {name: load(name) for name in names()}
+    found = {name: b.notes(torch.device(device)) for name, b in loaded.items() if not isinstance(b, str)}
+    return {name: lines for name, lines in found.items() if lines}
+
+
 def diagnose() -> dict:
     """Everything the command prints, as JSON types.
 
     ``serves[device][dtype]`` has ``runs`` (a backend's name, ``"original modules"`` where no fused one serves, or the error of an override)
-    and, per backend, ``"available"`` or the reason why not.
+    and, per backend, ``"available"`` or the reason why not; ``notes[device]`` what backends have found out there.
     """
     devices = _devices()
     return {
@@ -80,6 +87,7 @@ def diagnose() -> dict:
             }
             for device in devices
         },
+        "notes": {device: _notes(device) for device in devices},
     }
 
 
@@ -103,4 +111,5 @@ def render(found: dict) -> str:
             lines.append(f"  {dtype:<9} {served['runs']}")
             reasons |= {f"{name}: {why}": dtype for name, why in served["backends"].items() if why != "available"}
         lines += [f"    not {reason}" for reason in reasons]
+        lines += [f"  {name}: {line}" for name, said in found["notes"][device].items() for line in said]
     return "\n".join(lines)

@@ -8,9 +8,11 @@ the addresses, and nothing is derived, bound or looked up by Triton again.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -61,6 +63,22 @@ class Launch(NamedTuple):
     arguments: dict[str, object]
 
 
+class Request(NamedTuple):
+    """What the driver is asked for in a launch: a ``function`` by its handle, over a ``grid``, in blocks of so many ``threads`` with
+    ``shared`` bytes. ``parameters``: of each, the operand and the bytes behind its address, or -1 and the bits of a number. ``owner``
+    keeps the function loaded."""
+
+    owner: CompiledKernel
+    function: int
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    parameters: tuple[tuple[int, int], ...]
+
+
+Observer = Callable[[Request | None, Sequence[Tensor | None]], None]
+
+
 class _Recording(NamedTuple):
     launches: list[Launch]
     device: torch.device | None
@@ -71,9 +89,20 @@ class _State(threading.local):
     """Per thread, so that following one model beside the training of another takes nothing of that one's launches."""
 
     recording: _Recording | None = None
+    observer: Observer | None = None
 
 
 _state = _State()
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Tell ``observer`` of this thread's launches, after each, with its operands: of None where Triton's own call has made it."""
+    previous, _state.observer = _state.observer, observer
+    try:
+        yield
+    finally:
+        _state.observer = previous
 
 
 @contextlib.contextmanager
@@ -91,6 +120,11 @@ def record(device: torch.device | None = None, arch: Arch | None = None) -> Iter
         yield _state.recording.launches
     finally:
         _state.recording = previous
+
+
+def is_recording() -> bool:
+    """Whether this thread's launches are collected (:func:`record`) or told to an :func:`observed` one."""
+    return _state.recording is not None or _state.observer is not None
 
 
 def target_device(device: torch.device) -> torch.device:
@@ -128,8 +162,14 @@ def prepare(function: Callable[P, T]) -> Callable[P, T]:
     return cached  # type: ignore[return-value]  # lru_cache's type forgets the parameters
 
 
+#: how often launches have been forgotten
+edition = 0
+
+
 def forget() -> None:
     """Prepare every launch anew: after a change of what preparations read besides their arguments, such as tiles."""
+    global edition
+    edition += 1
     for clear in _caches:
         clear()
 
@@ -157,7 +197,8 @@ class Prepared:
         **numbers: object,
     ) -> None:
         self.kernel, self.grid, self._numbers, self._late = kernel, grid, numbers, late
-        self._grid = (*grid, 1, 1)[:3]
+        x, y, z = (*grid, 1, 1)[:3]
+        self._grid = x, y, z
         self._options: dict[str, object] = {"num_warps": max(1, num_warps * 32 // arch.warp)}
         if num_stages is not None:
             self._options["num_stages"] = num_stages
@@ -185,25 +226,31 @@ class Prepared:
         """Launch on the device of the tensors, which need not be the current one."""
         if _state.recording is not None:
             _state.recording.launches.append(Launch(self.kernel, self.grid, self._named(tensors, late)))
-        elif INTERPRETED:
-            self._run_public(tensors, late)
         else:
-            current, own = driver.active.get_current_device(), self._device.index
-            if own is None or own == current:
-                self._run(current, tensors, late)
-            else:
-                with torch.cuda.device(self._device):
-                    self._run(own, tensors, late)
+            kernel = self._run_anywhere(tensors, late)
+            if _state.observer is not None:
+                _state.observer(None if kernel is None else self._request(kernel, late), tensors)
+
+    def _run_anywhere(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> CompiledKernel | None:
+        """As :meth:`_run`, where the tensors are."""
+        if INTERPRETED:
+            self._run_public(tensors, late)
+            return None
+        current, own = driver.active.get_current_device(), self._device.index
+        if own is None or own == current:
+            return self._run(current, tensors, late)
+        with torch.cuda.device(self._device):
+            return self._run(own, tensors, late)
 
     def _run_public(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> Any:
         """Triton's own call, which gives what it has compiled; None where a hook of its compilation says so."""
         return self.kernel[self.grid](**self._named(tensors, late))
 
-    def _run(self, device: int, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> None:
-        """Launch on the current ``device``."""
-        if not direct or _is_watched():
+    def _run(self, device: int, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> CompiledKernel | None:
+        """Launch on the current ``device``: what has been launched, None by Triton's own call where it is to be that at every time."""
+        if not is_direct():
             self._run_public(tensors, late)
-            return
+            return None
         together, addresses = 0, []
         for tensor, rows, absent in zip(tensors, self._rows, self._absent, strict=True):
             if tensor is None or rows is None:
@@ -219,12 +266,43 @@ class Prepared:
             found = self._run_public(tensors, late)
             if found is not None:
                 self._compiled[device, odd] = found.run, found
-            return
+            return found
         run, kernel = ready
         stream = driver.active.get_current_stream(device)
         run(
             *self._grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *addresses, *late, *self._rest
         )  # fmt: skip
+        return kernel
+
+    def _request(self, kernel: CompiledKernel, late: tuple[float, ...]) -> Request | None:
+        """What ``kernel`` is launched by; None where it wants more than a grid, shared memory and parameters."""
+        about = kernel.metadata
+        num_warps, num_ctas, shared = kernel.packed_metadata
+        if (
+            num_ctas != 1
+            or shared > _MOST_SHARED
+            or any(getattr(about, name, None) for name in _EXTRAS)
+            or "gsan" in (getattr(about, "instrumentation_mode", None) or "")
+        ):
+            return None
+        pointers = [
+            (i, row)
+            for i, (names, rows) in enumerate(zip(self._names, self._rows, strict=True))
+            for row in (rows or (0,) * len(names))
+        ]
+        found = []
+        for kind, given in zip(kernel.src.signature.values(), [*pointers, *late, *self._rest], strict=True):
+            if isinstance(given, tuple):
+                parameter = given if kind.startswith("*") else None
+            else:
+                parameter = _bits(kind, given)
+            if kind != "constexpr":
+                if parameter is None:
+                    return None
+                found.append(parameter)
+        # global and profile scratch memory, of which there is none
+        found += [(-1, 0)] * 2
+        return Request(kernel, kernel.function, self._grid, 32 * num_warps, shared, tuple(found))
 
     def _named(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> dict[str, Any]:
         """Every argument and option by name."""
@@ -235,6 +313,51 @@ class Prepared:
             else:
                 arguments |= zip(names, tensor.unbind(0), strict=True)
         return arguments | dict(zip(self._late, late, strict=True)) | self._numbers | self._options
+
+
+#: of what Triton knows about a kernel: where one is true or not zero, its launch asks the driver for more
+_EXTRAS = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "tensordesc_meta")
+#: bytes beyond which Triton's launcher asks for another mode of shared memory
+_MOST_SHARED = 228 * 1024
+
+
+def _bits(kind: str, number: Any) -> tuple[int, int] | None:
+    """A number as a parameter of that type, None for a type that no kernel here has."""
+    if kind in ("i32", "i64"):
+        return -1, int(number)
+    return (-1, int.from_bytes(struct.pack("<f", number), "little")) if kind == "fp32" else None
+
+
+def is_direct() -> bool:
+    """Whether launches go without Triton's public call now."""
+    return direct and not _is_watched()
+
+
+@functools.cache
+def driver_launch() -> int:
+    """The address of ``cuLaunchKernel`` of the driver that Triton has loaded."""
+    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernel, ctypes.c_void_p).value or 0
+
+
+class _Started(threading.local):
+    devices: frozenset[int] = frozenset()
+
+
+_started = _Started()
+
+
+def stream_to_play_on(device: torch.device) -> int | None:
+    """The current stream of ``device`` where recorded launches may go to it: it is the current device, nobody looks on, and this thread
+    has launched there before by Triton's launcher, which makes a context current. Else None."""
+    if _state.recording is not None or not is_direct():
+        return None
+    current = driver.active.get_current_device()
+    if device.index is not None and device.index != current:
+        return None
+    if current not in _started.devices:
+        _started.devices |= {current}
+        return None
+    return driver.active.get_current_stream(current)
 
 
 def _is_watched() -> bool:

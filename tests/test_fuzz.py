@@ -4,7 +4,6 @@ is."""
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres import activations
+from fusedres.backends import tape
 from fusedres.backends.contract import Backend, Wrapped
 from fusedres.backends.select import observe
 from fusedres.testing.fuzz import actions, changes, snippets
@@ -41,14 +41,11 @@ from fusedres.testing.fuzz.generate import Generator
 from fusedres.testing.fuzz.shrink import shrink
 from fusedres.testing.fuzz.source import Writer
 
-#: the package binds its name to its backend
-cpp = importlib.import_module("fusedres.backends.cpp")
-
 
 @pytest.fixture(autouse=True)
 def from_the_second_step_on_tapes(monkeypatch) -> None:
-    """Cases are short: what a schedule of the C++ backend does is recorded at its first run."""
-    monkeypatch.setattr(cpp, "RUNS_BEFORE_RECORDING", 0)
+    """Cases are short: what a schedule does is recorded at its first run."""
+    monkeypatch.setattr(tape, "RUNS_BEFORE_RECORDING", 0)
 
 
 UNITS = (Unit("cna"), Unit("cn"))

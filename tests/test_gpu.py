@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton")
 torchvision = pytest.importorskip("torchvision")
 
 import fusedres  # noqa: E402
+from fusedres.backends import tape  # noqa: E402
 from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
 from fusedres.kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, launch, pool, reduce  # noqa: E402
 from fusedres.kernels.launch import INTERPRETED  # noqa: E402
@@ -111,17 +112,27 @@ def test_two_runs_give_the_same_bits(plan):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_direct_launches_give_the_bits_of_public_ones(monkeypatch):
+def test_launches_from_python_and_from_tapes_give_the_bits_of_public_ones(monkeypatch):
     """Of a step whose kernels Triton has compiled before, also on maps in a buffer of another address."""
     model = fusedres.convert(network()).train()
-    state = copy.deepcopy(model.state_dict())
+    state, played, play = copy.deepcopy(model.state_dict()), [0], tape.Tape.play
+
+    def counted(*args):
+        results = play(*args)
+        played[-1] += results is not None
+        return results
+
+    monkeypatch.setattr(tape.Tape, "play", counted)
     found = []
     with use_plan("fused"):
-        for direct in (True, True, False):
+        for direct in (True, True, True, True, False):
             monkeypatch.setattr(launch, "direct", direct)
             model.load_state_dict(state)
             found.append(run_training(model, images(0)))
-    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+            played.append(0)
+    assert all(torch.equal(found[-1][name], other[name]) for other in found for name in found[0])
+    if tape.can_play():
+        assert played[0] == played[-2] == 0 < played[3], "nothing was played from a tape"
 
 
 @pytest.mark.parametrize("plan", ["fused", "auto"])
@@ -156,6 +167,24 @@ def test_cuda_graph(mode, plan):
             expected = step(reference, images(seed))
             for ours, theirs in zip(captured, expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_graphed(mode):
+    """A model by CUDA graphs makes what the model does: outputs, gradients, running statistics."""
+    model = fusedres.convert(network()).train(mode == "train")
+    reference = copy.deepcopy(model)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True), torch.set_grad_enabled(mode == "train"):
+        forward = fusedres.graphed(model, images(0))
+        for seed in (1, 2):
+            ours, theirs = forward(images(seed)), reference(images(seed))
+            torch.testing.assert_close(ours, theirs)
+            if mode == "train":
+                ours.float().square().mean().backward(), theirs.float().square().mean().backward()
+                for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+                    torch.testing.assert_close(p.grad, q.grad)
+        for p, q in zip(model.buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(p, q)
 
 
 def test_precompile():

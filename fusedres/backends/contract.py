@@ -53,7 +53,7 @@ class Backend(ABC):
 
     May be left out, with what follows: ``new_reduction`` and ``parameter_grad`` (reductions are tensors, merged where they are made),
     ``routes`` (``report`` shows no plan per convolution), ``tuner`` (``fusedres.tune`` finds nothing to measure), ``run_schedule``
-    (schedules run in Python each time).
+    (schedules run in Python each time), ``notes`` (``doctor`` has nothing more to say).
     """
 
     #: what the user calls it
@@ -219,6 +219,10 @@ class Backend(ABC):
         ``"wgrad"``: ``"fused"`` (a kernel of ours) or ``"library"`` (oneDNN's or cuDNN's between our passes). Empty where the backend has
         no choice. Takes meta tensors."""
         return {}
+
+    def notes(self, device: torch.device) -> list[str]:
+        """What ``doctor`` says of ``device`` besides, in lines: what was found out there, and what is not used for it."""
+        return []
 
     def run_schedule(
         self,

@@ -21,10 +21,9 @@ from .. import activations
 from ..errors import BackendError
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
-from . import library_conv
+from . import library_conv, tape
 from .contract import Backend, Reduction, accum_dtype
 from .layout import empty_map
-from .tape import Tape, record
 
 try:
     from fusedres import _C
@@ -88,15 +87,15 @@ def _multiplies_bfloat16() -> bool:
     return cpu_capability() == "avx512_bf16"
 
 
-def _takes_groups(read: int, written: int, taps: int, pixels: int) -> bool:
+def _takes_groups(read: int, written: int, taps: int, pixels: int, groups: int) -> bool:
     """Whether the kernels are faster than the library, with the passes around it, on groups that read and write so many channels each. A
     group is a convolution of slices here, which fills a vector only where it is wide; the library has kernels for narrow ones, which take
-    longer to begin: they win on many ``pixels`` of output. ``pytest bench/test_primitives.py --benchmark-only -k groups`` times both sides
-    of the bounds."""
+    longer to begin: they win on many ``pixels`` of output, the sooner the more groups there are. What times both sides of the bounds:
+    ``pytest bench/test_primitives.py --benchmark-only -k groups``."""
     if pixels <= 16:
         return read >= 4
     if taps == 1:
-        return read >= 4 and (written >= 16 or pixels <= 2048)
+        return read >= 4 and (written >= 16 or pixels * groups <= 4096)
     return min(read, written) >= 8 and read * written >= 256
 
 
@@ -120,9 +119,10 @@ def _own_conv(
         return None
     height, width = geometry.out_size(tuple(shape[2:]), tuple(weight[2:]))
     out = (shape[0], weight[0], height, width)
-    if geometry.groups > 1 and not _takes_groups(weight[1], written, weight[2] * weight[3], shape[0] * height * width):
+    groups, pixels = geometry.groups, shape[0] * height * width
+    if groups > 1 and not _takes_groups(weight[1], written, weight[2] * weight[3], pixels, groups):
         return None
-    several = () if geometry.groups == 1 else (geometry.groups,)
+    several = () if groups == 1 else (groups,)
     return out, [*geometry.stride, *geometry.padding, *geometry.dilation, *several]
 
 
@@ -134,16 +134,6 @@ def _plan(x: LazyMap, weight: Tensor, geometry: Geometry) -> tuple[tuple[int, ..
         return _own_conv(x[0].shape, weight.shape, weight.dtype, geometry)
     except TypeError:  # sizes that are symbols of a tracer have no hash
         return _own_conv.__wrapped__(x[0].shape, weight.shape, weight.dtype, geometry)
-
-
-#: how often a schedule runs in Python for maps of the same shapes before it is recorded: sizes that come once are not worth it
-RUNS_BEFORE_RECORDING = 1
-#: schedules that are remembered for one description; where more come, sizes change all the time
-_MOST_SCHEDULES = 64
-
-
-def _measures(t: Tensor | None) -> Any:
-    return None if t is None else (t.shape, t.stride(), t.dtype)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -392,19 +382,7 @@ class CppBackend(Backend):
     ) -> Sequence[Tensor | None]:
         if type(maps[0]) is not Tensor and type(maps[0]) is not Parameter:  # somebody traces
             return schedule()
-        key = (which, *map(_measures, maps))
-        known = memo.get(key, 0)
-        if isinstance(known, Tape):
-            return known.play((*maps, *tensors))
-        if known is None:
-            return schedule()
-        if len(memo) >= _MOST_SCHEDULES:
-            memo.clear()
-        if known < RUNS_BEFORE_RECORDING:
-            memo[key] = known + 1
-            return schedule()
-        results, memo[key] = record(schedule, (*maps, *tensors))
-        return results
+        return tape.run(memo, (which, *map(tape.measures, maps)), (*maps, *tensors), schedule)
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         if primitive == "conv_forward":

@@ -1,16 +1,17 @@
-"""Schedules of the C++ backend, recorded once and run again without Python between their operators.
+"""Schedules, recorded once and run again without Python between their operators and launches.
 
 A schedule (:meth:`~.contract.Backend.run_schedule`) goes the same way for all maps of the same shapes: the same operators on the same
 numbers, with other tensors. :func:`record` runs it and writes that down; :meth:`Tape.play` is one operator, ``fusedres_cpp::play``, that
-goes the same way in C++. A tape holds operators of ``fusedres_cpp``, convolutions of the library, fresh tensors, views, fills and sums in
-place and copies; a schedule that does anything else (a collective, a pool of the library) has none.
+goes the same way in C++. A tape holds operators of ``fusedres_cpp``, launches of compiled kernels, convolutions of the library, fresh
+tensors, views, fills and sums in place and copies; a schedule that does anything else (a collective, a pool of the library) has none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,36 +27,114 @@ else:
     _play = torch.ops.fusedres_cpp.play.default
 
 # as csrc/tape.cpp has them
-_EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _COPY, _ADD, _CONVOLUTION, _CONVOLUTION_BACKWARD, _CALL = range(9)
+_EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _COPY, _ADD, _CONVOLUTION, _CONVOLUTION_BACKWARD, _CALL, _LAUNCH = range(10)
 #: as torch numbers them
+_DEVICES = {"cpu": 0, "cuda": 1}
 _DTYPES = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FRESH = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 _FILLS = ("fill_", "zero_")
+
+#: how often a schedule runs for maps of the same shapes before it is recorded: sizes that come once are not worth it
+RUNS_BEFORE_RECORDING = 1
+#: schedules that are remembered in one place; where more come, sizes change all the time
+MOST_SCHEDULES = 64
+#: what divides the address of every tensor that a tape with launches is played with: kernels are specialised for it
+ALIGNMENT = 16
 
 Tensors = Sequence[Tensor | None]
 
 
+class Launch(Protocol):
+    """What a driver is asked for: a ``function`` by its handle, over a ``grid``, in blocks of so many ``threads`` with ``shared`` bytes.
+    ``parameters``: of each, the operand and the bytes behind its address, or -1 and the bits of a number. ``owner`` keeps the function
+    loaded."""
+
+    @property
+    def owner(self) -> object: ...
+    @property
+    def function(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def shared(self) -> int: ...
+    @property
+    def parameters(self) -> Sequence[tuple[int, int]]: ...
+
+
+#: told of every launch with its operands; of None where nobody can say what a driver is asked for
+OnLaunch = Callable[[Launch | None, Tensors], None]
+
+
+class Launcher(NamedTuple):
+    """What plays launches: ``observed`` is a ``with`` in which it tells of them, ``function`` the address of the driver's function of the
+    type of CUDA's ``cuLaunchKernel``."""
+
+    observed: Callable[[OnLaunch], contextlib.AbstractContextManager[None]]
+    function: int
+
+
 class Tape(NamedTuple):
     """How a schedule went. ``inputs`` picks what it reads of all that it is given; ``returned`` says which of the tensors that come back is
-    at each place of the results, None for none."""
+    at each place of the results, None for none. ``held`` is there as long as the tape."""
 
     inputs: Callable[[Tensors], tuple[Tensor, ...]]
     code: Tensor
     numbers: Tensor
     returned: tuple[int | None, ...]
+    held: tuple[object, ...] = ()
 
-    def play(self, given: Tensors) -> list[Tensor | None]:
-        """The results for other tensors ``given``, of the same shapes."""
-        found = _play(self.inputs(given), self.code, self.numbers)
-        return [None if at is None else found[at] for at in self.returned]
+    def play(self, given: Tensors, stream: int = 0, launcher: int = 0) -> list[Tensor | None] | None:
+        """The results for other tensors ``given``, of the same shapes; launches go to that ``stream`` of the device. None, with nothing
+        done, where one of them is elsewhere or aligned otherwise."""
+        found = _play(self.inputs(given), self.code, self.numbers, stream, launcher)
+        return [None if at is None else found[at] for at in self.returned] if found else None
 
 
-def record(schedule: Callable[[], Tensors], given: Tensors) -> tuple[Tensors, Tape | None]:
+def record(
+    schedule: Callable[[], Tensors], given: Tensors, launcher: Launcher | None = None
+) -> tuple[Tensors, Tape | None]:
     """``(the results of the schedule, how it went)``, None where that is more than a tape holds. ``given``: all tensors that it reads."""
     recorder = _Recorder(given)
-    with recorder:
+    with contextlib.nullcontext() if launcher is None else launcher.observed(recorder.launched), recorder:
         results = schedule()
     return results, recorder.tape(given, results)
+
+
+def run(
+    memo: dict[Any, Any],
+    key: Hashable,
+    given: Tensors,
+    schedule: Callable[[], Tensors],
+    launcher: Launcher | None = None,
+    stream: int = 0,
+) -> Tensors:
+    """The results of the ``schedule``: from the tape that ``memo`` has for ``key``, or as it runs, recorded once it comes again."""
+    known = memo.get(key, 0)
+    if isinstance(known, Tape):
+        found = known.play(given) if launcher is None else known.play(given, stream, launcher.function)
+        return schedule() if found is None else found
+    if known is None:
+        return schedule()
+    if len(memo) >= MOST_SCHEDULES:
+        memo.clear()
+    if known < RUNS_BEFORE_RECORDING:
+        memo[key] = known + 1
+        return schedule()
+    results, memo[key] = record(schedule, given, launcher)
+    return results
+
+
+def can_play() -> bool:
+    """Whether the extension is there."""
+    return bool(_NUMBERS)
+
+
+def measures(t: Tensor | None) -> Hashable:
+    """What a schedule depends on of a map."""
+    return None if t is None else (t.shape, t.stride(), t.dtype)
 
 
 class _Refused(Exception):
@@ -76,11 +155,13 @@ class _Recorder(TorchDispatchMode):
         self._size = 0
         self._steps: list[list[int]] = []
         self._numbers: list[float] = []
+        self._owners: dict[int, object] = {}
         self._fits = True
         for t in given:
             if t is not None:
                 self._new(t)
         self._given = self._size
+        self._device = next(t.device for t in given if t is not None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,10 +170,25 @@ class _Recorder(TorchDispatchMode):
         if self._fits:
             try:
                 if not self._is_same(func, args, y):
-                    self._steps.append(self._step(func, args, kwargs or {}, y))
+                    self._steps += self._written(func, args, kwargs or {}, y)
             except _Refused:
                 self._fits = False
         return y
+
+    def launched(self, launch: Launch | None, operands: Tensors) -> None:
+        """Write down a launch."""
+        try:
+            if launch is None:
+                raise _Refused
+            slots = [None if t is None else self._slot(t) for t in operands]
+            step = [_LAUNCH, launch.function, *launch.grid, launch.threads, launch.shared, len(launch.parameters)]
+            for operand, rest in launch.parameters:
+                slot = None if operand < 0 else slots[operand]
+                step += (-1 if slot is None else slot, rest)
+            self._steps.append(step)
+            self._owners[launch.function] = launch.owner
+        except _Refused:
+            self._fits = False
 
     # ---- from an operator to a step ----------------------------------------------------------------------------------
 
@@ -105,6 +201,20 @@ class _Recorder(TorchDispatchMode):
             return False
         self._slots[id(y)] = TensorWeakRef(y), of
         return True
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[list[int]]:
+        if isinstance(y, Tensor) and y.device.type == "meta":
+            return []  # somebody asks for strides: nothing that a step could read
+        if func is torch.ops.aten.unbind.int:
+            return [self._view(args[0], part) for part in y]
+        if func in _COPIES:
+            of = self._slot(args[0])
+            return [self._empty(y), [_COPY, self._slot(y), of]]
+        return [self._step(func, args, kwargs, y)]
+
+    def _view(self, of: Tensor, y: Tensor) -> list[int]:
+        slot, offset = self._slot(of), int(y.storage_offset() - of.storage_offset())
+        return [_VIEW, self._new(y), slot, *_strided(y), offset]
 
     def _step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[int]:
         schema = func._schema
@@ -134,15 +244,23 @@ class _Recorder(TorchDispatchMode):
         alias = schema.returns[0].alias_info
         if alias is None or alias.is_write:
             raise _Refused
-        of, offset = self._slot(args[0]), y.storage_offset() - args[0].storage_offset()
-        return [_VIEW, self._new(y), of, *_strided(y), offset]
+        return self._view(args[0], y)
 
     def _fresh(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> list[int]:
-        if y.device.type != "cpu" or y.dtype not in _DTYPES or kwargs.get("pin_memory"):
+        if kwargs.get("pin_memory"):
             raise _Refused
         if name == "empty_like" and kwargs.get("memory_format") in (None, torch.preserve_format):
+            self._check(y)
             return [_EMPTY_LIKE, self._new(y), self._slot(args[0])]
+        return self._empty(y)
+
+    def _empty(self, y: Tensor) -> list[int]:
+        self._check(y)
         return [_EMPTY, self._new(y), _DTYPES[y.dtype], *_strided(y)]
+
+    def _check(self, made: Tensor) -> None:
+        if made.device != self._device or made.dtype not in _DTYPES:
+            raise _Refused
 
     def _library_map(self, y: Tensor) -> _Slot:
         if not y.is_contiguous(memory_format=torch.channels_last):
@@ -202,11 +320,16 @@ class _Recorder(TorchDispatchMode):
         if not self._fits or [t is None for t in results] != [at is None for at in returned]:
             return None
         outputs = [*dict.fromkeys(at for at in returned if at is not None)]
+        alignment = ALIGNMENT if self._owners else 1
+        if not outputs or any(t is not None and t.data_ptr() % alignment for t in given):
+            return None
         last = {at: i for i, step in enumerate(self._steps) for at in step if isinstance(at, _Slot)}
         # what is read of what was given comes first, then what is made
         read = [at for at in range(self._given) if at in last or at in outputs]
         order: dict[int, int] = {at: i for i, at in enumerate([*read, *range(self._given, self._size)])}
-        code = [len(order), len(outputs), *(order[at] for at in outputs)]
+        where = -1 if self._device.index is None else self._device.index
+        code = [_DEVICES[self._device.type], where, alignment, len(order)]
+        code += (len(outputs), *(order[at] for at in outputs))
         for i, step in enumerate(self._steps):
             code += [order[n] if isinstance(n, _Slot) else n for n in step]
             freed = [order[at] for at, end in last.items() if end == i and at >= self._given and at not in outputs]
@@ -218,6 +341,7 @@ class _Recorder(TorchDispatchMode):
             torch.tensor(code, dtype=torch.int64, device="cpu"),
             torch.tensor(self._numbers, dtype=torch.float64, device="cpu"),
             tuple(None if at is None else outputs.index(at) for at in returned),
+            tuple(self._owners.values()),
         )
 
 
@@ -225,6 +349,7 @@ def _can_be_added(to: Tensor, other: Any) -> bool:
     """Whether they are numbers per channel."""
     return (
         isinstance(other, Tensor)
+        and to.device.type == "cpu"
         and to.dtype == other.dtype
         and to.dtype in (torch.float32, torch.float64)
         and to.shape == other.shape

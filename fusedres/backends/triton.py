@@ -12,27 +12,28 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from triton.compiler.errors import CompilationError
 from triton.runtime import build
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..activations import parse
-from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, tiles
+from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, launch, tiles
 from ..kernels import pool as pooling
 from ..kernels.launch import INTERPRETED, arch_of, target_device
 from ..kernels.reduce import Reduction
 from ..kernels.tiles import ConvConfig
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
-from ..tuning import estimate, plans
+from ..tuning import estimate, plans, selfcheck
 from ..tuning.convolutions import TritonTuner, backward_problem, forward_problem, has_fused_form, operands
 from ..tuning.plans import FUSED, LIBRARY, Plan, Problem
-from . import library_conv
+from . import library_conv, tape
 from .contract import Backend
 
 #: where a primitive reduces to
@@ -112,6 +113,10 @@ def _without_activation(x: LazyMap, residual: LazyMap | None) -> None:
         raise ValueError("an operand of an addition has an activation of its own")
 
 
+def _launcher() -> tape.Launcher:
+    return tape.Launcher(launch.observed, launch.driver_launch())
+
+
 class TritonBackend(Backend):
     """See the module."""
 
@@ -121,6 +126,7 @@ class TritonBackend(Backend):
         self.tuner = TritonTuner(self)  # type: ignore[misc]  # an instance's, where the contract's is a class's
         # what runs in the place of a kernel that could not be built: one in a smaller tile, or the library
         self._fallen: dict[Problem, Plan] = {}
+        self._checker = selfcheck.Checker(self)
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """See the contract."""
@@ -154,8 +160,41 @@ class TritonBackend(Backend):
         if key in self._fallen:
             return self._fallen[key]
         if key in measured:
-            return measured[key]
-        return FUSED if INTERPRETED or estimate.is_fused(key, arch_of(device)) else LIBRARY
+            plan = measured[key]
+        else:
+            plan = FUSED if INTERPRETED or estimate.is_fused(key, arch_of(device)) else LIBRARY
+        return plan if self._is_trusted(key, plan, device) else self._fallen[key]
+
+    def _is_trusted(self, problem: Problem, plan: Plan, device: torch.device) -> bool:
+        """Whether the kernel of ``plan`` computes on this device what the library does; where not, that is said and the library's turn."""
+        if not plan.fused or not self.checks(device):
+            return True
+        try:
+            found = self._checker.compare(problem, plan, device)
+        except BUILD_ERRORS:  # which are dealt with where the kernel is to run
+            return True
+        if found == selfcheck.RIGHT:
+            return True
+        self._fallen[problem] = LIBRARY
+        self._say(problem, f"{found} on this GPU", "which runs by the library")
+        return False
+
+    def checks(self, device: torch.device) -> bool:
+        """Whether kernels are compared at their first use there: on a GPU, but not while a graph is captured or launches are listed."""
+        return (
+            device.type == "cuda"
+            and not INTERPRETED
+            and selfcheck.is_on()
+            and not launch.is_recording()
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def notes(self, device: torch.device) -> list[str]:
+        """See the contract."""
+        known = selfcheck.known(device)
+        wrong = [f for f in known.values() if f.found != selfcheck.RIGHT]
+        head = [f"{len(known)} kernels known here, {len(wrong)} of them not used"] if known else []
+        return [*head, *(f"{f.what}: {f.found}" for f in wrong)]
 
     def forward_plan(
         self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue
@@ -314,15 +353,20 @@ class TritonBackend(Backend):
                     pass
                 break
         self._fallen[failed] = plan
-        x, weight = ("x".join(map(str, sizes)) for sizes in (failed.x, failed.weight))
+        if not plan.fused and self.checks(device):
+            self._checker.note(failed, Plan(True, config), device, f"cannot be built: {_reason(reason)}")
         instead = "by the library" if plan.config is None else f"in a tile of {plan.config}"
-        warnings.warn(
-            f"fusedres: the fused {failed.op} kernel of a convolution (input {x}, weight {weight}, {failed.dtype}) cannot be built "
-            f"here, which runs {instead} from now on: {_reason(reason)}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        self._say(failed, "cannot be built here", f"which runs {instead}", _reason(reason))
         return result
+
+    def _say(self, problem: Problem, what: str, instead: str, reason: str = "") -> None:
+        x, weight = ("x".join(map(str, sizes)) for sizes in (problem.x, problem.weight))
+        warnings.warn(
+            f"fusedres: the fused {problem.op} kernel of a convolution (input {x}, weight {weight}, {problem.dtype}) {what}, "
+            f"{instead} from now on{': ' if reason else ''}{reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     # ---- passes ------------------------------------------------------------------------------------------------------
 
@@ -409,6 +453,31 @@ class TritonBackend(Backend):
     ) -> Tensor | None:
         """See the contract."""
         return pooling.pool_backward(grad, index, _parsed(x), pool, sums=sums, coeff=coeff, dx=dx)
+
+    # ---- schedules ---------------------------------------------------------------------------------------------------
+
+    def run_schedule(
+        self,
+        memo: dict[Any, Any],
+        which: Hashable,
+        maps: Sequence[Tensor | None],
+        tensors: Sequence[Tensor | None],
+        schedule: Callable[[], Sequence[Tensor | None]],
+    ) -> Sequence[Tensor | None]:
+        """See the contract: launches that were recorded, where the C++ extension is there to play them."""
+        x = maps[0]
+        if x is None or type(x) not in (Tensor, Parameter) or not tape.can_play():
+            return schedule()
+        stream = launch.stream_to_play_on(x.device)
+        if stream is None:
+            return schedule()
+        # everything that decides how the maps' convolutions run
+        settings = (
+            self.name, x.device, _override, plans.edition, launch.edition, len(self._fallen), launch.product_precision(x.dtype)
+        )  # fmt: skip
+        return tape.run(
+            memo, (which, settings, *map(tape.measures, maps)), (*maps, *tensors), schedule, _launcher(), stream
+        )
 
     # ---- C numbers ---------------------------------------------------------------------------------------------------
 

@@ -18,12 +18,7 @@ from torch import Tensor, nn
 from ..errors import Unsupported
 from ..recognition import BlockGraph, Flow, classes_of, watched
 from .state import BlockState
-from .unchanged import Held
-
-_contents = operator.itemgetter(
-    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)  # fmt: skip
-
+from .unchanged import Held, contents
 
 #: the names of the attributes that a block's forward sets, by the module that has them
 Sets = Mapping[nn.Module, set[str]]
@@ -41,9 +36,9 @@ class _Seen:
         for module in modules:
             held, names = module.__dict__, sets.get(module)
             if names is None:
-                mappings += (held, *_contents(held))
+                mappings += (held, *contents(held))
             else:
-                self._set += ((mapping, names) for mapping in (held, *_contents(held)))
+                self._set += ((mapping, names) for mapping in (held, *contents(held)))
         self._held = Held(modules, mappings)
         self._then = self._beside()
 

@@ -10,6 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 _own = operator.attrgetter("__dict__")
+#: of what a module holds by its attributes: everything else that it holds
+contents = operator.itemgetter(
+    "_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)  # fmt: skip
 Mappings = tuple[dict[str, object], ...]
 
 

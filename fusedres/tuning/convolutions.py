@@ -155,7 +155,7 @@ class TritonTuner:
     def call(self, problem: Problem, needed: Collection[str], plan: Plan, device: torch.device) -> Callable[[], object]:
         """A call that solves the problem by ``plan``, on random operands of its sizes and pitches on ``device``; of a convolution's two
         gradients those that are ``needed`` (dgrad, wgrad). It raises where a kernel cannot be built."""
-        draw = _Draw(problem, device)
+        draw = Draw(problem, device)
         if problem.op == "forward":
             arguments = draw.forward()
             return lambda: self._backend.forward_by(plan, *arguments)
@@ -170,7 +170,7 @@ def _activation(features: Collection[str], prefix: str = "") -> str:
     return activations.leaky(0.01) if kind == "leaky_relu" else kind
 
 
-class _Draw:
+class Draw:
     """Random operands for a problem."""
 
     def __init__(self, problem: Problem, device: torch.device) -> None:

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,13 +159,24 @@ def read(path: Path, device: str, wanted: Mapping[str, object], arch: Arch = DEF
 
 def write(path: Path, device: str, table: Table, arch: Arch = DEFAULT_ARCH) -> None:
     """Add the table to the file: another process's entries stay, and a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
+    with replaced(path) as content:
         merged = read(path, device, versions(), arch) | dict(table)
         entries = [_entry(problem, plan) for problem, plan in merged.items()]
+        content({"device": device, **versions(), "plans": entries})
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Callable[[object], None]]:
+    """A function that replaces the JSON file, which nobody else does meanwhile, and which nobody sees half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(content: object) -> None:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({"device": device, **versions(), "plans": entries}, file, indent=1)
+            json.dump(content, file, indent=1)
         os.replace(file.name, path)
+
+    with _locked(path.with_suffix(".lock")):
+        yield write
 
 
 @contextlib.contextmanager
@@ -177,6 +188,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 _tables: dict[torch.device, dict[Problem, Plan]] = {}
+#: how often tables have changed
+edition = 0
 
 
 def table(device: torch.device) -> Table:
@@ -191,11 +204,15 @@ def table(device: torch.device) -> Table:
 
 def forget() -> None:
     """Read the files anew at the next look, as another process would."""
+    global edition
+    edition += 1
     _tables.clear()
 
 
 def remember(device: torch.device, found: Table) -> Path:
     """Use the plans from now on, here and, through the file, in later processes; returns the file."""
+    global edition
+    edition += 1
     name = device_name(device)
     path = cache_folder() / file_name(name)
     write(path, name, found, arch_of_gpu(device))

@@ -3,11 +3,14 @@ stands in the launcher's place. Prints a JSON object of what each function of :d
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -17,9 +20,14 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "backends")]
 
 from support import Draw  # noqa: E402
 from test_interpreter import step  # noqa: E402
+from torchvision.models.densenet import _DenseBlock  # noqa: E402
+from torchvision.models.resnet import BasicBlock  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
+import fusedres  # noqa: E402
+from bench import host  # noqa: E402
 from bench.host import stubbed  # noqa: E402
+from fusedres.backends import select  # noqa: E402
 from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
 from fusedres.kernels import elementwise, launch  # noqa: E402
 from fusedres.kernels.launch import Prepared, forget  # noqa: E402
@@ -41,15 +49,30 @@ class Launcher:
         seen.append((self.name, (x, y, z), stream, function, metadata, shown))
 
 
+def functions() -> list[triton.JITFunction]:
+    """Every kernel's function."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("fusedres.kernels.")]
+    return [value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)]
+
+
+@contextmanager
+def compiled(launcher: type | None = None) -> Iterator[None]:
+    """Every convolution by a kernel, and kernels anew, with Triton's launcher or another in front of them."""
+    with stubbed(), use_plan("fused"):
+        if launcher is not None:
+            driver.active.launcher_cls = launcher
+        for function in functions():
+            function.device_caches.clear()
+        forget()
+        yield
+
+
 @contextmanager
 def noted() -> Iterator[None]:
     """Launches into :data:`seen`."""
-    with stubbed():
-        driver.active.launcher_cls = Launcher
-        seen.clear()
-        forget()
-        with use_plan("fused"):
-            yield
+    seen.clear()
+    with compiled(Launcher):
+        yield
 
 
 def everything(backend, draw: Draw) -> None:
@@ -150,6 +173,125 @@ def watched() -> list[int]:
     return found
 
 
+original_compile = triton.JITFunction._do_compile
+
+#: of the stub: a watcher of launches
+WATCHER = ctypes.CFUNCTYPE(
+    None, *[ctypes.POINTER(ctypes.c_uint)] * 2, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+SIZES = {"i32": 4, "fp32": 4}
+
+
+def kinds(kernel: host._Kernel) -> list[str]:
+    """The types of a kernel's parameters."""
+    return [*(kind for kind in kernel.src.signature.values() if kind != "constexpr"), "scratch", "scratch"]
+
+
+def kernels() -> dict[int, host._Kernel]:
+    """Every kernel that has been made, by its handle."""
+    found = [k for function in functions() for cache in function.device_caches.values() for k in cache[0].values()]
+    return {kernel.function: kernel for kernel in found}
+
+
+@contextmanager
+def watching() -> Iterator[list[tuple]]:
+    """What the driver is asked for meanwhile: the kernel, its grid, block, shared memory, stream and parameters."""
+    asked: list[tuple] = []
+
+    def watcher(grid, block, shared, stream, function, parameters) -> None:
+        kernel = kernels()[function]
+        values = [
+            int.from_bytes(ctypes.string_at(parameters[i], SIZES.get(kind, 8)), "little", signed=True)
+            for i, kind in enumerate(kinds(kernel))
+        ]
+        asked.append((kernel, tuple(grid[:3]), tuple(block[:3]), shared, stream, values))
+
+    callback = WATCHER(watcher)
+    place = ctypes.c_void_p.in_dll(ctypes.CDLL("libcuda.so.1"), "fusedres_stub_watcher")
+    place.value = ctypes.cast(callback, ctypes.c_void_p).value
+    try:
+        yield asked
+    finally:
+        place.value = None
+
+
+def requests_are_tritons() -> dict[str, object]:
+    """Of every launch: whether the driver is asked by Triton's launcher for what is said of it to observers."""
+    said: list[tuple] = []
+
+    def observer(request, operands) -> None:
+        values = []
+        for kind, (operand, rest) in zip(kinds(request.owner), request.parameters, strict=True):
+            value = rest if operand < 0 else operands[operand].data_ptr() + rest
+            size = SIZES.get(kind, 8)
+            values.append(int.from_bytes((value % 256**size).to_bytes(size, "little"), "little", signed=True))
+        said.append((request.owner, request.grid, (request.threads, 1, 1), request.shared, None, values))
+
+    with compiled(), watching() as asked, launch.observed(observer):
+        for dtype in (torch.bfloat16, torch.float32):
+            everything(BACKEND, Draw(dtype))
+    different = [a[0].src.name for a, b in zip(asked, said, strict=True) if a != b]
+    return {"launches": len(asked), "kernels": len({a[0].src.name for a in asked}), "different": different}
+
+
+def tapes_are_schedules() -> dict[str, object]:
+    """Of a network's steps: whether the driver is asked for the same as at first, but for addresses, and how many launches go through
+    Python. The first four are recorded and played; then a hook looks on; then a thread begins."""
+    models = []
+    for training in (True, False):
+        model = torch.nn.Sequential(BasicBlock(8, 8), _DenseBlock(2, 8, 2, 8, 0.0)).train(training)
+        models.append(fusedres.convert(model.to(torch.bfloat16, memory_format=torch.channels_last), verify=False))
+    x = torch.randn(2, 8, 6, 6).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    steps: list[list[tuple]] = []
+    in_python: list[int] = []
+
+    def step() -> None:
+        with watching() as asked, mock.patch.object(Prepared, "_run", autospec=True, side_effect=Prepared._run) as runs:
+            for model in models:
+                with torch.set_grad_enabled(model.training):
+                    y = model(x)
+                if model.training:
+                    y.sum().backward()
+        in_python.append(runs.call_count)
+        steps.append(
+            [
+                (*rest, [v for v, kind in zip(values, kinds(rest[0]), strict=True) if kind[0] != "*"])
+                for *rest, values in asked
+            ]
+        )
+
+    with compiled(), select.observe(lambda backend: BACKEND), torch.autograd.set_multithreading_enabled(False):
+        for _ in range(4):
+            step()
+        hook = lambda *_: None  # noqa: E731
+        triton.knobs.runtime.launch_enter_hook.add(hook)
+        step()
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    return {"launches": len(steps[0]), "same": [s == steps[0] for s in steps], "in_python": in_python}
+
+
+def really_compiled() -> dict[str, object]:
+    """Of a kernel that Triton has compiled itself: whether the driver is asked for what is said of it, at its first launch and later."""
+    said: list[tuple] = []
+    with compiled(), watching() as asked, launch.observed(lambda request, _: said.append(request)):
+        with mock.patch.object(triton.JITFunction, "_do_compile", original_compile):
+            statistics(map_of())
+        statistics(map_of())
+    said[0].owner.module = None  # which it would unload when no driver is left
+    return {
+        "launches": len(asked),
+        "same": [
+            (request.owner, request.grid, (request.threads, 1, 1), request.shared) == tuple(one[:4])
+            for request, one in zip(said, asked, strict=True)
+        ],
+        "parameters": [len(request.parameters) == len(one[5]) for request, one in zip(said, asked, strict=True)],
+    }
+
+
 def refusals() -> list[str]:
     """What is said of tensors on two devices, and of arguments in another order than the kernel's."""
     x, found = form_of(map_of()), []
@@ -168,7 +310,15 @@ def refusals() -> list[str]:
     return found
 
 
-SCENES = (direct_is_public, specialisations, watched, refusals)
+SCENES = (
+    really_compiled,
+    direct_is_public,
+    specialisations,
+    watched,
+    requests_are_tritons,
+    tapes_are_schedules,
+    refusals,
+)
 
 if __name__ == "__main__":
     print(json.dumps({scene.__name__: scene() for scene in SCENES}))

@@ -1,8 +1,9 @@
-"""Launches of compiled kernels without Triton's public call: the same arguments, specialised as Triton would, and by the public call where
-somebody looks on. Without a GPU, over a stub of the CUDA driver (launching.py)."""
+"""Launches of compiled kernels without Triton's public call, and from tapes: the same arguments, specialised as Triton would, and by the
+public call where somebody looks on. Without a GPU, over a stub of the CUDA driver (launching.py)."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,11 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which(os.environ.get("CC", "cc")) is None,
     reason="the stub of the driver is a library for Linux, made by a C compiler",
+)
+
+
+needs_extension = pytest.mark.skipif(
+    importlib.util.find_spec("fusedres._C") is None, reason="tapes are played by the C++ extension"
 )
 
 
@@ -53,6 +59,25 @@ def test_addresses_are_specialised_as_triton_does(found):
 def test_who_looks_on_sees_public_calls(found):
     """A hook, debug mode and an unknown version of Triton each get Triton's own launch, and afterwards nobody does."""
     assert found["watched"] == [0, 1, 1, 1, 0]
+
+
+def test_of_every_launch_observers_learn_what_tritons_launcher_asks_the_driver_for(found):
+    result = found["requests_are_tritons"]
+    assert result == {"launches": 46, "kernels": 12, "different": []}
+
+
+def test_what_triton_compiles_is_described_as_it_is_launched(found):
+    assert found["really_compiled"] == {"launches": 2, "same": [True] * 2, "parameters": [True] * 2}
+
+
+@needs_extension
+def test_a_tape_asks_the_driver_for_what_its_schedule_does(found):
+    result = found["tapes_are_schedules"]
+    assert result["same"] == [True] * 6
+    *recording, played, watched, in_a_thread = result["in_python"]
+    assert recording[:2] == [result["launches"]] * 2 and played == 0
+    # a thread's first schedule goes through Triton's launcher, which makes the device's context current
+    assert watched == result["launches"] and 0 < in_a_thread == recording[2] < 10
 
 
 def test_arguments_are_checked_when_a_launch_is_prepared(found):

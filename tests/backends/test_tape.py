@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from support import each_mode, ran
+from taped import WITHOUT, assert_same, drawn, in_python, row, steps
 from test_family import ALL
 from torch import Tensor, nn
 
 import fusedres
 from fusedres.backends import tape
-from fusedres.backends.contract import Backend
-from fusedres.testing import randomize
 
 _C = pytest.importorskip("fusedres._C")
 cpp = importlib.import_module("fusedres.backends.cpp")  # the package binds the name to its backend
@@ -39,44 +38,15 @@ def tapes(monkeypatch) -> Iterator[Tapes]:
         count.refused += made is None
         return results, made
 
-    def played(self, given):
-        count.played += 1
-        return play(self, given)
+    def played(self, *args):
+        found = play(self, *args)
+        count.played += found is not None
+        return found
 
-    monkeypatch.setattr(cpp, "record", counted)
+    monkeypatch.setattr(tape, "record", counted)
     monkeypatch.setattr(tape.Tape, "play", played)
-    monkeypatch.setattr(cpp, "RUNS_BEFORE_RECORDING", 0)
+    monkeypatch.setattr(tape, "RUNS_BEFORE_RECORDING", 0)
     return count
-
-
-def in_python(run: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """What ``run`` gives where no schedule has a tape."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpp.CppBackend, "run_schedule", Backend.run_schedule)
-        return run()
-
-
-def steps(block: nn.Module, maps: list[Tensor], training: bool) -> list[Tensor]:
-    """Everything that so many steps make: outputs, gradients, running statistics."""
-    found = []
-    for x in maps:
-        x = x.clone().requires_grad_(training)
-        with torch.set_grad_enabled(training):
-            y = block(x)
-        found.append(y.detach())
-        if training:
-            block.zero_grad()
-            y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
-            found += [x.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
-            found += [b.clone() for b in block.buffers()]
-    return found
-
-
-def drawn(build: Callable[[], nn.Module], training: bool, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
-    torch.manual_seed(0)
-    block = build().to(dtype).train(training)
-    randomize(block)
-    return fusedres.convert(block, verify=False, **options)
 
 
 def assert_same_bits(
@@ -84,14 +54,7 @@ def assert_same_bits(
 ) -> None:
     maps = [torch.randn(shape).to(dtype).to(memory_format=torch.channels_last) for _ in range(3)]
     twin = copy.deepcopy(block)
-    ours, plain = steps(block, maps, training), in_python(lambda: steps(twin, maps, training))
-    assert len(ours) == len(plain)
-    for i, (a, b) in enumerate(zip(ours, plain, strict=True)):
-        assert torch.equal(a, b) and a.stride() == b.stride(), f"result {i} is not that of the schedule in Python"
-
-
-#: whose shortcut is a pool that the library has to compute
-WITHOUT = ("basic-pooled-projection-odd", "pyramid", "pooled-odd")
+    assert_same(steps(block, maps, training), in_python(cpp.CppBackend, lambda: steps(twin, maps, training)))
 
 
 @each_mode
@@ -124,10 +87,6 @@ class Stem(nn.Sequential):
         )  # fmt: skip
 
 
-def row(groups: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-
-
 @each_mode
 @pytest.mark.parametrize(
     "build, shape",
@@ -146,7 +105,7 @@ def test_tapes_of_rows(build, shape, training, tapes):
 
 
 def test_a_size_that_came_once_is_not_recorded(tapes, monkeypatch):
-    monkeypatch.setattr(cpp, "RUNS_BEFORE_RECORDING", 1)
+    monkeypatch.setattr(tape, "RUNS_BEFORE_RECORDING", 1)
     block = drawn(row, False)
     for size, (recorded, played) in zip((5, 6, 5, 6, 5), ((0, 0), (0, 0), (1, 0), (2, 0), (2, 1)), strict=True):
         with torch.no_grad():
@@ -155,7 +114,7 @@ def test_a_size_that_came_once_is_not_recorded(tapes, monkeypatch):
 
 
 def test_sizes_that_change_all_the_time_do_not_pile_up(tapes, monkeypatch):
-    monkeypatch.setattr(cpp, "_MOST_SCHEDULES", 4)
+    monkeypatch.setattr(tape, "MOST_SCHEDULES", 4)
     block = drawn(row, False)
     with torch.no_grad():
         for size in (*range(1, 12), 11):
@@ -183,12 +142,12 @@ def test_what_changes_between_steps_is_noticed(change, tapes):
     block = drawn(row, True)
     maps = [torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last) for _ in range(3)]
     twin = copy.deepcopy(block)
-    steps(block, maps, True), in_python(lambda: steps(twin, maps, True))
+    steps(block, maps, True), in_python(cpp.CppBackend, lambda: steps(twin, maps, True))
     assert tapes.played == 4  # twice forward and backward
     for of in (block, twin):
         change(of)
     maps = [x.to(block[0].weight.dtype) for x in maps]
-    for a, b in zip(steps(block, maps, True), in_python(lambda: steps(twin, maps, True)), strict=True):
+    for a, b in zip(steps(block, maps, True), in_python(cpp.CppBackend, lambda: steps(twin, maps, True)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -229,7 +188,7 @@ def test_one_tensor_at_two_places_has_no_tape(tapes):
             found += [p.grad.clone() for p in block.parameters()]
         return found
 
-    for a, b in zip(passes(block), in_python(lambda: passes(twin)), strict=True):
+    for a, b in zip(passes(block), in_python(cpp.CppBackend, lambda: passes(twin)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -262,14 +221,16 @@ def test_fills_and_sums_are_played():
     "code, says",
     [
         ([], "ends in the middle"),
-        ([2, 1], "in the middle of a list"),
-        ([0, 0], "got 1"),
-        ([1, 1, 5], "no tensor has the number 5"),
-        ([2, 1, 1], "has not made"),
-        ([1, 0, 99], "is none"),
-        ([1, 0, 8, 10**6], "no operator has the number"),
-        ([2, 0, 3, 1, 0], "tensor 1 is not there"),
-        ([1, 0, 3, 0, 4], "there is no number 4"),
+        ([0, -1, 0, 1], "aligned to 0 bytes"),
+        ([0, -1, 1, 2, 1], "in the middle of a list"),
+        ([0, -1, 1, 0, 0], "got 1"),
+        ([0, -1, 1, 1, 1, 5], "no tensor has the number 5"),
+        ([0, -1, 1, 2, 1, 1], "has not made"),
+        ([0, -1, 1, 1, 0, 99], "is none"),
+        ([0, -1, 1, 1, 0, 8, 10**6], "no operator has the number"),
+        ([0, -1, 1, 2, 0, 3, 1, 0], "tensor 1 is not there"),
+        ([0, -1, 1, 1, 0, 3, 0, 4], "there is no number 4"),
+        ([0, -1, 1, 1, 0, 9, 1], "has no driver"),
     ],
 )
 def test_a_broken_tape_is_an_error(code, says):
@@ -297,8 +258,9 @@ def test_memory_is_freed_where_the_schedule_frees_it():
     with torch.no_grad():
         made = tape.record(lambda: schedule(x), [x])[1]
     assert made is not None
-    size, outputs, last, *code = made.code.tolist()
-    assert (size, outputs, last) == (21, 1, 20)
+    *_, alignment, size, outputs, last = made.code.tolist()[:6]
+    assert (alignment, size, outputs, last) == (1, 21, 1, 20)
+    code = made.code.tolist()[6:]
     freed = []
     while code:  # a map is allocated, then written
         (fresh, _, _, dims), code = code[:4], code[4:]
