@@ -191,11 +191,11 @@ def _backward(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """What ``*_forward`` leaves for :func:`_differentiate`; of its results y alone is differentiable."""
     text, x, source, _, weights, statistics = inputs
-    spec = decode(text, tuple(x.shape[2:]), weights, statistics, counts=False)
-    ctx.text, ctx.weights, ctx.keeps_output = text, len(weights), spec.keeps_output
+    keeps_output = decode(text, tuple(x.shape[2:]), weights, None).keeps_output
+    ctx.text, ctx.weights, ctx.keeps_output = text, len(weights), keeps_output
     ctx.statistics = statistics  # not saved: they may move before backward, which reads none that do
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0] if spec.keeps_output else x, source, *weights, *output[2 + len(moving(text)) :])
+    ctx.save_for_backward(output[0] if keeps_output else x, source, *weights, *output[2 + len(moving(text)) :])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -222,7 +222,7 @@ def _replayed(ctx: Any, grad: Tensor, needs_x: bool) -> list[Tensor | None]:
     text, statistics, size = ctx.text, ctx.statistics, tuple(held.shape[2:])
 
     def described(weights: Sequence[Tensor]) -> Any:
-        return decode(text, size, weights, statistics, counts=False)
+        return decode(text, size, weights, statistics)
 
     def reference(x: Tensor, source: Tensor | None, *weights: Tensor) -> Tensor:
         spec = described(weights)
