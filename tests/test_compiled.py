@@ -264,6 +264,21 @@ def test_training_without_gradients_moves_statistics_alone():
     assert operators(counter) == {"residual_infer": 2}
 
 
+@pytest.mark.parametrize("recorded", [False, True], ids=["inference", "recorded"])
+def test_a_batch_may_be_empty_where_nothing_is_normalised_by_it(recorded):
+    model, twin = block()
+    program, counter = compiled(model.eval())
+    twin.eval()
+    for batch in (3, 0):
+        with torch.set_grad_enabled(recorded):
+            y, expected = program(maps(batch)), twin(maps(batch))
+        assert torch.equal(y, expected)
+        assert sum(operators(counter).values()) == (4 if recorded else 2)
+    if recorded:
+        y.sum().backward()
+        assert all(not p.grad.any() for p in model.parameters())
+
+
 def test_what_no_operator_takes_runs_its_original_modules():
     model, twin = block()
     program, counter = compiled(model.double().half())
