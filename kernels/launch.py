@@ -335,8 +335,12 @@ def is_direct() -> bool:
 
 @functools.cache
 def driver_launch() -> int:
-    """The address of ``cuLaunchKernel`` of the driver that Triton has loaded."""
-    return ctypes.cast(ctypes.CDLL("libcuda.so.1").cuLaunchKernel, ctypes.c_void_p).value or 0
+    """The address of ``cuLaunchKernel`` of the driver that Triton has loaded; 0 where it has another name, as on Windows."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    return ctypes.cast(library.cuLaunchKernel, ctypes.c_void_p).value or 0
 
 
 class _Started(threading.local):
@@ -349,7 +353,7 @@ _started = _Started()
 def stream_to_play_on(device: torch.device) -> int | None:
     """The current stream of ``device`` where recorded launches may go to it: it is the current device, nobody looks on, and this thread
     has launched there before by Triton's launcher, which makes a context current. Else None."""
-    if _state.recording is not None or not is_direct():
+    if _state.recording is not None or not is_direct() or not driver_launch():
         return None
     current = driver.active.get_current_device()
     if device.index is not None and device.index != current:

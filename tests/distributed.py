@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import pathlib
 import traceback
@@ -12,8 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from compiling import operators, parts
 from support import ran
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedres
@@ -134,10 +137,10 @@ def output_gradient(y: Tensor) -> Tensor:
     return torch.linspace(-1, 1, y[0].numel(), dtype=y.dtype).sin().view_as(y[0]).expand_as(y) * (1 + y.detach().tanh())
 
 
-def training_step(model: nn.Module, x: Tensor) -> Results:
-    """The output, the gradients and the buffers after a step."""
+def training_step(model: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Results:
+    """The output, the gradients and the buffers after a step; ``call``: how the model is called, where not by itself."""
     x = x.detach().clone().requires_grad_()
-    y = model(x)
+    y = (model if call is None else call)(x)
     y.backward(output_gradient(y) if len(y) else torch.zeros_like(y))
     found = {"output": y.detach(), "input gradient": x.grad}
     found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -194,6 +197,46 @@ def synchronised(rank: int, world: int, name: str) -> dict:
     outcomes = [ran(m) for m in blocks if m._fusedres.outcome is not None or kind_key(m) != "sequential"]
     found["inference"] = model.eval()(x).detach()
     return {"results": found, "calls": calls, "outcomes": outcomes, "fired": fired}
+
+
+def in_groups(world: int, change: str) -> list[dist.ProcessGroup | None]:
+    """The groups in which SyncBatchNorms share their statistics, one after another: that of all processes, or a named one, and then that
+    of this process alone."""
+    if change != "groups":
+        return [None]
+    together = dist.new_group(list(range(world)))
+    alone = [dist.new_group([rank]) for rank in range(world)]
+    return [together, alone[dist.get_rank()]]
+
+
+def compiled(rank: int, world: int, name: str) -> dict:
+    """A step of a converted model with SyncBatchNorm that is compiled, beside the same in eager, for every one of its groups, and an
+    inference of both. A case is as in :func:`parse`; what else happens may also be inductor or groups."""
+    build, sizes, change = parse(name)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(seeded(build, momentum_of(change)))
+    model = fusedres.convert(model, recompute=change == "recompute")
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor" if change == "inductor" else "aot_eager")
+    program = torch.compile(model, backend=counter, fullgraph=True)
+    x = batch(sizes).split(sizes)[rank]
+    calls, differs = [], []
+    for group in in_groups(world, change):
+        for module in (*model.modules(), *twin.modules()):
+            if isinstance(module, nn.SyncBatchNorm):
+                module.process_group = group
+        steps = []
+        for m, call in ((model, program), (twin, twin)):
+            m.zero_grad()
+            with counted() as own:
+                steps.append(training_step(m, x, call))
+            calls.append(own)
+        differs += [n for n, value in steps[1].items() if not torch.equal(steps[0][n], value)]
+    found = {"differs": differs, "calls": calls, "operators": operators(counter), "graphs": counter.frame_count}
+    found["parts"] = parts(twin)
+    with torch.no_grad():
+        inferred, expected = program.eval()(x), twin.eval()(x)
+    return found | {"infers": torch.equal(inferred, expected)}
 
 
 # ---- DistributedDataParallel, FSDP2 ----------------------------------------------------------------------------------

@@ -1,211 +1,29 @@
 """Fused blocks under torch.compile: every part is one operator of the graph, which computes what a call in eager computes, to the bit, and
-whatever a block depends on is noticed after compilation."""
+whatever a block depends on is noticed after compilation. Whole networks: ``test_compiled_networks.py``; what stands around a compiled
+model: ``test_compiled_around.py``."""
 
 from __future__ import annotations
 
-import collections
 import copy
 import functools
 import pickle
-import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from converted import Split
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fusedres
-from fusedres.swap import FusedBlock, state_of
-from fusedres.testing import assert_fused, randomize, run_training
+from fusedres.swap import state_of
+from fusedres.testing import assert_fused, randomize
 
 pytest.importorskip("torchvision")
-from torchvision.models import DenseNet, densenet121, regnet_y_400mf, resnet18, resnet50  # noqa: E402
-from torchvision.models.regnet import BlockParams, RegNet  # noqa: E402
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
+from compiling import NEEDS_CPP, assert_close, assert_equal, block, compiled, maps, operators, projected, step, twins  # noqa: E402
+from torchvision.models.resnet import BasicBlock  # noqa: E402
 
-COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
-CPP = fusedres.backends()["cpp"] == "available"
-pytestmark = pytest.mark.skipif(not CPP, reason="no backend would serve these blocks by itself")
-
-
-def timm_model(name: str, **arguments):
-    return pytest.importorskip("timm").create_model(name, num_classes=5, **arguments)
-
-
-def preactivation(**arguments) -> nn.Module:
-    """A ResNetV2 with BatchNorm."""
-    layers = pytest.importorskip("timm.layers")
-    return timm_model("resnetv2_50d", norm_layer=layers.BatchNormAct2d, conv_layer=layers.create_conv2d, **arguments)
-
-
-def of_two_stages(model: nn.Module) -> nn.Module:
-    """A ResNet without its last two stages."""
-    model.layer3 = model.layer4 = nn.Identity()
-    model.fc = nn.Linear(
-        next(m for m in reversed(list(model.layer2.modules())) if isinstance(m, nn.BatchNorm2d)).num_features, 5
-    )
-    return model
-
-
-SMALL = {
-    "basic": lambda: of_two_stages(ResNet(BasicBlock, [1, 1, 1, 1])),
-    "bottleneck": lambda: of_two_stages(ResNet(Bottleneck, [1, 1, 1, 1])),
-    "densenet": lambda: DenseNet(8, (2, 1), 8, bn_size=2, num_classes=5),
-    "preactivation": lambda: preactivation(layers=(1, 1), channels=(32, 64)),
-    "deep-stem": lambda: of_two_stages(timm_model("resnet50d", layers=[1, 1, 1, 1])),
-    "squeeze": lambda: RegNet(BlockParams.from_init_params(2, 16, 8.0, 2.0, 8, se_ratio=0.25), num_classes=5),
-}
-FULL = {
-    "resnet18": lambda: resnet18(num_classes=5),
-    "resnet50": lambda: resnet50(num_classes=5),
-    "densenet121": lambda: densenet121(num_classes=5),
-    "preactivation": preactivation,
-    "regnet": lambda: regnet_y_400mf(num_classes=5),
-    "resnet50d": lambda: timm_model("resnet50d"),
-}
-#: whose unfused modules stand between operators: a compiler adds their gradients in an order of its own
-SUMS_DIFFER = {"squeeze", "regnet"}
-
-
-def twins(build: Callable[[], nn.Module], training: bool = True, **arguments) -> tuple[nn.Module, nn.Module]:
-    """A converted model, twice."""
-    torch.manual_seed(0)
-    model = build()
-    randomize(model)
-    model = fusedres.convert(model.train(training), **arguments)
-    return model, copy.deepcopy(model)
-
-
-def images(batch: int = 4, size: int = 64) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
-
-
-def step(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
-    """The results of a call, by the names of the model's own parameters."""
-    for p in model.parameters():
-        p.grad = None
-    if training:
-        found = run_training(model, x)
-        return {name.replace("_orig_mod.", ""): value.detach().clone() for name, value in found.items()}
-    with torch.no_grad():
-        return {"output": model(x)}
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], but: str = "nothing") -> None:
-    assert found.keys() == expected.keys()
-    wrong = [name for name in found if not torch.equal(found[name], expected[name]) and but not in name]
-    assert not wrong, {name: (found[name] - expected[name]).abs().max().item() for name in wrong}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], relative: float) -> None:
-    """Assert that sums in another order are all that differs: of gradients that nearly cancel, against the largest of them all."""
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        scale = max(e.abs().max().item() for n, e in expected.items() if n.split()[0] == name.split()[0])
-        assert (value - expected[name]).abs().max() <= relative * scale, name
-
-
-def operators(counter: CompileCounterWithBackend) -> dict[str, int]:
-    """The fused operators in the last graph, by kind: those of forward, whose derivatives make those of backward."""
-    names = (str(node.target) for node in counter.graphs[-1].graph.nodes if node.op == "call_function")
-    return dict(collections.Counter(name.split(".")[1] for name in names if name.startswith("fusedres.")))
-
-
-def calls(run: Callable[[], object]) -> dict[str, int]:
-    """The fused operators that ``run`` calls, by kind."""
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-        run()
-    names = (event.name for event in profiler.events())
-    return dict(collections.Counter(name.rsplit("_")[-1] for name in names if name.startswith("fusedres::")))
-
-
-def parts(model: nn.Module) -> int:
-    """How many parts the last call in eager ran fused."""
-    states = [state_of(m) for m in model.modules() if isinstance(m, FusedBlock)]
-    return sum(record is not None for state in states if state is not None for record in state.records)
-
-
-def compiled(model: nn.Module, backend: str = "aot_eager", **options) -> tuple[nn.Module, CompileCounterWithBackend]:
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(model, fullgraph=True, backend=counter, **options), counter
-
-
-def assert_runs_as_eager(
-    name: str, build: Callable[[], nn.Module], training: bool, backend: str, batches=(4, 1, 2, 64)
-) -> None:
-    model, twin = twins(build, training)
-    program, counter = compiled(model, backend)
-    for batch in batches:
-        found, expected = step(program, images(batch), training), step(twin, images(batch), training)
-        but = "gradient" if name in SUMS_DIFFER else "nothing"
-        assert_equal(found, expected, but)
-        if but != "nothing":
-            assert_close(found, expected, 1e-5)
-    assert counter.frame_count <= 3 if 1 in batches else counter.frame_count <= 2, "compiled anew for a batch"
-    fused = ("forward", "backward") if training else ("infer",)
-    assert sum(operators(counter).values()) == parts(twin)
-    assert calls(lambda: step(program, images(batches[-1]), training)) == dict.fromkeys(fused, parts(twin))
-
-
-MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-
-
-@MODES
-@pytest.mark.parametrize("name", SMALL)
-def test_a_network_is_one_graph_of_operators_that_equals_eager_to_the_bit(name, training):
-    assert_runs_as_eager(name, SMALL[name], training, "aot_eager", (4,))
-
-
-@pytest.mark.parametrize(
-    ("name", "training"),
-    [
-        pytest.param(name, training, id=f"{name}-{mode}", marks=[] if (name, mode) in quick else [pytest.mark.slow])
-        for quick in [{("densenet", "training"), ("squeeze", "inference")}]
-        for name in SMALL
-        for training, mode in ((True, "training"), (False, "inference"))
-    ],
-)
-def test_a_network_is_compiled_once_more_for_every_other_batch(name, training):
-    assert_runs_as_eager(name, SMALL[name], training, "aot_eager", (4, 2))
-
-
-@pytest.mark.slow
-@MODES
-@pytest.mark.parametrize("name", FULL)
-def test_published_networks_are_one_graph_for_every_batch(name, training):
-    assert_runs_as_eager(name, FULL[name], training, "aot_eager")
-
-
-@pytest.mark.slow
-@COMPILER
-@MODES
-@pytest.mark.parametrize("name", ["basic", "bottleneck", "densenet", "preactivation"])
-def test_inductor_equals_eager_to_the_bit(name, training):
-    assert_runs_as_eager(name, SMALL[name], training, "inductor", (4, 2))
-
-
-# ---- what differs from call to call ------------------------------------------------------------------------------------
-
-
-def projected() -> nn.Module:
-    return Bottleneck(16, 8, 2, nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32)))
-
-
-def block(recompute: bool = False) -> tuple[nn.Module, nn.Module]:
-    return twins(lambda: nn.Sequential(projected(), Bottleneck(32, 8)), recompute=recompute)
-
-
-def maps(batch: int = 3) -> Tensor:
-    return torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(batch))
+pytestmark = NEEDS_CPP
 
 
 class LeftSum(nn.Module):
@@ -446,29 +264,19 @@ def test_training_without_gradients_moves_statistics_alone():
     assert operators(counter) == {"residual_infer": 2}
 
 
-@pytest.mark.parametrize(
-    ("name", "training"),
-    [
-        pytest.param("basic", True, id="basic-training"),
-        pytest.param("densenet", False, id="densenet-inference"),
-        pytest.param("basic", False, id="basic-inference", marks=pytest.mark.slow),
-        pytest.param("densenet", True, id="densenet-training", marks=pytest.mark.slow),
-    ],
-)
-def test_autocast_equals_eager_to_the_bit(name, training):
-    model, twin = twins(SMALL[name], training)
-    program, counter = compiled(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_equal(step(program, images(), training), step(twin, images(), training))
-    assert sum(operators(counter).values()) == parts(twin)
-
-
-def test_sizes_may_be_symbols():
-    model, twin = twins(SMALL["densenet"], False)
-    program, counter = compiled(model, dynamic=True)
-    for batch, size in ((2, 40), (3, 72), (40, 56)):
-        assert_equal(step(program, images(batch, size), False), step(twin, images(batch, size), False))
-    assert counter.frame_count <= 2, "compiled anew for more than one size"
+@pytest.mark.parametrize("recorded", [False, True], ids=["inference", "recorded"])
+def test_a_batch_may_be_empty_where_nothing_is_normalised_by_it(recorded):
+    model, twin = block()
+    program, counter = compiled(model.eval())
+    twin.eval()
+    for batch in (3, 0):
+        with torch.set_grad_enabled(recorded):
+            y, expected = program(maps(batch)), twin(maps(batch))
+        assert torch.equal(y, expected)
+        assert sum(operators(counter).values()) == 2
+    if recorded:
+        y.sum().backward()
+        assert all(not p.grad.any() for p in model.parameters())
 
 
 def test_what_no_operator_takes_runs_its_original_modules():
@@ -508,63 +316,6 @@ def test_blocks_that_are_fused_from_the_start_run_compiled(name):
     program, counter = compiled(model)
     assert_equal(step(program, maps(), True), step(twin, maps(), True))
     assert sum(operators(counter).values()) == 1
-
-
-# ---- around a compiled model -------------------------------------------------------------------------------------------
-
-
-def test_functional_call_takes_the_weights_that_it_is_given():
-    model, twin = block()
-    weights = {name: (p.detach() * 1.5).requires_grad_() for name, p in model.named_parameters()}
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    program = torch.compile(lambda w, x: functional_call(model, w, (x,)), fullgraph=True, backend=counter)
-    found = torch.autograd.grad(program(weights, maps()).square().sum(), list(weights.values()))
-    with torch.no_grad():
-        for name, p in twin.named_parameters():
-            p.copy_(weights[name])
-    expected = torch.autograd.grad(twin(maps()).square().sum(), list(twin.parameters()))
-    assert all(map(torch.equal, found, expected))
-    assert operators(counter) == {"residual_forward": 2}
-
-
-@pytest.mark.parametrize("selective", [False, True], ids=["whole", "selective"])
-def test_activation_checkpointing_equals_eager(selective):
-    model, twin = block()
-    context, backend = {}, "aot_eager"
-    if selective:
-        backend = "aot_eager_decomp_partition"
-        saved = [torch.ops.fusedres.residual_forward.default]
-        context = {"context_fn": functools.partial(create_selective_checkpoint_contexts, saved)}
-
-    def checkpointed(x: Tensor) -> Tensor:
-        return checkpoint(model, x, use_reentrant=False, **context)
-
-    torch._dynamo.reset()
-    program = torch.compile(checkpointed, fullgraph=True, backend=backend)
-    for m, call in ((model, program), (twin, twin)):
-        m.zero_grad()
-        call(maps().requires_grad_()).square().sum().backward()
-    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(mine.grad, other.grad)
-
-
-def test_data_parallel_training_equals_eager():
-    model, twin = block()
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
-        program = torch.compile(DistributedDataParallel(model), backend=counter)
-        for _ in range(2):
-            for m in (program, twin):
-                m.zero_grad()
-                m(maps()).square().sum().backward()
-            for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
-                assert torch.equal(mine.grad, other.grad)
-    finally:
-        dist.destroy_process_group()
-    assert operators(counter)
 
 
 def by_hand(model: nn.Module) -> nn.Module:

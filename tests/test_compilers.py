@@ -1,5 +1,5 @@
 """Converted models under compilers, exporters and transforms: what they make of them is right, whether they see operators of fused blocks
-or, as torch.jit and torch.func do, the original modules. How blocks run compiled: ``test_compiled.py``."""
+or, as torch.jit and torch.func do, the original modules. How blocks run compiled: ``test_compiled*.py``."""
 
 from __future__ import annotations
 

@@ -23,6 +23,10 @@ TWO = [f"{block}/uneven" for block in distributed.SYNCHRONISED] + [
     "bottleneck/uneven/cumulative",
 ]  # fmt: skip
 FOUR = [f"{block}/four" for block in distributed.SYNCHRONISED] + ["basic/four/hook-in-one", "dense/four/recompute"]
+COMPILED = ["bottleneck/uneven", "dense/empty", "split/even", "bottleneck/uneven/groups"]
+SLOW_COMPILED = [f"{block}/uneven" for block in distributed.SYNCHRONISED if f"{block}/uneven" not in COMPILED] + [
+    "bottleneck/uneven/cumulative", "dense/uneven/recompute", "basic/uneven/inductor", "dense/uneven/inductor",
+]  # fmt: skip
 # torch's DistributedDataParallel refuses a SyncBatchNorm on CPU
 WRAPPED = [f"{way}/eval" for way in distributed.WRAPPED] + [
     f"{way}/sync" for way in distributed.WRAPPED if not way.startswith("ddp")
@@ -121,6 +125,38 @@ def test_sync_batch_norm_is_one_batch_norm_over_two_processes(two, name):
 @pytest.mark.parametrize("name", FOUR)
 def test_sync_batch_norm_is_one_batch_norm_over_four_processes(four, name):
     assert_one_batch_norm(four, name)
+
+
+@pytest.fixture(scope="module")
+def compiled_two(tmp_path_factory):
+    return Processes(2, distributed.compiled, COMPILED, tmp_path_factory.mktemp("compiled-two"))
+
+
+@pytest.fixture(scope="module")
+def slow_compiled_two(tmp_path_factory):
+    return Processes(2, distributed.compiled, SLOW_COMPILED, tmp_path_factory.mktemp("slow-compiled-two"))
+
+
+def assert_compiles_as_eager(processes: Processes, name: str) -> None:
+    for of_rank in processes[name]:
+        ours, theirs, *alone = of_rank["calls"]
+        assert of_rank["differs"] == [] and of_rank["infers"]
+        assert ours == theirs and {"gather", "reduce"} == set(ours), "what processes exchange"
+        assert not any(alone)
+        assert of_rank["graphs"] == (2 if name.endswith("groups") else 1)
+        assert all(kind.endswith("_forward") for kind in of_rank["operators"])
+        assert sum(of_rank["operators"].values()) == of_rank["parts"] > 0
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_sync_batch_norm_is_inside_of_operators_that_equal_eager_to_the_bit(compiled_two, name):
+    assert_compiles_as_eager(compiled_two, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_COMPILED)
+def test_every_block_with_sync_batch_norm_is_operators_that_equal_eager_to_the_bit(slow_compiled_two, name):
+    assert_compiles_as_eager(slow_compiled_two, name)
 
 
 @pytest.fixture(scope="module")

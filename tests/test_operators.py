@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -155,6 +157,19 @@ def test_flop_counters_see_the_convolutions(name):
         need = [True, False, *(True for _ in weights)]
         family.backward(encoded.text, torch.randn_like(found[0]), held, None, weights, kept, need)
     assert ours.get_total_flops() == plain.get_total_flops() > 0
+
+
+def test_a_norm_over_several_processes_has_no_second_derivative():
+    spec = SPECS["transition"](True)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        spec = replace(spec, norm=replace(spec.norm, group=dist.group.WORLD))
+        encoded, x = encode(spec, {}), torch.randn(2, 8, 6, 6, requires_grad=True)
+        y = OPERATORS["transition"].forward(encoded.text, x, None, None, encoded.weights, encoded.statistics)[0]
+        with pytest.raises(RuntimeError, match="no double backward"):
+            torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_operator_checks_what_it_is_given():

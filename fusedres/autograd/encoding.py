@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from ..errors import Unsupported
 from ..specs import BlockSpec, Conv, Geometry, Norm, Pool, Shape, Unit
 from .dense import Dense, Layer
+from .exchange import group_of, name_of
 from .residual import Residual, Shortcut, Subsample
 from .transition import Transition
 
@@ -24,6 +24,8 @@ _PARTS: dict[str, Callable[..., Any]] = {
 _PARTS["tuple"] = lambda *items: items
 #: what stands in front of the place of a tensor
 _WEIGHT, _STATISTIC, _COUNTER = "weight", "statistic", "counter"
+#: what stands in front of the name of a group of processes
+_PROCESSES = "processes"
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,7 @@ class Encoded:
 
 def encode(spec: BlockSpec, counters: dict[int, Tensor]) -> Encoded:
     """``spec`` as text. ``counters``: of cumulative averages, by the ``id`` of the running mean, the number of batches, which makes the
-    momentum of a step. Raises Unsupported for what processes exchange."""
-    if spec.exchanges:
-        raise Unsupported("processes share its statistics, which compilers do not trace")
+    momentum of a step."""
     weights = list({id(t): t for t in spec.tensors if t is not None}.values())
     at = {id(t): i for i, t in enumerate(weights)}
     statistics: dict[int, tuple[int, Tensor]] = {}
@@ -59,7 +59,8 @@ def encode(spec: BlockSpec, counters: dict[int, Tensor]) -> Encoded:
             counter = counters.get(id(mean))
             momentum = value.momentum if counter is None else [_COUNTER, place(counter)]
             affine = [written(value.weight), written(value.bias)]
-            return ["Norm", *affine, *places, value.training, momentum, value.eps, value.act, None, value.promotes]
+            group = None if value.group is None else [_PROCESSES, name_of(value.group)]
+            return ["Norm", *affine, *places, value.training, momentum, value.eps, value.act, group, value.promotes]
         if isinstance(value, Tensor):
             return [_WEIGHT, at[id(value)]]
         if is_dataclass(value):
@@ -80,7 +81,7 @@ class _Tensors(NamedTuple):
     size: Shape
     weights: Sequence[Tensor]
     statistics: Sequence[Tensor] | None
-    counts: bool
+    valueless: bool
 
 
 #: makes a part of a description of its tensors
@@ -99,9 +100,14 @@ def _momentum(place: int) -> _Maker:
     """That of a cumulative average: torch reads the counter on the host, too."""
 
     def make(given: _Tensors) -> float:
-        return 1.0 / (float(given.statistics[place]) + 1.0) if given.counts and given.statistics is not None else 0.0
+        return 0.0 if given.valueless or given.statistics is None else 1.0 / (float(given.statistics[place]) + 1.0)
 
     return make
+
+
+def _processes(name: str) -> _Maker:
+    """What is traced in one process must not wait for others."""
+    return lambda given: None if given.valueless else group_of(name)
 
 
 def _window(kind: str) -> _Maker:
@@ -130,6 +136,8 @@ def _maker(value: Any) -> tuple[_Maker | None, Any]:
         return _statistic(rest[0]), None
     if name == _COUNTER:
         return _momentum(rest[0]), None
+    if name == _PROCESSES:
+        return _processes(rest[0]), None
     if name == "Pool" and rest[1] == ["tuple"]:
         return _window(rest[0]), None
     return _part(_PARTS[name], list(map(_maker, rest)))
@@ -150,8 +158,9 @@ def moving(text: str) -> tuple[int, ...]:
 
 
 def decode(
-    text: str, size: Shape, weights: Sequence[Tensor], statistics: Sequence[Tensor] | None, counts: bool = True
+    text: str, size: Shape, weights: Sequence[Tensor], statistics: Sequence[Tensor] | None, valueless: bool = False
 ) -> Any:
     """The description of ``text`` with those tensors, for a map of spatial ``size``, which is the window of a mean over the whole map.
-    ``statistics``: None for a backward, which reads none. ``counts``: whether counters may be read on the host, for cumulative averages."""
-    return _read(text)[0](_Tensors(size, weights, statistics, counts))
+    ``statistics``: None for a backward, which reads none. ``valueless``: the tensors are a tracer's, without values: counters are not read
+    on the host, for cumulative averages, and nothing is exchanged with other processes."""
+    return _read(text)[0](_Tensors(size, weights, statistics, valueless))

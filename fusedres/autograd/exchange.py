@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from typing import cast
+from weakref import WeakValueDictionary
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+#: the groups that :func:`name_of` has been asked of, by their names
+_named: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
+
+
+def name_of(group: dist.ProcessGroup) -> str:
+    """The name under which :func:`group_of` finds ``group``: that of all processes is nameless, since it may be left and joined again."""
+    if group is dist.group.WORLD:
+        return ""
+    _named[group.group_name] = group
+    return group.group_name
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The group of that name. Raises RuntimeError where it is no more."""
+    group = cast("dist.ProcessGroup | None", dist.group.WORLD) if name == "" else _named.get(name)
+    if group is None:
+        raise RuntimeError(
+            "fusedres: the processes with which a SyncBatchNorm shared its statistics are no group any more"
+        )
+    return group
 
 
 def gather_stats(stats: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

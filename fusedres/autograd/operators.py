@@ -31,7 +31,7 @@ from ..backends.contract import Backend
 from ..backends.conv3d import for_maps
 from ..backends.eager import BACKEND as EAGER
 from ..backends.layout import as_map, format_of, has_symbols
-from ..specs import BlockSpec
+from ..specs import BlockSpec, Norm, instances
 from .dense import Dense
 from .encoding import decode, moving
 from .residual import Residual
@@ -59,7 +59,8 @@ class Operators(NamedTuple):
 
 
 def _backend(x: Tensor) -> Backend:
-    return select.resolve(x.device, x.dtype) or EAGER
+    """As a call in eager chooses, which a batch without samples reaches where processes share statistics."""
+    return (select.resolve(x.device, x.dtype) if x.numel() else None) or EAGER
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -110,6 +111,14 @@ def _remember(key: tuple[Any, ...], memo: dict[Any, Any]) -> None:
     _memos[key] = memo
 
 
+def _check(spec: BlockSpec, *maps: Tensor) -> None:
+    """Check ``spec`` against its maps as a call in eager does. Without samples there is nothing to compute, unless these are what a
+    BatchNorm in training has to normalise by. Raises Unsupported and ValueError."""
+    if maps[0].numel() == 0 and not any(norm.training for norm in instances(spec, Norm)):
+        maps = tuple(x.new_empty((1, *x.shape[1:])) for x in maps)
+    spec.check(*maps)
+
+
 def _forward(
     backend: Backend,
     text: str,
@@ -132,9 +141,9 @@ def _forward(
         known = _memos.get(key)
 
         def schedule() -> list[Tensor | None]:
-            spec = decode(text, tuple(given.shape[2:]), weights, own, counts=not valueless)
+            spec = decode(text, tuple(given.shape[2:]), weights, own, valueless)
             if key is not None and known is None:
-                spec.check(*((given,) if beside is None else (given, beside)))
+                _check(spec, *((given,) if beside is None else (given, beside)))
             if recorded:
                 y, measured, kept = spec.record(backend, given, beside, stats)
                 return [y, measured, *kept]
@@ -166,7 +175,7 @@ def _backward(
         backend = for_maps(backend, x.dim())
 
         def schedule() -> list[Tensor | None]:
-            spec = decode(text, tuple(held.shape[2:]), weights, None)
+            spec = decode(text, tuple(held.shape[2:]), weights, None, valueless)
             at = {id(t): i for i, t in enumerate(weights, 2)}
             wanted = [*need[:2], *(t is not None and need[at[id(t)]] for t in spec.tensors)]
             found = spec.gradients(backend, g, x, beside, there, spec.tensors, wanted)
@@ -191,11 +200,11 @@ def _backward(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """What ``*_forward`` leaves for :func:`_differentiate`; of its results y alone is differentiable."""
     text, x, source, _, weights, statistics = inputs
-    keeps_output = decode(text, tuple(x.shape[2:]), weights, None).keeps_output
-    ctx.text, ctx.weights, ctx.keeps_output = text, len(weights), keeps_output
+    spec = decode(text, tuple(x.shape[2:]), weights, statistics, valueless=True)
+    ctx.text, ctx.weights, ctx.keeps_output = text, len(weights), spec.keeps_output
     ctx.statistics = statistics  # not saved: they may move before backward, which reads none that do
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0] if keeps_output else x, source, *weights, *output[2 + len(moving(text)) :])
+    ctx.save_for_backward(output[0] if spec.keeps_output else x, source, *weights, *output[2 + len(moving(text)) :])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -222,6 +231,7 @@ def _replayed(ctx: Any, grad: Tensor, needs_x: bool) -> list[Tensor | None]:
     text, statistics, size = ctx.text, ctx.statistics, tuple(held.shape[2:])
 
     def described(weights: Sequence[Tensor]) -> Any:
+        # with the processes of a SyncBatchNorm, which has no second derivative and says so
         return decode(text, size, weights, statistics)
 
     def reference(x: Tensor, source: Tensor | None, *weights: Tensor) -> Tensor:

@@ -127,8 +127,6 @@ class Kind(ABC):
                 raise Unsupported("torch.func transforms the original modules")
             if has_global_hooks():
                 raise Unsupported("a global module hook is registered")
-            if any(isinstance(m, nn.SyncBatchNorm) and m.training for m in self.inside(block, state)):
-                raise Unsupported("processes may share its statistics")
             found = self.recall(block, state)
             planner = Planner(block, state.recompute, self.casts)
             output = self.tell(block, state, found, planner)

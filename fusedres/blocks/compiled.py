@@ -62,6 +62,8 @@ def _watch(block: Any, plan: Plan) -> None:
             same = same and getattr(module, name) == value
         for name in fact.functions:
             same = same and callable(getattr(module, name))
+        for name, group in fact.groups:
+            same = same and getattr(module, name).group_name == group
         for name, missing in fact.parameters:
             same = same and (module._parameters[name] is None) == missing
         for name, missing in fact.buffers:

@@ -13,6 +13,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -52,13 +53,15 @@ FUNCTIONS = _Functions()
 
 class Fact(NamedTuple):
     """What a plan depends on of the module at ``path``: how many hooks there are of each kind, the names of its children, its plain
-    attributes, those that are functions and the methods by which it computes, and which of its parameters and buffers are missing."""
+    attributes, those that are functions and the methods by which it computes, those that are groups of processes, by their names, and which
+    of its parameters and buffers are missing."""
 
     path: Path
     hooks: tuple[int, ...]
     children: tuple[str, ...]
     attributes: tuple[tuple[str, Any], ...]
     functions: tuple[str, ...]
+    groups: tuple[tuple[str, str], ...]
     parameters: tuple[tuple[str, bool], ...]
     buffers: tuple[tuple[str, bool], ...]
 
@@ -75,10 +78,11 @@ class Fused(NamedTuple):
     """A part that runs as one operator of ``family``, and the slots that it reads (``source``: -1 for none) and writes.
 
     ``casts``: of the weights, those that autocast casts; ``casts_input``: whether it casts the input. ``infers``: whether it runs in its
-    form for inference even where gradients are enabled. ``counters``: of the BatchNorms that use a batch, with how often. ``lies``: how its
-    output would lie in memory (:func:`_lies_as`) where what its shortcut reads would not be channels_last, where its input would not, and
-    where both would not. ``instead``: its original steps, over slots of their own, of which the first two are its maps; without any that is
-    the forward of the block.
+    form for inference even where gradients are enabled. ``counters``: of the BatchNorms that use a batch, with how often. ``exchanges``:
+    whether processes share its statistics: it runs fused then, wherever it is. ``lies``: how its output would lie in memory
+    (:func:`_lies_as`) where what its shortcut reads would not be channels_last, where its input would not, and where both would not.
+    ``instead``: its original steps, over slots of their own, of which the first two are its maps; without any that is the forward of the
+    block.
     """
 
     at: int
@@ -93,6 +97,7 @@ class Fused(NamedTuple):
     counters: tuple[tuple[Where, int], ...]
     keeps_output: bool
     measures: bool
+    exchanges: bool
     lies: tuple[str, ...]
     x: int
     source: int
@@ -204,6 +209,7 @@ class Planner:
             tuple((self.where(counter), times) for counter, times in counters.items()),
             spec.keeps_output,
             spec.measures,
+            spec.exchanges,
             tuple(_lies_as(behind(spec, *orders)) for orders in _ORDERS),
             x,
             -1 if source is None else source,
@@ -343,6 +349,11 @@ def _fact(path: Path, module: nn.Module, names: set[str]) -> Fact:
             *methods_of(module),
             *(name for name, value in own.items() if isinstance(value, FunctionType | BuiltinFunctionType)),
         ),
+        tuple(
+            (name, value.group_name)
+            for name, value in own.items()
+            if dist.is_available() and isinstance(value, dist.ProcessGroup)
+        ),
         tuple((name, tensor is None) for name, tensor in module._parameters.items()),
         tuple((name, tensor is None) for name, tensor in module._buffers.items()),
     )
@@ -396,14 +407,14 @@ def part_takes(block: nn.Module, plan: Plan, at: int, measures: Measures) -> boo
             dtype if casts and autocast is not None else w.dtype for w, casts in zip(weights, step.casts, strict=True)
         ]
         shown = [stand_in(tuple(w.shape), own) for w, own in zip(weights, dtypes, strict=True)]
-        spec = decode(step.text, size, shown, [stand_in(tuple(t.shape), t.dtype) for t in statistics], counts=False)
+        spec = decode(step.text, size, shown, [stand_in(tuple(t.shape), t.dtype) for t in statistics], True)
         x = stand_in((2, channels, *size), dtype)
         # how much larger a map beside it is depends on strides, which are not among what is known
         larger = [stand_in((2, beside, *(n * s for n in size)), dtype) for s in _STRIDES] if beside is not None else []
         if not any(_passes(spec, x, *maps) for maps in ([(source,) for source in larger] or [()])):
             return False
         try:
-            return select.resolve(device, dtype) is not None
+            return step.exchanges or select.resolve(device, dtype) is not None
         except BackendError:
             return True  # says so when it runs
 
