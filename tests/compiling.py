@@ -60,7 +60,12 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], relative
 
 def operators(counter: CompileCounterWithBackend) -> dict[str, int]:
     """The fused operators in the last graph, by kind."""
-    modules = [m for m in counter.graphs[-1].modules() if isinstance(m, torch.fx.GraphModule)]
+    return operators_in(counter.graphs[-1])
+
+
+def operators_in(graph: torch.fx.GraphModule) -> dict[str, int]:
+    """The fused operators in ``graph``, by kind."""
+    modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
     names = (str(node.target) for m in modules for node in m.graph.nodes if node.op == "call_function")
     return dict(collections.Counter(name.split(".")[1] for name in names if name.startswith("fusedres.")))
 
