@@ -123,6 +123,21 @@ def test_a_stance_runs_the_same_module_in_eager():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("in_a_group", [False, True], ids=["no group", "a group of one"])
+def test_sync_batch_norm_of_one_process_is_a_batch_norm(in_a_group):
+    model, twin = (nn.SyncBatchNorm.convert_sync_batchnorm(m) for m in block())
+    if in_a_group:
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        program, counter = compiled(model)
+        assert_equal(step_of(model, program), step_of(twin, twin))
+    finally:
+        if in_a_group:
+            dist.destroy_process_group()
+    assert_fused(twin, "cpp")
+    assert operators(counter) == {"residual_forward": 2, "residual_backward": 2}
+
+
 def test_data_parallel_training_equals_eager():
     model, twin = block()
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from beside import BESIDE, assert_same, kept
 from compiling import NEEDS_CPP, assert_equal, compiled, operators, parts, step, twins
-from followed import draw
-from general_blocks import SHAPES, C, Selects, Tree
+from followed import Block, draw
+from general_blocks import SHAPES, C, Optional, Selects, Tree
 from torch import Tensor, nn
 
 from fusedres.blocks import parts_of
@@ -74,3 +75,45 @@ def test_what_a_forward_does_beside_happens_in_its_place(name):
             assert_same(found[name], value, name)
     kinds = operators(counter)
     assert kinds.get("residual_forward", 0) + kinds.get("residual_infer", 0) == computing(twin) > 0
+
+
+def test_maps_may_come_by_name_and_constants_beside_them():
+    model, twin = twins(Optional)
+    x, shortcut = maps(), maps(3).flip(0)
+    calls = (
+        ((x,), {"shortcut": shortcut}),
+        ((x, None), {"children": [shortcut, x]}),
+        ((), {"shortcut": shortcut, "x": x}),
+        ((x, shortcut, None), {}),
+    )
+    for args, kwargs in calls:
+        program, counter = compiled(model)
+        assert torch.equal(program(*args, **kwargs), twin(*args, **kwargs))
+        assert operators(counter)["residual_forward"] == computing(twin)
+    for mine, other in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, other)
+
+
+class Remembers(Block):
+    """Adds to a map that it keeps, which it may be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", draw())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        self.memory.add_(1)
+        return F.relu(self.bn2(self.conv2(out)) + x)
+
+
+def test_what_overwrites_a_map_that_it_may_be_given_runs_its_original_modules():
+    model, twin = twins(Remembers)
+    model, twin = model.double(), twin.double()
+    program, counter = compiled(model)
+    for x in (draw(), None):
+        with torch.no_grad():
+            found, expected = (call(m.memory if x is None else x) for m, call in ((model, program), (twin, twin)))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        assert_same(model.memory, twin.memory, "memory")
+    assert operators(counter) == {}
