@@ -34,8 +34,8 @@ def graphed(model: nn.Module, *example: Tensor) -> Callable[..., Any]:
     under another autocast, and once anything in the model is not what it was: a parameter replaced, a module in another mode, a hook set.
 
     Raises TypeError for an example or an output that is no tensor; ValueError where the model or the example is not on one CUDA device,
-    a hook is set or a forward sets attributes, whose Python no graph holds. A backward raises RuntimeError where the function has been
-    called again since its forward.
+    a hook is set or a forward sets attributes, whose Python no graph holds, or a BatchNorm in training has ``momentum=None``. A backward
+    raises RuntimeError where the function has been called again since its forward.
     """
     _check(model, example)
     _check_devices(model, example)
@@ -52,6 +52,10 @@ def _check(model: nn.Module, example: tuple[Any, ...]) -> None:
         if any(hooks for hooks in _hooks(module)):
             raise ValueError(
                 f"{name or 'the model'} has a hook, which would run at the capture alone: remove it before"
+            )
+        if isinstance(module, _BatchNorm) and module.training and module.momentum is None:
+            raise ValueError(
+                f"{name or 'the model'} has momentum=None: it asks for the number of batches, which a graph cannot"
             )
 
 

@@ -61,7 +61,12 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], relative
 
 def operators(counter: CompileCounterWithBackend) -> dict[str, int]:
     """The fused operators in the last graph, by kind: those of forward, whose derivatives make those of backward."""
-    names = (str(node.target) for node in counter.graphs[-1].graph.nodes if node.op == "call_function")
+    return operators_in(counter.graphs[-1])
+
+
+def operators_in(graph: torch.fx.GraphModule) -> dict[str, int]:
+    """The fused operators in ``graph``, by kind."""
+    names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
     return dict(collections.Counter(name.split(".")[1] for name in names if name.startswith("fusedres.")))
 
 

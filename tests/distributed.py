@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import datetime
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from compiling import operators, parts
+from compiling import operators, operators_in, parts
 from support import ran
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -299,6 +300,39 @@ WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp-after": lambda model: shard(fusedres.convert(model), model.basic, model.dense),
     "fsdp-inner": lambda model: shard(fusedres.convert(model), model.basic.conv1, model.bottleneck.conv2),
 }
+
+
+def compiled_parts(model: nn.Module, counter: CompileCounterWithBackend) -> nn.Module:
+    """``model`` with its fused blocks compiled one by one."""
+    for part in (model.basic, model.bottleneck, model.dense):
+        part.compile(backend=counter)
+    return model
+
+
+WRAPPED_COMPILED: dict[str, Callable[[nn.Module, CompileCounterWithBackend], nn.Module]] = {
+    "ddp": lambda model, counter: torch.compile(DistributedDataParallel(fusedres.convert(model)), backend=counter),
+    "ddp-parts": lambda model, counter: DistributedDataParallel(compiled_parts(fusedres.convert(model), counter)),
+    "fsdp": lambda model, counter: torch.compile(
+        shard(fusedres.convert(model), model.basic, model.dense), backend=counter
+    ),
+    "fsdp-parts": lambda model, counter: shard(
+        compiled_parts(fusedres.convert(model), counter), model.basic, model.dense
+    ),
+}
+
+
+def wrapped_and_compiled(rank: int, world: int, name: str) -> dict:
+    """Some steps of a wrapped model that is compiled, or whose blocks are, on this process's part of the batch."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = WRAPPED_COMPILED[name](net("eval"), counter)
+    x, target = (t.chunk(world)[rank] for t in task(world))
+    found = losses(model, x, target)
+    dist.all_reduce(found)
+    kinds = collections.Counter()
+    for graph in counter.graphs:
+        kinds.update(operators_in(graph))
+    return {"losses": found / world, "operators": dict(kinds)}
 
 
 def wrapped(rank: int, world: int, name: str) -> dict:

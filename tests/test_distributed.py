@@ -186,6 +186,25 @@ def assert_trains_as_one_process(processes: Processes, name: str) -> None:
             assert ("FSDPConv2d" in outcome) if path in inner else outcome == FUSED, f"{path}: {outcome}"
 
 
+@pytest.fixture(scope="module")
+def compiled_wrapped_two(tmp_path_factory):
+    names = list(distributed.WRAPPED_COMPILED)
+    return Processes(2, distributed.wrapped_and_compiled, names, tmp_path_factory.mktemp("compiled-wrapped-two"))
+
+
+@pytest.mark.parametrize("name", distributed.WRAPPED_COMPILED)
+def test_compiled_models_and_blocks_under_ddp_and_fsdp_train_as_one_process(compiled_wrapped_two, name):
+    plain = fusedres.revert(distributed.net("eval"))
+    with fusedres.use_backend("eager"):
+        truth = distributed.losses(plain, *distributed.task(2))
+    rows = 2 if name.endswith("parts") else 3  # the stem is none of the parts
+    expected = {"residual_forward": rows, "residual_backward": rows, "dense_forward": 1, "dense_backward": 1}
+    for of_rank in compiled_wrapped_two[name]:
+        # four steps of momentum multiply the rounding of the sums over processes
+        torch.testing.assert_close(of_rank["losses"], truth, rtol=1e-9, atol=0)
+        assert of_rank["operators"] == expected
+
+
 @pytest.mark.parametrize("name", WRAPPED)
 def test_ddp_and_fsdp_of_converted_models_train_as_one_process(wrapped_two, name):
     assert_trains_as_one_process(wrapped_two, name)

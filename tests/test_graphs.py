@@ -233,5 +233,9 @@ def test_what_cannot_be_captured_is_said(check_devices):
     model.block.conv1.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"block\.conv1 has a hook"):
         fusedres.graphed(model, maps(0))
+    model = network()
+    model.block.bn2.momentum = None
+    with pytest.raises(ValueError, match=r"block\.bn2 has momentum=None"):
+        fusedres.graphed(model, maps(0))
     with pytest.raises(ValueError, match="on one CUDA device, found cpu"):
         check_devices(network(), (maps(0),))

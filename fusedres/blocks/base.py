@@ -20,7 +20,7 @@ from ..backends.contract import Backend
 from ..backends.eager import BACKEND as EAGER
 from ..backends.select import resolve
 from ..errors import Unsupported
-from ..recognition import BlockGraph, Flow, Part, global_hooks, has_global_hooks
+from ..recognition import MAP, BlockGraph, Flow, Form, Part, global_hooks, has_global_hooks, read_form
 from ..specs import BlockSpec
 from ..swap import FusedBlock, original_class, state_of
 from . import compiled
@@ -62,7 +62,8 @@ class Kind(ABC):
 
     @abstractmethod
     def tell(self, block: Any, state: BlockState, found: Any, planner: Planner) -> Any:
-        """Tell the ``planner`` the steps of :meth:`run`, of the map in slot 0; the output, as it writes values. Raises Unsupported."""
+        """Tell the ``planner`` the steps of :meth:`run`, of the map in slot 0, and of those behind it where its form has several; the
+        output, as it writes values. Raises Unsupported."""
 
     def inside(self, block: Any, state: BlockState) -> list[nn.Module]:
         """The modules, the block among them, on which :meth:`read` depends."""
@@ -119,16 +120,23 @@ class Kind(ABC):
         """The block's forward as compilers and exporters trace it."""
         return compiled.forward(block, original, args, kwargs)
 
-    def plan(self, block: Any, state: BlockState) -> Plan:
-        """The steps that :meth:`trace` goes through; without any the original forward runs."""
+    def check_form(self, block: Any, form: Form) -> None:
+        """Check that the block may be called in ``form``: with one map, by whatever name; raises Unsupported."""
+        if _only_argument(original_class(block), form.args, dict(form.kwargs)) != MAP:
+            raise Unsupported("its forward was not called with one map")
+
+    def plan(self, block: Any, state: BlockState, written: str) -> Plan:
+        """The steps that :meth:`trace` goes through in the form that is ``written``; without any the original forward runs."""
         state.plan = Plan()
         try:
             if functorch_active():
                 raise Unsupported("torch.func transforms the original modules")
             if has_global_hooks():
                 raise Unsupported("a global module hook is registered")
+            form = read_form(written)
+            self.check_form(block, form)
             found = self.recall(block, state)
-            planner = Planner(block, state.recompute, self.casts)
+            planner = Planner(block, state.recompute, self.casts, form)
             output = self.tell(block, state, found, planner)
             read = (name for graph in self.graphs(block, state) for name in graph.reads.names)
             planner.depends_on(self.inside(block, state), (*self.attributes, *read))

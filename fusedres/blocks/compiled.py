@@ -20,19 +20,27 @@ from ..swap import FusedBlock
 from .handover import enter, suggests_channels_last
 from .plan import FUNCTIONS, ORDINARY, Call, Fused, Plan, module_at, tensor_at
 
+#: how a forward of one map is called, and what no argument is written as
+_ONE_MAP, _UNWRITTEN = "((..., ), {})", "?"
+
 
 class _Map(NamedTuple):
     """A value on its way, as :class:`~.handover.Handover`: what a part has returned is in channels_last, whatever eager's is. ``kept``: by
-    the part, for its backward."""
+    the part, for its backward. ``recorded``: whether gradients were, when it was made; None where that is as it is for its block."""
 
     x: Any
     stats: Tensor | None = None
     owes_nchw: bool = False
     kept: bool = False
+    recorded: bool | None = None
 
 
 def _left(value: _Map) -> Any:
-    """A value for code that is not ours, which may overwrite it, in eager's memory format."""
+    """A value for code that is not ours, which may overwrite it, in eager's memory format; gradients flow through a copy as they do through
+    the value."""
+    if value.recorded is not None:
+        with torch.set_grad_enabled(value.recorded):
+            return _left(_Map(value.x, value.stats, value.owes_nchw, value.kept))
     if value.kept:
         return value.x.clone(memory_format=torch.contiguous_format if value.owes_nchw else torch.preserve_format)
     if not value.owes_nchw:
@@ -96,11 +104,20 @@ def _called(block: Any, step: Call, values: list[Any]) -> _Map:
             values[slot] = _Map(_left(values[slot]))
     args = [_filled(block, value, values, raw) for value in step.args]
     kwargs = {name: _filled(block, value, values, raw) for name, value in step.kwargs}
+    if step.keeps:
+        return _Map(_kept(module_at(block, step.path), step.function, args))
     y = (module_at(block, step.path) if step.function == "" else getattr(FUNCTIONS, step.function))(*args, **kwargs)
     owes = step.keeps_layout and not step.to_channels_last and _owes_behind(step, y, values)
     if owes and isinstance(y, Tensor) and y.dim() != 4:
         return _Map(y.contiguous())
     return _Map(y, None, owes)
+
+
+def _kept(module: Any, name: str, args: list[Any]) -> Any:
+    if len(args) == 0:
+        return getattr(module, name)
+    setattr(module, name, args[0])
+    return None
 
 
 def _owes_behind(step: Call, y: Any, values: list[Any]) -> bool:
@@ -197,32 +214,62 @@ def _step(block: Any, step: Any, values: list[Any], original: Callable[..., Any]
     return _ran(block, step, given, source)
 
 
-def _run(block: Any, plan: Plan, given: _Map, original: Callable[..., Any]) -> list[Any]:
-    values: list[Any] = [given] + [None] * (plan.size - 1)
+def _run(block: Any, plan: Plan, given: list[_Map], original: Callable[..., Any]) -> list[Any]:
+    values: list[Any] = [*given, *[None] * (plan.size - len(given))]
+    switches, recorded = any([step.grad is not None for step in plan.steps]), torch.is_grad_enabled()
+    if switches:
+        for i, value in enumerate(given):
+            values[i] = _Map(value.x, value.stats, value.owes_nchw, value.kept, recorded)
     for step in plan.steps:
-        values[step.result] = _step(block, step, values, original)
+        if not switches:
+            values[step.result] = _step(block, step, values, original)
+            continue
+        mode = recorded if step.grad is None else step.grad
+        with torch.set_grad_enabled(mode):
+            y = _step(block, step, values, original)
+        values[step.result] = _Map(y.x, y.stats, y.owes_nchw, y.kept, mode)
     return values
 
 
 def _handed(block: Any, given: _Map) -> _Map:
     """The output of a fused child, to which a map is handed over."""
     original = super(FusedBlock, block).forward  # type: ignore[misc]
-    plan = block._fusedres.planned()
+    plan = block._fusedres.planned(_ONE_MAP)
     if len(plan.steps) == 0:
         return _Map(original(_left(given)))
     _watch(block, plan)
-    values = _run(block, plan, given, original)
+    values = _run(block, plan, [given], original)
     kind, inner = plan.output
     return values[inner] if kind == "slot" else _Map(_filled(block, plan.output, values, False))
 
 
 def forward(block: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The forward of a fused module, for compilers and exporters to trace; by the ``original`` one where it is not called with one map, or
-    nothing of it would run fused."""
-    if len(args) != 1 or len(kwargs) != 0 or type(args[0]) not in ORDINARY:
+    """The forward of a fused module, for compilers and exporters to trace; by the ``original`` one where it is called with what is neither
+    a map nor a constant, or nothing of it would run fused."""
+    maps: list[_Map] = []
+    form = _written(args, kwargs, maps)
+    if _UNWRITTEN in form:
         return original(*args, **kwargs)
-    plan = block._fusedres.planned()
+    plan = block._fusedres.planned(form)
     if len(plan.steps) == 0:
-        return original(*args)
+        return original(*args, **kwargs)
     _watch(block, plan)
-    return _filled(block, plan.output, _run(block, plan, _Map(args[0]), original), False)
+    return _filled(block, plan.output, _run(block, plan, maps, original), False)
+
+
+def _written(args: Any, kwargs: dict[str, Any], maps: list[_Map]) -> str:
+    """How a forward is called, for :func:`~fusedres.recognition.read_form`; with what cannot be written where there is some. The maps that
+    it is given are added to ``maps``."""
+    places = _argument(args, maps)
+    named = [f"'{name}': {_argument(value, maps)}, " for name, value in kwargs.items()]
+    return f"({places}, {{{''.join(named)}}})"
+
+
+def _argument(value: Any, maps: list[_Map]) -> str:
+    if type(value) in ORDINARY:
+        maps.append(_Map(value))
+        return "..."
+    if type(value) in (tuple, list):
+        inner = "".join([_argument(item, maps) + ", " for item in value])
+        return f"({inner})" if type(value) is tuple else f"[{inner}]"
+    return str(value) if value is None or type(value) is bool else _UNWRITTEN

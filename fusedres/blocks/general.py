@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..recognition import (
-    ONE_MAP,
     Flow,
     Form,
     Fused,
@@ -162,17 +161,25 @@ class GeneralKind(Kind):
 
     # ---- for compilers -----------------------------------------------------------------------------------------------
 
+    def check_form(self, block: Any, form: Form) -> None:
+        if not form.count():
+            raise Unsupported("its forward was called without a map")
+
     def tell(self, block: Any, state: BlockState, found: Programs, planner: Planner) -> Any:
-        chosen = self._program(block, state, found, ONE_MAP)
-        if not chosen.only_computes:
-            raise Unsupported("a compiler follows by itself what its forward does beside computing")
-        at = {0: 0}
+        chosen = self._program(block, state, found, planner.form)
+        for getter in chosen.overwrites:
+            held = getter.held()
+            if isinstance(held, Tensor) and held.dim() > 1:
+                raise Unsupported(
+                    f"its forward overwrites {getter.name}, and a trace cannot tell whether it is given that"
+                )
+        at = {i: i for i in range(planner.size)}
         for action in chosen.actions:
             if isinstance(action, Fused):
                 source = None if action.source is None else at[action.source]
                 original = planner.original(action.piece, source is not None)
                 at[action.result] = planner.fused(
-                    action.piece.part, at[action.x], source, behind_sum(action.piece), original
+                    action.piece.part, at[action.x], source, behind_sum(action.piece), original, grad=action.grad
                 )
                 continue
             is_convolution = isinstance(action.call, nn.Conv2d)
@@ -185,6 +192,7 @@ class GeneralKind(Kind):
                 overwrites=action.overwrites,
                 to_channels_last=is_convolution and suggests_channels_last(action.call.weight),
                 reads=tuple(at[slot] for slot in action.reads),
+                grad=action.grad,
             )
         return _told(chosen.output, at, planner)
 

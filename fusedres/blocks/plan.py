@@ -24,7 +24,7 @@ from ..autograd.encoding import decode, encode
 from ..autograd.operators import FAMILIES
 from ..backends import select
 from ..errors import BackendError, Unsupported
-from ..recognition import FunctionStep, Op, Part, Piece, hooked, is_plain, method, methods_of
+from ..recognition import Form, FunctionStep, Getter, Op, Part, Piece, Setter, hooked, is_plain, method, methods_of
 from ..specs import BlockSpec, Conv, instances
 from ..swap import runs_fused, state_of
 from .handover import Order
@@ -82,7 +82,7 @@ class Fused(NamedTuple):
     whether processes share its statistics: it runs fused then, wherever it is. ``lies``: how its output would lie in memory
     (:func:`_lies_as`) where what its shortcut reads would not be channels_last, where its input would not, and where both would not.
     ``instead``: its original steps, over slots of their own, of which the first two are its maps; without any that is the forward of the
-    block.
+    block. ``grad``: whether gradients are recorded, None as the forward is called.
     """
 
     at: int
@@ -103,15 +103,17 @@ class Fused(NamedTuple):
     source: int
     result: int
     instead: tuple[Call, ...]
+    grad: bool | None = None
 
 
 class Call(NamedTuple):
     """A call that is traced as it stands, of the module at ``path`` where ``function`` is empty; ``args`` and ``kwargs`` as
-    :meth:`Planner.written` gives them.
+    :meth:`Planner.written` gives them. Where ``keeps``, ``function`` is the name of what that module keeps: it is read, or set to the one
+    argument that there is.
 
     ``direct``: of a fused module, to which its map is handed over. ``keeps_layout``, ``reads``, ``to_channels_last``: how its result lies
     in memory, as a general block's calls have it. ``measures``: it asks for a shape or a dtype alone. ``overwrites``: what it reads may
-    be overwritten by it, or through its result.
+    be overwritten by it, or through its result. ``grad``: as of :class:`Fused`.
     """
 
     path: Path
@@ -125,11 +127,13 @@ class Call(NamedTuple):
     overwrites: bool = False
     to_channels_last: bool = False
     reads: tuple[int, ...] = ()
+    keeps: bool = False
+    grad: bool | None = None
 
 
 class Plan(NamedTuple):
-    """The ``steps`` of a forward of one map, over ``size`` slots of which the first is that map; ``output`` is the result's. Without
-    steps the original forward runs."""
+    """The ``steps`` of a forward, over ``size`` slots of which the first are its maps; ``output`` is the result's. Without steps the
+    original forward runs."""
 
     facts: tuple[Fact, ...] = ()
     steps: tuple[Fused | Call, ...] = ()
@@ -139,11 +143,11 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """Makes the plan of a block. Kinds tell it their steps, in order; every method that adds one returns the slot of its result.
-    ``casts``: whether autocast casts the input of a part where nothing else is said."""
+    """Makes the plan of a block that is called in ``form``. Kinds tell it their steps, in order; every method that adds one returns the
+    slot of its result. ``casts``: whether autocast casts the input of a part where nothing else is said."""
 
-    def __init__(self, block: nn.Module, recompute: bool, casts: bool) -> None:
-        self.block, self.recompute, self.casts = block, recompute, casts
+    def __init__(self, block: nn.Module, recompute: bool, casts: bool, form: Form) -> None:
+        self.block, self.recompute, self.casts, self.form = block, recompute, casts, form
         self.paths: dict[int, list[Path]] = {}
         self.tensors: dict[int, Where] = {}
         self.cumulative: dict[int, Tensor] = {}
@@ -162,7 +166,7 @@ class Planner:
         self.names: set[str] = set()
         self.parts = 0
         self.steps: list[Fused | Call] = []
-        self.size = 1
+        self.size = form.count()
 
     def _slot(self) -> int:
         self.size += 1
@@ -184,15 +188,16 @@ class Planner:
         behind: Callable[[BlockSpec, Order, Order], Order],
         instead: tuple[Call, ...] = (),
         casts: bool | None = None,
+        grad: bool | None = None,
     ) -> int:
         """A part. ``instead``: what runs where it cannot run on its input; without it that is the block's forward. ``casts``: whether
-        autocast casts its input, where that is not what the block does. Raises Unsupported."""
+        autocast casts its input, where that is not what the block does. ``grad``: as of :class:`Fused`. Raises Unsupported."""
         spec, counters = part.describe(None)
         if self.recompute:
             spec = spec.recomputing
         encoded = encode(spec, self.cumulative)
         if not (encoded.weights or encoded.statistics):
-            raise Unsupported("a part without any tensor is ordinary code to a compiler")
+            return self._ordinary(instead, x, source, grad)
         of_convolutions = {id(t) for conv in instances(spec, Conv) for t in (conv.weight, conv.bias)}
         self.parts += 1
         step = Fused(
@@ -215,9 +220,21 @@ class Planner:
             -1 if source is None else source,
             self._slot(),
             instead,
+            grad,
         )
         self.steps.append(step)
         return step.result
+
+    def _ordinary(self, calls: Sequence[Call], x: int, source: int | None, grad: bool | None) -> int:
+        """A part without any tensor, by its original steps: ordinary code to a compiler. Raises Unsupported where there are none."""
+        if not calls:
+            raise Unsupported("a part without any tensor is ordinary code to a compiler")
+        at = {0: x, 1: x if source is None else source}
+        for call in calls:
+            args, kwargs = _renumbered(call.args, at), tuple((name, _renumbered(v, at)) for name, v in call.kwargs)
+            at[call.result] = self._slot()
+            self.steps.append(call._replace(args=args, kwargs=kwargs, result=at[call.result], grad=grad))
+        return at[calls[-1].result]
 
     def in_a_row(self, calls: Sequence[Callable[..., Any]], first: int = 0, result: int = 2) -> tuple[Call, ...]:
         """``calls`` one after the other, of slot ``first``, over slots from ``result``."""
@@ -273,11 +290,16 @@ class Planner:
         """A module of the block, to which the map is handed over where that can be."""
         return self.call(module, ("slot", x), direct=self.is_direct(module), reads=(x,))
 
+    def _path(self, module: nn.Module) -> Path:
+        if id(module) not in self.paths:
+            raise Unsupported(f"its {type(module).__name__} is not one of its modules")
+        return self.paths[id(module)][0]
+
     def _call(self, call: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], result: int) -> Call:
         if isinstance(call, nn.Module):
-            if id(call) not in self.paths:
-                raise Unsupported(f"its {type(call).__name__} is not one of its modules")
-            return Call(self.paths[id(call)][0], "", args, kwargs, result)
+            return Call(self._path(call), "", args, kwargs, result)
+        if isinstance(call, Getter | Setter):
+            return Call(self._path(call.module), call.name, args, kwargs, result, keeps=True)
         if isinstance(call, functools.partial):
             own = tuple((name, self.written(v)) for name, v in call.keywords.items())
             return self._call(call.func, (*map(self.written, call.args), *args), (*own, *kwargs), result)
@@ -317,6 +339,15 @@ class Planner:
         # at every place where it stands: one of them may be given another module
         facts = tuple(_fact(path, m, self.names) for m in modules for path in self.paths.get(id(m), ()))
         return Plan(facts, tuple(self.steps), self.size, output, self.recompute)
+
+
+def _renumbered(value: Any, at: dict[int, int]) -> Any:
+    """``value``, as :meth:`Planner.written` writes it, with other numbers of slots."""
+    if type(value) is not tuple:
+        return value
+    if len(value) == 2 and value[0] == "slot":
+        return ("slot", at[value[1]])
+    return tuple(_renumbered(item, at) for item in value)
 
 
 def _lies_as(order: Order) -> str:

@@ -94,9 +94,10 @@ class BlockState:
         return module
 
     @_constant
-    def planned(self) -> Plan:
-        """What a compiler traces of the module, as it is now."""
-        return self.kind.plan(self._owner(), self)
+    def planned(self, form: str) -> Plan:
+        """What a compiler traces of the module, as it is now, where it is called in a ``form``, which is written as
+        :func:`~fusedres.recognition.read_form` reads it."""
+        return self.kind.plan(self._owner(), self, form)
 
     @_constant
     def takes(self, at: int, *measures: Any) -> bool:

@@ -38,8 +38,8 @@ from .actions import Fused, Getter, Plain, Program, Setter, Slot
 from .calls import is_sequential
 from .families import check_family
 from .families import kind_of as family_kind
+from .flow import MAP, ONE_MAP, Flow, Flows, Form, arguments, follow, form_of, read_flows, read_form
 from .flow import MOST_CONVOLUTIONS as MOST_IN_A_FLOW
-from .flow import ONE_MAP, Flow, Flows, Form, arguments, follow, form_of, read_flows
 from .graph import BlockGraph, FunctionStep, Graphs, block_ids, check_graph, follows, inside, read, read_layers
 from .layout import Layout, layer_pieces, layout
 from .lowering import (
@@ -87,6 +87,7 @@ __all__ = [
     "Hooked",
     "Layout",
     "MOST_IN_A_FLOW",
+    "MAP",
     "ONE_MAP",
     "Op",
     "Part",
@@ -131,6 +132,7 @@ __all__ = [
     "program",
     "read",
     "read_flows",
+    "read_form",
     "read_layers",
     "run_part",
     "shape_behind",

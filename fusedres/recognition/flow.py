@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +91,20 @@ def form_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Form, lis
     places = tuple(_given(value, maps) for value in args)
     by_name = tuple((name, _given(value, maps)) for name, value in kwargs.items())
     return Form(places, by_name, torch.is_grad_enabled()), maps
+
+
+def read_form(text: str) -> Form:
+    """The form of a call that is written as ``(positional arguments, named arguments)``, with ``...`` in the places of maps."""
+
+    def given(value: Any) -> Given:
+        if value is ...:
+            return MAP
+        if type(value) in (list, tuple):
+            return Several(type(value), tuple(map(given, value)))
+        return Leaf(type(value), value)
+
+    args, kwargs = ast.literal_eval(text)
+    return Form(tuple(map(given, args)), tuple((n, given(v)) for n, v in kwargs.items()), torch.is_grad_enabled())
 
 
 def arguments(form: Form, maps: Iterator[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
