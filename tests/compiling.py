@@ -66,7 +66,8 @@ def operators(counter: CompileCounterWithBackend) -> dict[str, int]:
 
 def operators_in(graph: torch.fx.GraphModule) -> dict[str, int]:
     """The fused operators in ``graph``, by kind."""
-    names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+    names = (str(node.target) for m in modules for node in m.graph.nodes if node.op == "call_function")
     return dict(collections.Counter(name.split(".")[1] for name in names if name.startswith("fusedres.")))
 
 

@@ -198,7 +198,7 @@ def test_compiled_models_and_blocks_under_ddp_and_fsdp_train_as_one_process(comp
     with fusedres.use_backend("eager"):
         truth = distributed.losses(plain, *distributed.task(2))
     rows = 2 if name.endswith("parts") else 3  # the stem is none of the parts
-    expected = {"residual_forward": rows, "residual_backward": rows, "dense_forward": 1, "dense_backward": 1}
+    expected = {"residual_forward": rows, "dense_forward": 1}
     for of_rank in compiled_wrapped_two[name]:
         # four steps of momentum multiply the rounding of the sums over processes
         torch.testing.assert_close(of_rank["losses"], truth, rtol=1e-9, atol=0)
