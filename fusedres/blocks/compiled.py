@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from ..autograd.operators import OPERATORS, infer
 from ..backends.layout import format_of
 from ..swap import FusedBlock
-from .handover import enter, suggests_channels_last
+from .handover import enter, is_expanded, suggests_channels_last
 from .plan import FUNCTIONS, ORDINARY, Call, Fused, Plan, module_at, tensor_at
 
 #: how a forward of one map is called, and what no argument is written as
@@ -95,7 +95,8 @@ def _filled(block: Any, value: Any, values: list[Any], raw: bool) -> Any:
 
 
 def _called(block: Any, step: Call, values: list[Any]) -> _Map:
-    raw = step.measures or step.keeps_layout
+    keeps = step.keeps_layout and not _mixes(step, values)
+    raw = step.measures or keeps
     if step.direct:
         return _handed(module_at(block, step.path), values[step.reads[0]])
     for slot in step.reads:
@@ -107,7 +108,7 @@ def _called(block: Any, step: Call, values: list[Any]) -> _Map:
     if step.keeps:
         return _Map(_kept(module_at(block, step.path), step.function, args))
     y = (module_at(block, step.path) if step.function == "" else getattr(FUNCTIONS, step.function))(*args, **kwargs)
-    owes = step.keeps_layout and not step.to_channels_last and _owes_behind(step, y, values)
+    owes = keeps and not step.to_channels_last and _owes_behind(step, y, values)
     if owes and isinstance(y, Tensor) and y.dim() != 4:
         return _Map(y.contiguous())
     return _Map(y, None, owes)
@@ -118,6 +119,12 @@ def _kept(module: Any, name: str, args: list[Any]) -> Any:
         return getattr(module, name)
     setattr(module, name, args[0])
     return None
+
+
+def _mixes(step: Call, values: list[Any]) -> bool:
+    """Whether how the result lies follows from several maps at once, each of which has to lie as eager's."""
+    read = [values[slot] for slot in step.reads]
+    return any([value.owes_nchw for value in read]) and any([is_expanded(value.x) for value in read])
 
 
 def _owes_behind(step: Call, y: Any, values: list[Any]) -> bool:

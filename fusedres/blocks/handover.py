@@ -61,6 +61,13 @@ def enter(x: Tensor) -> Tensor:
     return _ToChannelsLast.apply(x) if x.requires_grad and torch.is_grad_enabled() else as_map(x)
 
 
+def is_expanded(x: object) -> bool:
+    """Whether ``x`` is a map with one value in the place of many along a dimension, so that in a sum the other map says how that lies."""
+    return isinstance(x, Tensor) and any(
+        [step == 0 and size > 1 for size, step in zip(x.shape, x.stride(), strict=True)]
+    )
+
+
 def suggests_channels_last(x: Tensor) -> bool:
     """Whether torch's convolutions take ``x``, a map or a weight, for channels_last and return their output so: its strides grow from the
     channels over the pixels to the batch; where sizes of 1 leave it open it is taken for contiguous."""

@@ -199,6 +199,29 @@ def test_a_sum_has_the_memory_format_of_its_first_operand(norm, join, behind, fo
         assert model.eval()(x).stride() == plain.eval()(x).stride()
 
 
+class Scaled(Block):
+    """A block that adds what it computes, scaled, to its input, and another map to both."""
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if other is not None:
+            x = x + other
+        return x + 0.2 * self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_a_sum_with_an_expanded_map_has_the_memory_format_of_the_other(formats):
+    _, weight_format = FORMATS[formats]
+    plain, model = (m.to(memory_format=weight_format) for m in pair(Scaled))
+    x = draw()[:, :, :1].expand(-1, -1, 6, -1)
+    ours, theirs = model(x), plain(x)
+    assert kind_key(model) == "general"
+    assert_fused(model, FUSED)
+    assert ours.stride() == theirs.stride()
+    assert_parity(ours, theirs, theirs)
+    torch._dynamo.reset()
+    assert torch.compile(model, backend="eager")(x).stride() == theirs.stride()
+
+
 @pytest.mark.parametrize("join", [norm_first, norm_last])
 def test_a_sum_that_runs_unfused_has_the_memory_format_of_its_first_operand(join):
     plain, model = pair(lambda: Mixed(nn.InstanceNorm2d(8), join))
