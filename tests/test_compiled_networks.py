@@ -127,21 +127,21 @@ def assert_runs_as_eager(
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 
 
-@MODES
-@pytest.mark.parametrize("name", SMALL)
+def each_network(*quick: str) -> pytest.MarkDecorator:
+    """Every small network in both modes, those that are not ``quick`` as slow."""
+    ids = {f"{name}-{mode}": (name, mode == "training") for name in SMALL for mode in ("training", "inference")}
+    marks = {key: [] if key in quick else [pytest.mark.slow] for key in ids}
+    return pytest.mark.parametrize(
+        ("name", "training"), [pytest.param(*ids[key], id=key, marks=marks[key]) for key in ids]
+    )
+
+
+@each_network("basic-training", "bottleneck-inference", "preactivation-training", "deep-stem-inference")
 def test_a_network_is_one_graph_of_operators_that_equals_eager_to_the_bit(name, training):
     assert_runs_as_eager(name, SMALL[name], training, "aot_eager", (4,))
 
 
-@pytest.mark.parametrize(
-    ("name", "training"),
-    [
-        pytest.param(name, training, id=f"{name}-{mode}", marks=[] if (name, mode) in quick else [pytest.mark.slow])
-        for quick in [{("densenet", "training"), ("squeeze", "inference")}]
-        for name in SMALL
-        for training, mode in ((True, "training"), (False, "inference"))
-    ],
-)
+@each_network("densenet-training", "squeeze-inference")
 def test_a_network_is_compiled_once_more_for_every_other_batch(name, training):
     assert_runs_as_eager(name, SMALL[name], training, "aot_eager", (4, 2))
 

@@ -46,6 +46,7 @@ def test_what_is_tuned_and_the_times_on_the_host_are_left(tmp_path):
     assert "| tune | passed |" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_leaves_the_rest(tmp_path):
     code, outcomes = rehearse(tmp_path, "--only", "environment", "tests", "models-32", "--budget", "0.5")
     assert code == 0

@@ -18,7 +18,6 @@ import general_blocks
 import pytest
 import torch
 from narrow import ResNet
-from support import dtype_name
 from torch import Tensor, nn
 
 import fusedres
@@ -100,8 +99,17 @@ def assert_same(program: torch.export.ExportedProgram, model: nn.Module, *inputs
 # ---- the program -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [CHANNELS_LAST, CONTIGUOUS], ids=["channels_last", "contiguous"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        pytest.param(torch.float32, CHANNELS_LAST, id="float32-channels_last"),
+        pytest.param(torch.float32, CONTIGUOUS, id="float32-contiguous", marks=pytest.mark.slow),
+        pytest.param(torch.float64, CHANNELS_LAST, id="float64-channels_last", marks=pytest.mark.slow),
+        pytest.param(torch.float64, CONTIGUOUS, id="float64-contiguous", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, CHANNELS_LAST, id="bfloat16-channels_last", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, CONTIGUOUS, id="bfloat16-contiguous"),
+    ],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_program_holds_primitives_and_gives_the_bits_of_the_model(name, dtype, layout):
     build, convolutions = MODELS[name]

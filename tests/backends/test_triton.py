@@ -37,6 +37,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 each_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
 )
+
+
+def quick_in(quick: torch.dtype) -> pytest.MarkDecorator:
+    """Each dtype, of which only one is quick: for many programs in the interpreter."""
+    return pytest.mark.parametrize(
+        "dtype",
+        [
+            pytest.param(
+                dtype, id=str(dtype).removeprefix("torch."), marks=[] if dtype == quick else [pytest.mark.slow]
+            )
+            for dtype in (torch.float32, torch.float16)
+        ],
+    )
+
+
 POINT, THREE = Geometry((1, 1), (0, 0), (1, 1), 1), Geometry((1, 1), (1, 1), (1, 1), 1)
 TILE = ConvConfig(32, 16, 16, 2, 2)
 
@@ -115,7 +130,7 @@ def test_a_row_for_a_gpu_is_what_its_launches_use(monkeypatch):
 # ---- splits and merges -----------------------------------------------------------------------------------------------
 
 
-@each_dtype
+@quick_in(torch.float32)
 def test_many_pixels_are_split(dtype):
     """Enough pixels for several tiles of statistics and several splits of the weight's gradient."""
     shape = (2, 5, 18, 19)
@@ -139,7 +154,7 @@ def test_many_pixels_are_split(dtype):
         conforms_in_the_median(config(dtype), step)
 
 
-@each_dtype
+@quick_in(torch.float16)
 def test_programs_walk_several_tiles(dtype, monkeypatch):
     """As on large maps: a program's chunk is several tiles, the last chunk and the last tile are short."""
     monkeypatch.setattr(passes, "pass_config", lambda *_: PassConfig(BLOCK_M=4, BLOCK_C=8, chunk=12))

@@ -148,15 +148,18 @@ def test_who_reads_a_map_before_it_is_overwritten_reads_it_as_it_was(before, blo
 
 
 @pytest.mark.parametrize(
-    ("before", "layout"),
+    ("before", "layout", "block", "records"),
     [
-        ("a row", torch.contiguous_format),
-        ("a dense block", torch.contiguous_format),
-        ("a dense block", torch.channels_last),
+        pytest.param(before, layout, block, records, id=f"{key}-{block.__name__}", marks=marks)
+        for key, before, layout, quick in (
+            ("row-nchw", "a row", torch.contiguous_format, Multiplied),
+            ("dense-nchw", "a dense block", torch.contiguous_format, Halves),
+            ("dense-nhwc", "a dense block", torch.channels_last, Around),
+        )
+        for block, records in ((Multiplied, True), (Halves, True), (Around, False))
+        for marks in ([] if block is quick else [pytest.mark.slow],)
     ],
-    ids=["row-nchw", "dense-nchw", "dense-nhwc"],
 )
-@pytest.mark.parametrize(("block", "records"), [(Multiplied, True), (Halves, True), (Around, False)])
 def test_it_is_so_under_a_compiler(before, layout, block, records):
     torch._dynamo.reset()
     model, twin, x = twins(before, block, layout)
