@@ -26,13 +26,14 @@ def graphed(model: nn.Module, *example: Tensor) -> Callable[..., Any]:
     """``model`` by CUDA graphs, for inputs like ``example``: a function of as many tensors that gives what ``model(*inputs)`` would,
     without the host's time for it.
 
-    Captured is what ``model`` computes now: in training with its backward, where gradients are enabled, else (``model.eval()`` or
-    ``torch.no_grad()``) inference. The parameters are the model's own, so that an optimizer's steps count; running statistics and counters
-    are updated at every call, and stand as before once this returns, as do random states. Of what it needs in memory nothing is shared with
-    other graphs, and inputs and outputs are copied, so that both may be kept.
+    Captured is what ``model(*example)`` computes now, in its present modes and under the present autocast: with its backward where
+    gradients are enabled, without one under ``torch.no_grad()``. The parameters are the model's own, so that an optimizer's steps count;
+    running statistics and counters are updated at every call, and stand as before once this returns, as do random states. Of what it
+    needs in memory nothing is shared with other graphs, and inputs and outputs are copied, so that both may be kept.
 
-    ``model(*inputs)`` itself is called, as always, for inputs of another shape, strides, dtype or ``requires_grad``, in another mode or
-    under another autocast, and once anything in the model is not what it was: a parameter replaced, a module in another mode, a hook set.
+    ``model(*inputs)`` itself is called, as always, for inputs of another shape, strides, dtype or ``requires_grad``, where gradients are
+    enabled and were not, or the reverse, under another autocast, and once anything in the model is not what it was: a parameter replaced,
+    a module in another mode, a hook set.
 
     Raises TypeError for an example or an output that is no tensor; ValueError where the model or the example is not on one CUDA device,
     a hook is set or a forward sets attributes, whose Python no graph holds, or a BatchNorm in training has ``momentum=None``. A backward
@@ -97,10 +98,10 @@ def capture(run: Callable[[], Results], pool: Any) -> Capture:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put buffers and random states back afterwards."""
+def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put buffers and the random states of the ``device`` back afterwards."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices={b.device.index for b, _ in buffers if b.device.type == "cuda"}):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:
@@ -113,10 +114,18 @@ def _form(t: Tensor) -> tuple[Any, ...]:
     return type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad
 
 
-def _setting() -> tuple[Any, ...]:
-    """What a call depends on besides the model and its inputs."""
-    cast = torch.is_autocast_enabled("cuda")
-    return torch.is_grad_enabled(), cast and torch.get_autocast_dtype("cuda")
+class _Setting(NamedTuple):
+    """What a call depends on besides the model and its inputs: whether gradients are enabled, and the dtype that autocast is on for."""
+
+    grad: bool
+    cast: torch.dtype | None
+
+
+def _setting(kind: str) -> _Setting:
+    """The present one, for devices of that kind."""
+    return _Setting(
+        torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    )
 
 
 class _Graphed:
@@ -126,12 +135,17 @@ class _Graphed:
         self._model = model
         self._inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in example]
         self._parameters = list(model.parameters())
-        self._records = model.training and torch.is_grad_enabled()
-        self._forms, self._setting = [*map(_form, example)], _setting()
+        self._device = next(itertools.chain(self._inputs, self._parameters, model.buffers())).device
+        self._forms, self._setting = [*map(_form, example)], _setting(self._device.type)
         self._tree: TreeSpec | None = None
         #: the number of the last forward, whose intermediate results are those in memory
         self.turn = 0
-        with _as_it_was(model), torch.set_grad_enabled(self._records):
+        cast = self._setting.cast
+        # without autocast's cache: a graph that reads a weight cast before it would not see the weight move
+        with (
+            _as_it_was(model, self._device),
+            torch.autocast(self._device.type, cast, enabled=cast is not None, cache_enabled=False),
+        ):
             self._capture()
         self._places = self._addresses()
 
@@ -193,7 +207,7 @@ class _Graphed:
             len(inputs) == len(self._forms)
             and all(isinstance(x, Tensor) for x in inputs)
             and [*map(_form, inputs)] == self._forms
-            and _setting() == self._setting
+            and _setting(self._device.type) == self._setting
             and not functorch_active()
             and self._held.is_unchanged()
             and self._addresses() == self._places

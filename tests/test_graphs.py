@@ -126,6 +126,44 @@ def test_inference_keeps_outputs_of_earlier_calls():
         assert all(map(torch.equal, mine, theirs)) and not mine[0].requires_grad
 
 
+def test_a_model_in_evaluation_has_a_backward_where_gradients_are_enabled(monkeypatch):
+    model = network(False)
+    twin = copy.deepcopy(model)
+    forward = fusedres.graphed(model, maps(0).requires_grad_())
+    assert_same(step(forward, model, maps(1)), step(twin, twin, maps(1)))
+    with torch.no_grad():
+        assert Replays(forward, monkeypatch)(maps(1)) == 0
+
+
+class Plain(nn.Sequential):
+    """What autocast casts the weights of, and would keep the casts."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(120, 6), nn.Linear(6, 3))
+
+
+def test_under_autocast_a_replay_sees_weights_that_have_moved(monkeypatch):
+    """Captured is the cast of each weight, which is not left to autocast's cache."""
+    model = Plain()
+    twin = copy.deepcopy(model)
+    cached = []
+    monkeypatch.setattr(
+        graphs, "capture", lambda *args: (cached.append(torch.is_autocast_cache_enabled()), captured(*args))[1]
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        model(maps(0))  # which fills the cache
+        forward = fusedres.graphed(model, maps(0))
+    replays = Replays(forward, monkeypatch)
+    for seed in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = forward(maps(seed)), twin(maps(seed))
+        assert torch.equal(found, expected) and found.dtype == torch.bfloat16
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                p.mul_(2), q.mul_(2)
+    assert replays.count == 2 and replays(maps(1)) == 0 and cached == [False, False]
+
+
 class Replays:
     def __init__(self, forward: Callable[..., object], monkeypatch) -> None:
         self.forward, self.count = forward, 0
