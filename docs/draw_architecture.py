@@ -69,7 +69,10 @@ LAYERS = (
             Room("eager", ("backends.eager",)),
             Room("conv3d", ("backends.conv3d",)),
             Room("cpp", ("backends.cpp", "backends.tape")),
-            Room("triton", ("backends.triton", "tuning.convolutions", "tuning.estimate", "tuning.plans", "tuning.selfcheck")),
+            Room(
+                "triton",
+                ("backends.triton", "tuning.convolutions", "tuning.estimate", "tuning.plans", "tuning.selfcheck"),
+            ),
         ),
     ),
     Layer("shared", (Room("library_conv", ("backends.library_conv",)), Room("layout", ("backends.layout",)))),
