@@ -81,6 +81,31 @@ def test_right_kernels_pass(op, changes, dtype):
         assert selfcheck.passes(TritonBackend(), asked, config_of(asked), DEVICE)
 
 
+#: what else a kernel may be asked for: everything of an epilogue, and a gradient that is added to what is there
+OTHERS = {
+    ("forward", "residual"): (
+        "scale_shift",
+        "relu",
+        "bias",
+        "out_scale_shift",
+        "residual",
+        "residual_scale_shift",
+        "out_relu",
+    ),
+    ("forward", "plain"): ("bias", "out_relu"),
+    ("dgrad", "accumulates"): ("coeff", "raw", "scale_shift", "relu", "accumulate", "scaled", "sums"),
+    ("dgrad", "adds"): ("coeff", "raw", "scale_shift", "relu", "base", "sums"),
+    ("dgrad", "plain"): (),
+    ("wgrad", "plain"): (),
+}
+
+
+@pytest.mark.parametrize(("op", "features"), [(op, f) for (op, _), f in OTHERS.items()], ids=map("-".join, OTHERS))
+def test_right_kernels_pass_whatever_they_are_asked_for(op, features):
+    asked = problem(op, features=features)
+    assert selfcheck.passes(TritonBackend(), asked, config_of(asked), DEVICE)
+
+
 def wrong_result(found):
     """A single channel is off."""
     found[:, 3] *= 1.25

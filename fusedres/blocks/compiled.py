@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from ..autograd.operators import OPERATORS, infer
 from ..backends.layout import format_of
 from ..swap import FusedBlock
-from .handover import enter, is_expanded, suggests_channels_last
+from .handover import enter, mixes, suggests_channels_last
 from .plan import FUNCTIONS, ORDINARY, Call, Fused, Plan, module_at, tensor_at
 
 #: how a forward of one map is called, and what no argument is written as
@@ -95,7 +95,7 @@ def _filled(block: Any, value: Any, values: list[Any], raw: bool) -> Any:
 
 
 def _called(block: Any, step: Call, values: list[Any]) -> _Map:
-    keeps = step.keeps_layout and not _mixes(step, values)
+    keeps = step.keeps_layout and not mixes([values[slot] for slot in step.reads])
     raw = step.measures or keeps
     if step.direct:
         return _handed(module_at(block, step.path), values[step.reads[0]])
@@ -119,12 +119,6 @@ def _kept(module: Any, name: str, args: list[Any]) -> Any:
         return getattr(module, name)
     setattr(module, name, args[0])
     return None
-
-
-def _mixes(step: Call, values: list[Any]) -> bool:
-    """Whether how the result lies follows from several maps at once, each of which has to lie as eager's."""
-    read = [values[slot] for slot in step.reads]
-    return any([value.owes_nchw for value in read]) and any([is_expanded(value.x) for value in read])
 
 
 def _owes_behind(step: Call, y: Any, values: list[Any]) -> bool:

@@ -25,7 +25,7 @@ from ..recognition import (
     read_flows,
 )
 from .base import Kind, Original, Ran, note, note_unfused, run_part
-from .handover import Handover, contiguous, enter, is_expanded, order_of, suggests_channels_last
+from .handover import Handover, contiguous, enter, mixes, order_of, suggests_channels_last
 from .plan import Planner
 from .reading import Sets
 from .residual import behind_sum
@@ -281,7 +281,7 @@ class _Call:
         return self.entered[slot]
 
     def _plain(self, action: Plain) -> Handover:
-        keeps = action.keeps_layout and not self._mixes(action)
+        keeps = action.keeps_layout and not mixes([self.values[slot] for slot in action.reads])
         take = self._raw if action.measures or keeps else self._leave
         fill_args, fill_kwargs = action.arguments
         args, kwargs = fill_args(take), dict(zip(action.kwargs, fill_kwargs(take), strict=True))
@@ -293,11 +293,6 @@ class _Call:
             if owes:
                 y = _as_eager(y)
         return Handover(y, owes_nchw=owes and not _is_contiguous(y))
-
-    def _mixes(self, action: Plain) -> bool:
-        """Whether how the result lies follows from several maps at once, each of which has to lie as eager's."""
-        read: list[Handover] = [self.values[slot] for slot in action.reads]
-        return any(value.owes_nchw for value in read) and any(is_expanded(value.x) for value in read)
 
     def _owes_behind(self, action: Plain, y: Any) -> bool:
         """Whether eager's result of a call that keeps the layout would be contiguous: arithmetic has the format of its first operand, a

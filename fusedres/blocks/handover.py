@@ -68,6 +68,12 @@ def is_expanded(x: object) -> bool:
     )
 
 
+def mixes(read: list[Any]) -> bool:
+    """Whether how a result lies follows from several maps that it is made of (handovers) at once, each of which has to lie as eager's."""
+    # lists, which a compiler follows
+    return any([value.owes_nchw for value in read]) and any([is_expanded(value.x) for value in read])
+
+
 def suggests_channels_last(x: Tensor) -> bool:
     """Whether torch's convolutions take ``x``, a map or a weight, for channels_last and return their output so: its strides grow from the
     channels over the pixels to the batch; where sizes of 1 leave it open it is taken for contiguous."""
