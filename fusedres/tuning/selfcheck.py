@@ -2,7 +2,8 @@
 there, by a fault of its compiler or of ours, is not used.
 
 What is compared is the kernel that is about to run, in its tile, on a map of a few pixels with the channels, pitches and operands of the
-call; what only large maps need (offsets of 64 bits, sums in several parts) is not seen. Which kernels have passed or failed is kept on disk, for the versions of torch, triton and this package.
+call; what only large maps need (offsets of 64 bits, sums in several parts) is not seen. Which kernels have passed or failed is kept on
+disk, for the versions of torch, triton and this package.
 """
 
 # fusedres.kernels is the folder kernels/, which setup.py says and a type checker does not see
