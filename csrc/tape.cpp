@@ -200,15 +200,29 @@ void step(Reader& r, const Device& device, const Queue& queue) {
   }
 }
 
-// Whether a recorded schedule can be played with this tensor: it is where the recorded one was, and as aligned.
-bool fits(const Tensor& t, const Device& device, int64_t alignment) {
-  int32_t type = 0, index = 0;
+// Whether a recorded schedule can be played with this tensor: it is where the recorded one was, as aligned, and has its
+// dtype, sizes and strides, which the reader stands at; the stride of a dimension of one value says nothing.
+bool fits(const Tensor& t, const Device& device, int64_t alignment, Reader& r) {
+  int32_t type = 0, index = 0, dtype = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
-  return type == device.type && index == device.index && reinterpret_cast<uintptr_t>(t.data_ptr()) % alignment == 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  bool same = type == device.type && index == device.index &&
+              reinterpret_cast<uintptr_t>(t.data_ptr()) % alignment == 0 && dtype == r.integer();
+  const int64_t dims = r.integer();
+  same = same && t.dim() == dims;
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t size = r.integer(), stride = r.integer();
+    same = same && sizes[i] == size && (size == 1 || strides[i] == stride);
+  }
+  return same;
 }
 
 // `code`: type and index of the device, what divides the addresses of all inputs, how many tensors there are in all,
+// how many of them are inputs, and of each of these its dtype, its number of dimensions, and size and stride of each;
 // the numbers of those that are returned, then steps, each followed by the numbers of the tensors that nothing reads
 // any more. `inputs` are the first tensors. Returns nothing, having done nothing, where it was not recorded for such
 // inputs.
@@ -225,9 +239,11 @@ std::vector<Tensor> play(std::vector<Tensor> inputs, const Tensor& code, const T
   const Device device{type, int32_t(r.integer())};
   const int64_t alignment = r.integer(), size = r.integer();
   STD_TORCH_CHECK(alignment > 0, "nothing is aligned to ", alignment, " bytes");
-  STD_TORCH_CHECK(size >= int64_t(inputs.size()), "a recorded schedule of ", size, " tensors got ", inputs.size());
+  const int64_t count = r.integer();
+  STD_TORCH_CHECK(count == int64_t(inputs.size()) && size >= count, "a recorded schedule of ", size, " tensors, ",
+                  count, " of them inputs, got ", inputs.size());
   for (const Tensor& t : inputs)
-    if (!fits(t, device, alignment)) return {};
+    if (!fits(t, device, alignment, r)) return {};
   slots.resize(size);
   for (size_t i = 0; i < inputs.size(); ++i) slots[i] = std::move(inputs[i]);
   const std::vector<int64_t> outputs = r.integers();

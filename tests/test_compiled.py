@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from converted import Split
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedres
 from fusedres.swap import state_of
@@ -68,6 +69,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "weights in place": lambda m: m[0].conv2.weight.data.mul_(2),
     "no affine": lambda m: setattr(m[0].bn2, "weight", None),
     "dilation": lambda m: [setattr(m[0].conv2, name, (2, 2)) for name in ("dilation", "padding")],
+    "padding": lambda m: setattr(m[0].conv2, "padding_mode", "circular"),
     "an own forward": lambda m: setattr(m[0].conv2, "forward", functools.partial(squared, m[0].conv2)),
     "an own _conv_forward": lambda m: setattr(
         m[0].conv2, "_conv_forward", lambda x, *own: F.conv2d(x, *own, 2, 1).square()
@@ -77,7 +79,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 
 #: behind which original modules run, whose sums have an order of their own
-ORIGINALS = ("a hook", "an own forward", "an own _conv_forward", "reverted")
+ORIGINALS = ("a hook", "padding", "an own forward", "an own _conv_forward", "reverted")
 #: what a compiler notices where it guards the hooks that it has read
 HOOKS = ("a hook", "a hook on a block")
 
@@ -154,7 +156,31 @@ def test_what_a_block_does_not_read_may_change():
     program, counter = compiled(model, "eager")
     for model[0].calls in range(3):
         program(maps())
+        model[0].conv1.in_channels += 1
+        model[0].bn1.num_features += 1
     assert counter.frame_count == 1
+
+
+def test_counters_and_hooks_of_the_backward_are_asked_for_in_training_alone():
+    if not hooks_are_guarded():
+        pytest.skip("this version of torch guards no hooks")
+    model, twin = (m.double().eval() for m in twins(lambda: nn.Sequential(projected())))
+    counter = CompileCounterWithBackend("eager")
+    program, x = (
+        torch.compile(model, backend=counter),
+        maps().double(),
+    )  # with breaks: Dynamo traces no hooks of a backward
+    with torch.no_grad():
+        expected = program(x)
+        for m in (model, twin):
+            m[0].bn1.num_batches_tracked = None
+            m[0].conv2.register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],))
+        assert torch.equal(program(x), expected) and counter.frame_count == 1
+    unhooked = copy.deepcopy(twin)
+    unhooked[0].conv2._backward_hooks.clear()
+    found, right, wrong = (step(m, x, True) for m in (program, twin, unhooked))  # in eval mode, with gradients
+    assert_close(found, right, 1e-10)
+    assert any(not torch.allclose(found[name], value) for name, value in wrong.items())
 
 
 def test_a_mode_that_comes_back_is_not_compiled_anew():

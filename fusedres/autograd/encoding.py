@@ -1,5 +1,5 @@
 """Descriptions as text, for operators: their schemas know tensors, numbers and strings, and a program that holds them is saved and loaded
-elsewhere. The text says everything but the tensors, of which it has the places in two lists."""
+elsewhere. The text says everything but the tensors, of which it has the places in two lists, and how the weights lie in memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def encode(spec: BlockSpec, counters: dict[int, Tensor]) -> Encoded:
         return value
 
     block = written(spec)
-    text = json.dumps([block, list(moves)], separators=(",", ":"))
+    # what a backend keeps of a text is then of tensors that lie alike
+    lie = [[list(t.shape), list(t.stride())] for t in weights]
+    text = json.dumps([block, list(moves), lie], separators=(",", ":"))
     return Encoded(text, weights, [t for _, t in statistics.values()], tuple(moves))
 
 
@@ -146,7 +148,7 @@ def _maker(value: Any) -> tuple[_Maker | None, Any]:
 @functools.lru_cache(maxsize=4096)
 def _read(text: str) -> tuple[_Maker, tuple[int, ...]]:
     """``(what makes the description of its tensors, the places of the statistics that move)``."""
-    block, moves = json.loads(text)
+    block, moves, _ = json.loads(text)
     maker, _ = _maker(block)
     assert maker is not None  # there is a weight or a statistic in every description
     return maker, tuple(moves)

@@ -40,10 +40,8 @@ from .transition import Transition
 
 #: by their names in those of operators
 FAMILIES: dict[type[BlockSpec], str] = {Residual: "residual", Dense: "dense", Transition: "transition"}
-_MOST_PASSED = 4096
-#: what a backend keeps of schedules (:meth:`~fusedres.backends.contract.Backend.run_schedule`), by texts with the measures of their
-#: tensors; a forward that stands here has been checked
-_memos: dict[tuple[Any, ...] | None, dict[Any, Any]] = {}
+#: texts, and measures of each, that are remembered
+_MOST_PASSED, _MOST_MEASURES = 4096, 64
 #: what fake calls have returned, by what they were given
 _faked: dict[Any, Any] = {}
 #: the backend whose primitives a tracer sees in the place of operators
@@ -78,19 +76,63 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or tensor.is_contiguous(memory_format=format_of(tensor.dim()))
 
 
-def _apart(results: Iterable[Tensor | None], x: Tensor, arguments: Iterable[Tensor | None]) -> list[Tensor]:
-    """``results`` in memory of their own, tensors without elements for those that are None."""
+def _sharing(results: Iterable[Tensor | None], arguments: Iterable[Tensor | None]) -> list[bool]:
+    """Which of the ``results`` lie in memory of an argument or of one before them, or in a part of one."""
     taken = {_key(t) for t in arguments if t is not None}
-    found: list[Tensor] = []
+    found: list[bool] = []
     for result in results:
-        if result is None:
-            found.append(x.new_empty(0))
-            continue
-        if _key(result) in taken or result.storage_offset() or not _is_dense(result):
-            result = result.clone()
-        taken.add(_key(result))
-        found.append(result)
+        shares = result is not None and bool(
+            _key(result) in taken or result.storage_offset() != 0 or not _is_dense(result)
+        )
+        if result is not None and not shares:
+            taken.add(_key(result))
+        found.append(shares)
     return found
+
+
+class _Known:
+    """What is known of the schedules of a text: what a backend keeps of them (:meth:`~.contract.Backend.run_schedule`), the measures of
+    tensors that were checked, and which results share memory, as of their first run: they go the same way each time."""
+
+    def __init__(self) -> None:
+        self.memo: dict[Any, Any] = {}
+        self.checked: set[tuple[Any, ...]] = set()
+        self.shared: dict[Any, list[bool]] = {}
+
+    def check(self, spec: BlockSpec, x: Tensor, source: Tensor | None, tensors: Iterable[Tensor]) -> None:
+        """Check ``spec`` against its maps as a call in eager does, where none with such maps and ``tensors`` was. Without samples there is
+        nothing to compute, unless these are what a BatchNorm in training has to normalise by. Raises Unsupported and ValueError."""
+        measures = tuple(None if t is None else (t.dtype, t.device, t.shape) for t in (x, source, *tensors))
+        if measures in self.checked:
+            return
+        maps = (x,) if source is None else (x, source)
+        if x.numel() == 0 and not any(norm.training for norm in instances(spec, Norm)):
+            maps = tuple(m.new_empty((1, *m.shape[1:])) for m in maps)
+        spec.check(*maps)
+        if len(self.checked) >= _MOST_MEASURES:
+            self.checked.clear()
+        self.checked.add(measures)
+
+    def shares(self, key: Any, results: list[Tensor | None], arguments: Iterable[Tensor | None]) -> list[bool]:
+        """As :func:`_sharing` at the first run of a schedule. ``key``: what it is, on which backend, for maps that lie how."""
+        found = self.shared.get(key)
+        if found is None:
+            if len(self.shared) >= _MOST_MEASURES:
+                self.shared.clear()
+            found = self.shared[key] = _sharing(results, arguments)
+        return found
+
+
+_known: dict[str, _Known] = {}
+
+
+def _of(text: str) -> _Known:
+    known = _known.get(text)
+    if known is None:
+        if len(_known) >= _MOST_PASSED:
+            _known.clear()
+        known = _known[text] = _Known()
+    return known
 
 
 def _like(grad: Tensor, tensor: Tensor) -> Tensor:
@@ -100,23 +142,25 @@ def _like(grad: Tensor, tensor: Tensor) -> Tensor:
     return grad if same else torch.empty_like(tensor).copy_(grad)
 
 
-def _measured(text: str, tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """What tells apart the schedules of ``text``: the measures of the ``tensors``."""
-    return (text, *(None if t is None else (t.dtype, t.device, t.shape) for t in tensors))
-
-
-def _remember(key: tuple[Any, ...], memo: dict[Any, Any]) -> None:
-    if len(_memos) >= _MOST_PASSED:
-        _memos.clear()
-    _memos[key] = memo
-
-
-def _check(spec: BlockSpec, *maps: Tensor) -> None:
-    """Check ``spec`` against its maps as a call in eager does. Without samples there is nothing to compute, unless these are what a
-    BatchNorm in training has to normalise by. Raises Unsupported and ValueError."""
-    if maps[0].numel() == 0 and not any(norm.training for norm in instances(spec, Norm)):
-        maps = tuple(x.new_empty((1, *x.shape[1:])) for x in maps)
-    spec.check(*maps)
+def _apart(
+    known: _Known | None,
+    which: Any,
+    maps: Sequence[Tensor | None],
+    results: list[Tensor | None],
+    x: Tensor,
+    arguments: Iterable[Tensor | None],
+) -> list[Tensor]:
+    """``results`` in memory of their own, tensors without elements for those that are None. ``arguments``: all that the schedule could
+    have returned."""
+    if known is None:
+        shared = _sharing(results, arguments)
+    else:
+        lie = [None if t is None else (t.dtype, t.shape, t.stride()) for t in maps]
+        shared = known.shares((which, *lie), results, arguments)
+    return [
+        x.new_empty(0) if result is None else result.clone() if shares else result
+        for result, shares in zip(results, shared, strict=True)
+    ]
 
 
 def _forward(
@@ -133,28 +177,29 @@ def _forward(
     """``valueless``: the tensors are a tracer's: sizes may be symbols, and were checked when the trace was planned."""
     with torch.no_grad(), _without_autocast(x):
         moves = moving(text)
-        own = [t.clone() if i in moves else t for i, t in enumerate(statistics)]
+        own = [*statistics]
+        for i in moves:
+            own[i] = own[i].clone()
         given, beside = as_map(x), None if source is None else as_map(source)
         backend = for_maps(backend, x.dim())
 
-        key = None if valueless else _measured(text, (given, beside, *weights, *own))
-        known = _memos.get(key)
+        known = None if valueless else _of(text)
 
         def schedule() -> list[Tensor | None]:
             spec = decode(text, tuple(given.shape[2:]), weights, own, valueless)
-            if key is not None and known is None:
-                _check(spec, *((given,) if beside is None else (given, beside)))
+            if known is not None:
+                known.check(spec, given, beside, (*weights, *own))
             if recorded:
                 y, measured, kept = spec.record(backend, given, beside, stats)
                 return [y, measured, *kept]
             return [*spec.run(backend, given, beside, stats=stats)]
 
-        memo = {} if known is None else known
-        y, measured, *kept = backend.run_schedule(memo, recorded, (given, beside, stats), (*weights, *own), schedule)
-        if key is not None and known is None:
-            _remember(key, memo)
+        maps = (given, beside, stats)
+        memo = {} if known is None else known.memo
+        y, measured, *kept = backend.run_schedule(memo, recorded, maps, (*weights, *own), schedule)
         results = [y, measured, *(own[i] for i in moves), *kept]
-        return _apart(results, x, (x, given, source, beside, stats, *weights, *statistics))
+        arguments = (x, given, source, beside, stats, *weights, *statistics)
+        return _apart(known, (recorded, backend.name), maps, results, x, arguments)
 
 
 def _backward(
@@ -187,14 +232,11 @@ def _backward(
                     totals[i] = dt if before is None else before + dt
             return [totals[i] for i, wants in enumerate(need) if wants]
 
-        memo: dict[Any, Any] = {}
-        if not valueless:
-            key = _measured(text, weights)
-            memo = _memos.get(key, memo)
-            if not memo:
-                _remember(key, memo)
-        results = backend.run_schedule(memo, ("gradients", *need), (g, x, beside), (*there, *weights), schedule)
-        return _apart(results, held, (grad, g, held, x, source, beside, *weights, *kept))
+        known, which, maps = None if valueless else _of(text), ("gradients", *need), (g, x, beside)
+        memo = {} if known is None else known.memo
+        results = backend.run_schedule(memo, which, maps, (*there, *weights), schedule)
+        arguments = (grad, g, held, x, source, beside, *weights, *kept)
+        return _apart(known, (which, backend.name), maps, [*results], held, arguments)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -280,62 +322,32 @@ def _flops(run: Callable[..., Any], last: tuple[Any, ...]) -> Callable[..., int]
     return count
 
 
+_FORWARD = "(str text, Tensor x, Tensor? source, Tensor? stats, Tensor[] weights, Tensor[] statistics) -> Tensor[]"
+_BACKWARD = (
+    "(str text, Tensor grad, Tensor held, Tensor? source, Tensor[] weights, Tensor[] kept, bool[] need) -> Tensor[]"
+)
+
+
+def _operator(name: str, schema: str, run: Callable[..., list[Tensor]], *last: bool) -> Any:
+    """The operator ``fusedres::name``: ``run`` on the backend of its first tensor, with ``last`` behind its arguments."""
+    qualified = f"fusedres::{name}"
+    # not torch.library.custom_op, which goes twice through Python, and asks each time what opcheck asks in the tests
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "default", lambda text, first, *rest: run(_backend(first), text, first, *rest, *last))
+    torch.library.register_fake(qualified, lambda *given: _fake(run, *given, *last, True))
+    packet = getattr(torch.ops.fusedres, name)
+    register_flop_formula(packet, get_raw=True)(_flops(run, (*last, True)))
+    return packet.default
+
+
 def _define(family: str) -> Operators:
-    @torch.library.custom_op(f"fusedres::{family}_forward", mutates_args=())
-    def forward(
-        text: str,
-        x: Tensor,
-        source: Tensor | None,
-        stats: Tensor | None,
-        weights: Sequence[Tensor],
-        statistics: Sequence[Tensor],
-    ) -> list[Tensor]:
-        return _forward(_backend(x), text, x, source, stats, list(weights), list(statistics), True)
-
-    @torch.library.custom_op(f"fusedres::{family}_backward", mutates_args=())
-    def backward(
-        text: str,
-        grad: Tensor,
-        held: Tensor,
-        source: Tensor | None,
-        weights: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        need: Sequence[bool],
-    ) -> list[Tensor]:
-        return _backward(_backend(held), text, grad, held, source, list(weights), list(kept), list(need))
-
-    @torch.library.custom_op(f"fusedres::{family}_infer", mutates_args=())
-    def infer(
-        text: str,
-        x: Tensor,
-        source: Tensor | None,
-        stats: Tensor | None,
-        weights: Sequence[Tensor],
-        statistics: Sequence[Tensor],
-    ) -> list[Tensor]:
-        return _forward(_backend(x), text, x, source, stats, list(weights), list(statistics), False)
-
-    forward.register_fake(
-        lambda text, x, source, stats, weights, statistics: _fake(
-            _forward, text, x, source, stats, list(weights), list(statistics), True, True
-        )
+    forward = _operator(f"{family}_forward", _FORWARD, _forward, True)
+    backward = _operator(f"{family}_backward", _BACKWARD, _backward)
+    infer = _operator(f"{family}_infer", _FORWARD, _forward, False)
+    torch.library.register_autograd(
+        f"fusedres::{family}_forward", functools.partial(_differentiate, backward), setup_context=_keep
     )
-    infer.register_fake(
-        lambda text, x, source, stats, weights, statistics: _fake(
-            _forward, text, x, source, stats, list(weights), list(statistics), False, True
-        )
-    )
-    forward.register_autograd(functools.partial(_differentiate, backward), setup_context=_keep)
-    backward.register_fake(
-        lambda text, grad, held, source, weights, kept, need: _fake(
-            _backward, text, grad, held, source, list(weights), list(kept), list(need), True
-        )
-    )
-    for operator, run in ((forward, _forward), (infer, _forward), (backward, _backward)):
-        last = (True,) if operator is backward else (operator is forward, True)
-        register_flop_formula(operator._opoverload._overloadpacket, get_raw=True)(_flops(run, last))
-    of_family = [getattr(torch.ops.fusedres, f"{family}_{name}").default for name in Operators._fields]
-    return Operators(*of_family)
+    return Operators(forward, backward, infer)
 
 
 OPERATORS = {family: _define(family) for family in FAMILIES.values()}

@@ -232,10 +232,10 @@ class Backend(ABC):
         tensors: Sequence[Tensor | None],
         schedule: Callable[[], Sequence[Tensor | None]],
     ) -> Sequence[Tensor | None]:
-        """``schedule()``: primitives of this backend in a row, on ``maps`` and on other ``tensors``, whose shapes and dtypes are always the
-        same for one ``memo``. ``which`` tells apart the schedules of one memo, and all constants of a schedule. What it makes depends on
-        nothing else, and it has no other effects than on its tensors, so that a backend may keep in ``memo`` how it went for maps like
-        these and go the same way again."""
+        """``schedule()``: primitives of this backend in a row, on ``maps`` and on other ``tensors``. ``which`` tells apart the schedules of
+        one ``memo``, and all constants of a schedule. What it makes depends on nothing else but the measures of its tensors, which are
+        nearly always the same for one ``which`` and ``maps`` alike, and it has no other effects than on its tensors, so that a backend may
+        keep in ``memo`` how it went for tensors like these and go the same way again."""
         return schedule()
 
     # ---- shared ------------------------------------------------------------------------------------------------------

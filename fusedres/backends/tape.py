@@ -9,6 +9,7 @@ tensors, views, fills and sums in place and copies; a schedule that does anythin
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -87,8 +88,8 @@ class Tape(NamedTuple):
     held: tuple[object, ...] = ()
 
     def play(self, given: Tensors, stream: int = 0, launcher: int = 0) -> list[Tensor | None] | None:
-        """The results for other tensors ``given``, of the same shapes; launches go to that ``stream`` of the device. None, with nothing
-        done, where one of them is elsewhere or aligned otherwise."""
+        """The results for other tensors ``given``; launches go to that ``stream`` of the device. None, with nothing done, where one that it
+        reads is elsewhere, aligned otherwise, or of another dtype, shape or strides."""
         found = _play(self.inputs(given), self.code, self.numbers, stream, launcher)
         return [None if at is None else found[at] for at in self.returned] if found else None
 
@@ -321,21 +322,24 @@ class _Recorder(TorchDispatchMode):
             return None
         outputs = [*dict.fromkeys(at for at in returned if at is not None)]
         alignment = ALIGNMENT if self._owners else 1
-        if not outputs or any(t is not None and t.data_ptr() % alignment for t in given):
+        there = {i: t for i, t in enumerate(given) if t is not None}
+        if not outputs or any(t.data_ptr() % alignment or t.dtype not in _DTYPES for t in there.values()):
             return None
         last = {at: i for i, step in enumerate(self._steps) for at in step if isinstance(at, _Slot)}
         # what is read of what was given comes first, then what is made
         read = [at for at in range(self._given) if at in last or at in outputs]
         order: dict[int, int] = {at: i for i, at in enumerate([*read, *range(self._given, self._size)])}
         where = -1 if self._device.index is None else self._device.index
-        code = [_DEVICES[self._device.type], where, alignment, len(order)]
+        places: dict[int, int] = {self._slot(t): i for i, t in there.items()}
+        chosen = [places[at] for at in read]
+        code = [_DEVICES[self._device.type], where, alignment, len(order), len(chosen)]
+        for i in chosen:
+            code += _form(there[i])
         code += (len(outputs), *(order[at] for at in outputs))
         for i, step in enumerate(self._steps):
             code += [order[n] if isinstance(n, _Slot) else n for n in step]
             freed = [order[at] for at, end in last.items() if end == i and at >= self._given and at not in outputs]
             code += (len(freed), *freed)
-        places: dict[int, int] = {self._slot(t): i for i, t in enumerate(given) if t is not None}
-        chosen = [places[at] for at in read]
         return Tape(
             operator.itemgetter(*chosen) if len(chosen) > 1 else _single(*chosen),
             torch.tensor(code, dtype=torch.int64, device="cpu"),
@@ -369,6 +373,11 @@ def _geometry(
     if transposed or any(output_padding):
         raise _Refused
     return [len(stride), *stride, len(padding), *padding, len(dilation), *dilation, groups]
+
+
+def _form(t: Tensor) -> list[int]:
+    """What an input has to be."""
+    return [_DTYPES[t.dtype], t.dim(), *itertools.chain.from_iterable(zip(t.shape, t.stride(), strict=True))]
 
 
 def _strided(t: Tensor) -> list[int]:

@@ -57,15 +57,14 @@ def _watch(block: Any, plan: Plan) -> None:
         and len(torch_module._global_backward_hooks) == len(torch_module._global_backward_pre_hooks) == 0
         and block._fusedres.recompute == plan.recompute
     )
+    recorded = torch.is_grad_enabled() or any([step.grad is True for step in plan.steps])
     for fact in plan.facts:  # read by names: Dynamo of torch 2.11 cannot unpack a named tuple that is a constant
         module = module_at(block, fact.path)
-        now = (
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            len(module._backward_hooks),
-            len(module._backward_pre_hooks),
-        )
-        same = same and now == fact.hooks and tuple(module._modules) == fact.children
+        same = same and (len(module._forward_hooks), len(module._forward_pre_hooks)) == fact.hooks
+        if recorded:
+            same = same and (len(module._backward_hooks), len(module._backward_pre_hooks)) == fact.backward_hooks
+        if fact.children is not None:
+            same = same and tuple(module._modules) == fact.children
         for name, value in fact.attributes:
             same = same and getattr(module, name) == value
         for name in fact.functions:

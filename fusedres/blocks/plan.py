@@ -32,6 +32,13 @@ from .handover import Order
 Path = tuple[str, ...]
 #: what every module has, and what says nothing of what it computes
 _OF_EVERY_MODULE = nn.Module().__dict__.keys() - {"training"}
+#: what the forwards of torch's own modules do not read of their attributes: each thing that is watched is looked up at every call
+_OF_NO_CONVOLUTION = {"training", "in_channels", "out_channels", "kernel_size", "transposed", "output_padding"}
+_UNREAD: dict[type[nn.Module], set[str]] = {
+    **dict.fromkeys((nn.Conv2d, nn.Conv3d), _OF_NO_CONVOLUTION),
+    **dict.fromkeys((nn.BatchNorm2d, nn.BatchNorm3d), {"num_features", "affine"}),
+    nn.ReLU: {"training"},
+}
 #: tensors that kernels can read, or what stands for one in a trace
 ORDINARY = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 #: of the maps that stand in for those of a call
@@ -52,13 +59,15 @@ FUNCTIONS = _Functions()
 
 
 class Fact(NamedTuple):
-    """What a plan depends on of the module at ``path``: how many hooks there are of each kind, the names of its children, its plain
+    """What a plan depends on of the module at ``path``: the names of its children (None where its forward asks for none), its plain
     attributes, those that are functions and the methods by which it computes, those that are groups of processes, by their names, and which
-    of its parameters and buffers are missing."""
+    of its parameters and buffers are missing; and that it has no hooks but those that are counted here: before and behind its forward, and
+    where gradients are recorded before and behind its backward."""
 
     path: Path
-    hooks: tuple[int, ...]
-    children: tuple[str, ...]
+    hooks: tuple[int, int]
+    backward_hooks: tuple[int, int]
+    children: tuple[str, ...] | None
     attributes: tuple[tuple[str, Any], ...]
     functions: tuple[str, ...]
     groups: tuple[tuple[str, str], ...]
@@ -364,17 +373,17 @@ def _is_constant(value: Any) -> bool:
 def _fact(path: Path, module: nn.Module, names: set[str]) -> Fact:
     """What is watched of ``module``: all plain attributes of one that computes itself; of one that holds others, which may count its calls
     or whatever its owner likes, its mode and those of ``names``."""
+    cls = type(module)
     counts = names | {"training"} if module._modules and not isinstance(module, _BatchNorm) else module.__dict__.keys()
-    own = {name: value for name, value in module.__dict__.items() if name in counts}
+    own = {name: value for name, value in module.__dict__.items() if name in counts - _UNREAD.get(cls, set())}
+    if cls in _UNREAD and own.get("padding_mode") == "zeros":
+        own.pop("_reversed_padding_repeated_twice", None)
+    idle = {"num_batches_tracked"} if isinstance(module, _BatchNorm) and not module.training else set[str]()
     return Fact(
         path,
-        tuple(
-            map(
-                len,
-                (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
-            )
-        ),
-        tuple(module._modules),
+        (len(module._forward_hooks), len(module._forward_pre_hooks)),
+        (len(module._backward_hooks), len(module._backward_pre_hooks)),
+        None if cls in _UNREAD else tuple(module._modules),
         tuple((name, value) for name, value in own.items() if name not in _OF_EVERY_MODULE and _is_constant(value)),
         (
             *methods_of(module),
@@ -386,7 +395,7 @@ def _fact(path: Path, module: nn.Module, names: set[str]) -> Fact:
             if dist.is_available() and isinstance(value, dist.ProcessGroup)
         ),
         tuple((name, tensor is None) for name, tensor in module._parameters.items()),
-        tuple((name, tensor is None) for name, tensor in module._buffers.items()),
+        tuple((name, tensor is None) for name, tensor in module._buffers.items() if name not in idle),
     )
 
 

@@ -217,20 +217,51 @@ def test_fills_and_sums_are_played():
     assert torch.equal(results[0][1], x)
 
 
+OTHERS = {
+    "dtype": lambda x: x.half(),
+    "shape": lambda x: x.reshape(3, 1, 2),
+    "dimensions": lambda x: x.reshape(2, 3),
+    "strides": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "an expanded one": lambda x: x[:, :, :1].expand(2, 1, 3),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_tape_is_not_played_with_tensors_of_other_measures(other):
+    x = torch.rand(2, 1, 3)
+    made = tape.record(lambda: [x[1].clone()], [x])[1]
+    assert made is not None
+    assert made.play([other(torch.rand(2, 1, 3))]) is None
+
+
+def test_strides_of_one_value_say_nothing():
+    x = torch.rand(2, 1, 3)
+    made = tape.record(lambda: [x[1].clone()], [x])[1]
+    again = torch.rand(2, 1, 3).as_strided((2, 1, 3), (3, 77, 1))
+    assert made is not None
+    assert torch.equal(made.play([again])[0], again[1])
+
+
+#: one input, float32, of one dimension of one value
+ONE = (1, 6, 1, 1, 1)
+
+
 @pytest.mark.parametrize(
     "code, says",
     [
         ([], "ends in the middle"),
-        ([0, -1, 0, 1], "aligned to 0 bytes"),
-        ([0, -1, 1, 2, 1], "in the middle of a list"),
+        ([0, -1, 0, 1, *ONE], "aligned to 0 bytes"),
+        ([0, -1, 1, 1, *ONE[:4]], "ends in the middle"),
+        ([0, -1, 1, 2, *ONE, 1], "in the middle of a list"),
         ([0, -1, 1, 0, 0], "got 1"),
-        ([0, -1, 1, 1, 1, 5], "no tensor has the number 5"),
-        ([0, -1, 1, 2, 1, 1], "has not made"),
-        ([0, -1, 1, 1, 0, 99], "is none"),
-        ([0, -1, 1, 1, 0, 8, 10**6], "no operator has the number"),
-        ([0, -1, 1, 2, 0, 3, 1, 0], "tensor 1 is not there"),
-        ([0, -1, 1, 1, 0, 3, 0, 4], "there is no number 4"),
-        ([0, -1, 1, 1, 0, 9, 1], "has no driver"),
+        ([0, -1, 1, 0, *ONE], "got 1"),
+        ([0, -1, 1, 1, *ONE, 1, 5], "no tensor has the number 5"),
+        ([0, -1, 1, 2, *ONE, 1, 1], "has not made"),
+        ([0, -1, 1, 1, *ONE, 0, 99], "is none"),
+        ([0, -1, 1, 1, *ONE, 0, 8, 10**6], "no operator has the number"),
+        ([0, -1, 1, 2, *ONE, 0, 3, 1, 0], "tensor 1 is not there"),
+        ([0, -1, 1, 1, *ONE, 0, 3, 0, 4], "there is no number 4"),
+        ([0, -1, 1, 1, *ONE, 0, 9, 1], "has no driver"),
     ],
 )
 def test_a_broken_tape_is_an_error(code, says):
@@ -258,9 +289,11 @@ def test_memory_is_freed_where_the_schedule_frees_it():
     with torch.no_grad():
         made = tape.record(lambda: schedule(x), [x])[1]
     assert made is not None
-    *_, alignment, size, outputs, last = made.code.tolist()[:6]
-    assert (alignment, size, outputs, last) == (1, 21, 1, 20)
-    code = made.code.tolist()[6:]
+    _, _, alignment, size, inputs, dtype, dims, *rest = made.code.tolist()
+    assert (alignment, size, inputs, dtype, dims) == (1, 21, 1, 6, 4)
+    form, (outputs, last), code = rest[:8], rest[8:10], rest[10:]
+    assert [*zip(form[::2], form[1::2], strict=True)] == [*zip(x.shape, x.stride(), strict=True)]
+    assert (outputs, last) == (1, 20)
     freed = []
     while code:  # a map is allocated, then written
         (fresh, _, _, dims), code = code[:4], code[4:]
