@@ -56,6 +56,7 @@ def describe(device: torch.device, command: str) -> dict[str, str | int | None]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "torchvision": _version("torchvision"),
+        **{name: _version(name) for name in ("openvino", "onnxruntime") if _version(name)},
         "fusedres": fusedres.__version__,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

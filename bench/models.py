@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ from fusedres import testing
 from fusedres.trial import memory
 from fusedres.trial.timing import Step, captured, in_turns, seconds_per_call
 
-from . import environment
+from . import environment, peers
 from .networks import NETWORKS
 from .progress import progress
 
@@ -82,12 +83,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run a model in ``modes``: ``build`` makes it from a copy of eager's; it is warmed up in ``context``."""
+    """A way to run a model in ``modes``: ``build`` makes it from a copy of eager's; it is warmed up in ``context``. ``allocates_unseen``:
+    not by PyTorch, which counts."""
 
     build: Callable[[nn.Module], nn.Module]
     modes: tuple[str, ...] = ("train", "infer")
     context: Callable[[], AbstractContextManager] = nullcontext
     compiles: bool = False
+    allocates_unseen: bool = False
 
 
 def memory_efficient(model: nn.Module) -> nn.Module:
@@ -122,6 +125,14 @@ CONTENDERS = {
         lambda: torch._inductor.config.patch(freezing=True),
         compiles=True,
     ),
+    # Inductor decides by a model's forward convolutions whether it computes in channels_last; told to, in training too
+    "compile-layout": Contender(
+        lambda model: torch.compile(Apart(model)),
+        context=lambda: torch._inductor.config.patch(force_layout_optimization=True),
+        compiles=True,
+    ),
+    "openvino": Contender(peers.openvino, ("infer",), allocates_unseen=True),
+    "onnxruntime": Contender(peers.onnxruntime, ("infer",), allocates_unseen=True),
     # captured by the harness as the others are, where graphs are asked for
     "compile-max-autotune": Contender(
         lambda model: torch.compile(model, mode="max-autotune-no-cudagraphs"), compiles=True
@@ -335,7 +346,7 @@ def run_case(
         advance(f"{name} {mode}: memory and parity of {entry.name}")
         if entry in running:
             finish(entry, eager)
-            if settings.bytes:
+            if settings.bytes and not entry.contender.allocates_unseen:
                 attempt(entry, measure_memory, images, labels, mode, settings)
             attempt(entry, measure_parity, base, mode, settings)
             if entry.name.startswith("fused"):
@@ -415,7 +426,7 @@ def table(records: Sequence[dict]) -> Table:
         shown.add_column(head, justify="left" if head in text else "right", no_wrap=head not in ("parity", "remark"))
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         last = following is None or (following["model"], following["mode"]) != (row["model"], row["mode"])
-        shown.add_row(*(row[head] for head in heads), end_section=last)
+        shown.add_row(*(escape(row[head]) for head in heads), end_section=last)
     return shown
 
 

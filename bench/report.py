@@ -32,8 +32,10 @@ COLOURS = {
     "fused+compile": "#009e73",
     "fused-recompute": "#56b4e9",
     "memory_efficient": "#cc79a7",
+    "openvino": "#7f5fa8",
+    "onnxruntime": "#b2912f",
 }
-OTHER_COLOURS = ("#f0e442", "#b2912f", "#7f5fa8", "#4d4d4d")
+OTHER_COLOURS = ("#f0e442", "#4d4d4d")
 INK, FAINT, ALARM = "#222222", "#8a8a8a", "#c1121f"
 
 
