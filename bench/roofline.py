@@ -10,12 +10,14 @@ of a well-shaped convolution of the library, whichever is larger, both taken in 
 with eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once, its backward reads four times and writes
 once, ReLU works in place. They also count what the triton backend launches in the step, with every convolution fused and by the plans that
 hold where nothing was measured, which leave some convolutions to the library and pay for it with passes: its kernels, and PyTorch's
-operators.
+operators. And what the cuda backend does, whose convolutions are all the library's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import inspect
 import itertools
@@ -37,7 +39,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedres
 from fusedres.backends import select
 from fusedres.backends.contract import Backend, Wrapped
+from fusedres.backends.cuda import CudaBackend
 from fusedres.backends.eager import BACKEND as EAGER
+from fusedres.backends.nvrtc import KERNELS, Functions, Program
+from fusedres.kernels import requests
 from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
 from fusedres.specs import Geometry
 
@@ -352,6 +357,58 @@ def measured(args, name: str, mode: str) -> Page:
     return Page(title, shown, [], figures)
 
 
+def operators_on(backend: Backend, model: torch.nn.Module, x: Tensor, mode: str) -> EagerTraffic:
+    """PyTorch's operators in a step of the converted ``model`` on the ``backend``."""
+    with select.observe(lambda inner: backend), EagerTraffic() as operators, torch.set_grad_enabled(mode == "train"):
+        y = model(x)
+        if mode == "train":
+            # not backward(): a recorded launch holds its tensors, and what is held a parameter's gradient copies
+            torch.autograd.grad(y.sum(), list(model.parameters()))
+    return operators
+
+
+class Nowhere:
+    """Where the CUDA C++ kernels are launched on meta tensors: nowhere."""
+
+    launcher = 0
+
+    def __init__(self) -> None:
+        self._launch = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3
+        )(lambda *_: 0)
+        self.launcher = ctypes.cast(self._launch, ctypes.c_void_p).value or 0
+
+    def why_not(self, device: torch.device) -> None:
+        """Every device will do."""
+
+    def load(self, program: Program, device: torch.device) -> Functions:
+        """Kernels without code."""
+        return Functions(dict.fromkeys(KERNELS[program.kind], 0), None)
+
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Nothing to switch."""
+        return contextlib.nullcontext()
+
+    def stream(self, device: torch.device) -> int:
+        """The default one."""
+        return 0
+
+    def stream_to_play_on(self, device: torch.device) -> None:
+        """Nothing is played."""
+
+
+def launched_by_cuda(model: torch.nn.Module, x: Tensor, mode: str) -> dict[str, int]:
+    """As :func:`launched`, on the cuda backend."""
+    moved: list[int] = []
+
+    def note(request: requests.Request | None, operands: Sequence[Tensor | None]) -> None:
+        moved.append(_bytes(*(t for t in operands if t is not None and t.dim() == 4)))
+
+    with requests.observed(note):
+        operators = operators_on(CudaBackend(Nowhere()), model, x, mode)
+    return {"kernels": len(moved), "operators": operators.operators, "bytes": sum(moved) + operators.total}
+
+
 def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str, family: str) -> dict[str, int] | None:
     """What a step of the converted ``model`` launches on the triton backend by ``plan`` on a GPU of ``family``, on meta tensors: the
     backend's own kernels, PyTorch's operators beside them, and the bytes of the feature maps that both read and write, whole. None where
@@ -363,12 +420,8 @@ def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str, family: st
     from fusedres.kernels.tiles import DEFAULT_ARCH
 
     arch = DEFAULT_ARCH._replace(family=family)
-    with launch.record(arch=arch) as launches, use_plan(plan), select.observe(lambda inner: BACKEND):
-        with EagerTraffic() as operators, torch.set_grad_enabled(mode == "train"):
-            y = model(x)
-            if mode == "train":
-                # not backward(): a recorded launch holds its tensors, and what is held a parameter's gradient copies
-                torch.autograd.grad(y.sum(), list(model.parameters()))
+    with launch.record(arch=arch) as launches, use_plan(plan):
+        operators = operators_on(BACKEND, model, x, mode)
     moved = sum(
         _bytes(value)
         for launch in launches
@@ -425,12 +478,13 @@ def counted(args, name: str, mode: str) -> Page:
         f"of eager's traffic {theirs.total / bandwidth * 1e3:.1f} ms",
         f"launches per step: eager {theirs.operators} operators",
     ]
-    plans = {}
-    for name_of_plan, (plan, family, words) in PLANS.items():
-        found = plans[name_of_plan] = launched(model, x, mode, plan, family)
+    plans = {plan: launched(model, x, mode, *how) for plan, (*how, _) in PLANS.items()}
+    plans["cuda"] = launched_by_cuda(model, x, mode)
+    words = {plan: f"triton backend, {what}" for plan, (*_, what) in PLANS.items()} | {"cuda": "cuda backend"}
+    for plan, found in plans.items():
         if found is not None:
             said.append(
-                f"launches per step, triton backend, {words}: {found['kernels'] + found['operators']} "
+                f"launches per step, {words[plan]}: {found['kernels'] + found['operators']} "
                 f"({found['kernels']} kernels of its own, {found['operators']} operators); "
                 f"{found['bytes'] / args.batch / 1e6:.0f} MB per image, {found['bytes'] / theirs.total:.2f}x eager's"
             )
