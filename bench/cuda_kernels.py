@@ -35,7 +35,7 @@ SPILL = r"\b(?:LDL|STL)\b"
 
 @dataclass(frozen=True)
 class Figures:
-    """How a kernel compiled: ``wide_loads`` and ``wide_stores`` count instructions of 16 bytes, ``spills`` those that touch local memory."""
+    """How a kernel compiled: ``wide_loads`` and ``wide_stores`` count instructions of 16 bytes, ``spills`` those of local memory."""
 
     kernel: str
     registers: int
@@ -57,7 +57,7 @@ def figures(program: Program, capability: tuple[int, int]) -> list[Figures]:
         file.write_bytes(compile_program(program, capability))
         usage = _said([tool("cuobjdump"), "-res-usage", str(file)])
         listing = _said([tool("nvdisasm"), "-c", str(file)])
-    codes = re.split(r"^\.section\s+\.text\.(\w+)", listing, flags=re.MULTILINE)
+    codes = re.split(r"^\s*\.section\s+\.text\.(\w+)", listing, flags=re.MULTILINE)
     code = dict(zip(codes[1::2], codes[2::2], strict=True))
     found = []
     for name, registers, shared in re.findall(r"Function (\w+):\s+REG:(\d+).*?SHARED:(\d+)", usage):
@@ -93,9 +93,9 @@ def markdown(rows: Sequence[Row], where: dict) -> str:
         f"`{where['command']}`, {where['date'][:10]}, commit {where['commit']}: torch {where['torch']}, its NVRTC. Nothing here was run: "
         "these are the compiler's results.",
         "",
-        f"{len(rows)} kernels, {spilling} of them spill. Registers of a thread, blocks being of 256 threads, by architecture; behind a plus "
-        "the instructions that touch local memory, where there are any. Shared: bytes of a block. 16 bytes: instructions of that width "
-        "that load from and store to global memory, the fewest of all architectures.",
+        f"{len(rows)} kernels, {spilling} of them spill. Registers of a thread, blocks being of 256 threads, by architecture; behind a "
+        "plus the instructions that touch local memory, where there are any. Shared: bytes of a block. 16 bytes: instructions of that "
+        "width that load from and store to global memory, the fewest of all architectures.",
     ]
     architectures = [a for a in ARCHITECTURES if any(row.architecture == a for row in rows)]
     for program in dict.fromkeys(row.program for row in rows):

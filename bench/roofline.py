@@ -373,9 +373,9 @@ class Nowhere:
     launcher = 0
 
     def __init__(self) -> None:
-        self._launch = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3
-        )(lambda *_: 0)
+        self._launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)(
+            lambda *_: 0
+        )
         self.launcher = ctypes.cast(self._launch, ctypes.c_void_p).value or 0
 
     def why_not(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The CUDA C++ kernels on the host, for CPU tensors: the backend ``cuda_host``, which is ``cuda`` but for where its kernels run.
 
-The same templates, compiled by the host's C++ compiler (:file:`backends/host_kernels.cpp`): blocks and threads in a shuffled order, phase by
-phase, behind a function of the type of CUDA's ``cuLaunchKernel``. Each program is compiled once and kept in ``build/``.
+The same templates, compiled by the host's C++ compiler (:file:`backends/host_kernels.cpp`): blocks and threads in a shuffled order, phase
+by phase, behind a function of the type of CUDA's ``cuLaunchKernel``. Each program is compiled once and kept in ``build/``.
 FUSEDRES_SANITIZE (``address,undefined``) compiles it with those checks of the compiler's.
 """
 

@@ -12,10 +12,11 @@ namespace gpu {
 constexpr int kChannels = 8;
 constexpr int kTileLanes = kThreads / kChannels;
 
-// The tiles of two numbers per channel: of moments their mean and M2, of sums both.
+// The tiles of two numbers per channel: of moments their mean and M2, perhaps with what the mean cannot hold, of sums
+// both.
 template <class A>
 struct Tiles {
-  const A *first, *second;
+  const A *first, *second, *rest;
   i64 tiles, tile_rows, rows, channels;
 };
 
@@ -32,7 +33,7 @@ struct Seat {
 
 template <class A>
 struct TwoNumbers {
-  A first, second;
+  A first, second, rest;
 };
 
 // What the threads of a channel have found, and their merge: sums in double, which cancel.
@@ -43,13 +44,14 @@ struct Found {
 
   // A thread's tiles from `begin` to `end`.
   FUSEDRES_HD void read_moments(const Tiles<A>& of, i64 begin, i64 end, const Seat& seat, const Place& place) {
-    Moments<A> own{A(0), A(0), A(0)};
+    Moments<A> own{A(0), A(0), A(0), A(0)};
     if (seat.channel < of.channels)
       for (i64 t = begin + seat.turn; t < end; t += kTileLanes) {
         const i64 at = t * of.channels + seat.channel;
-        own.merge({A(least(of.tile_rows, of.rows - t * of.tile_rows)), of.first[at], of.second[at]});
+        const A rest = of.rest == nullptr ? A(0) : of.rest[at];
+        own.merge({A(least(of.tile_rows, of.rows - t * of.tile_rows)), of.first[at], rest, of.second[at]});
       }
-    first[place.thread] = own.mean;
+    first[place.thread] = own.whole_mean();
     second[place.thread] = own.m2;
     counts[place.thread] = own.count;
   }
@@ -66,9 +68,10 @@ struct Found {
   }
 
   FUSEDRES_HD TwoNumbers<A> merged_moments(const Seat& seat) const {
-    Moments<A> all{A(0), A(0), A(0)};
-    for (int i = seat.column; i < kThreads; i += kChannels) all.merge({counts[i], A(first[i]), A(second[i])});
-    return {all.mean, all.m2};
+    Moments<A> all{A(0), A(0), A(0), A(0)};
+    for (int i = seat.column; i < kThreads; i += kChannels)
+      all.merge(Moments<A>::of(counts[i], first[i], A(second[i])));
+    return {all.mean, all.m2, all.rest};
   }
 
   FUSEDRES_HD TwoNumbers<A> merged_sums(const Seat& seat) const {
@@ -77,7 +80,7 @@ struct Found {
       sum += first[i];
       other += second[i];
     }
-    return {A(sum), A(other)};
+    return {A(sum), A(other), A(0)};
   }
 };
 
@@ -90,7 +93,7 @@ struct Merge {
   struct Args {
     Tiles<A> of;
     i64 chunk, of_moments;
-    A *out, *out_second;
+    A *out, *out_second, *out_rest;
   };
   using Shared = Found<A>;
   using Local = NoLocal;
@@ -108,6 +111,7 @@ struct Merge {
     const TwoNumbers<A> found = a.of_moments ? shared.merged_moments(seat) : shared.merged_sums(seat);
     a.out[place.y * a.of.channels + seat.channel] = found.first;
     a.out_second[place.y * a.of.channels + seat.channel] = found.second;
+    if (a.out_rest != nullptr) a.out_rest[place.y * a.of.channels + seat.channel] = found.rest;
   }
 };
 

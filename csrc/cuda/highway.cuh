@@ -6,6 +6,13 @@
 namespace fusedres {
 namespace gpu {
 
+// Of a highway block, whose transform has a ReLU or none.
+template <class A, int V>
+FUSEDRES_HD void rectify(bool relu, A (&z)[V]) {
+  FUSEDRES_UNROLL
+  for (int i = 0; i < V; ++i) z[i] = relu && z[i] < A(0) ? A(0) : z[i];
+}
+
 // out = t * act(scale * raw + shift) + (1 - t) * carry with t = sigmoid(gate_scale * gate + gate_shift). Reads raw,
 // gate and carry, writes out.
 template <class T, int V>
@@ -18,7 +25,7 @@ struct HighwayForward {
     const A *gate_scale, *gate_shift;
     Map<const T> carry;
     Map<T> out;
-    Activation act;
+    i64 relu;
     Grid grid;
   };
   using Shared = Constants<A, V, 4>;
@@ -41,7 +48,7 @@ struct HighwayForward {
       A z[V], g[V];
       normalize<T, V>(z, raw, shared, 0, walk);
       normalize<T, V>(g, gate, shared, 2, walk);
-      activate<A, V>(a.act, z);
+      rectify<A, V>(a.relu, z);
       FUSEDRES_UNROLL
       for (int i = 0; i < V; ++i) {
         const A t = Sigmoid<A>(g[i]).value;
@@ -65,7 +72,7 @@ struct HighwayBackward {
     Map<const T> carry;
     Map<T> dz, dgate, dcarry;
     A *partials, *gate_partials;
-    Activation act;
+    i64 relu;
     Grid grid;
   };
   union Shared {
@@ -106,10 +113,9 @@ struct HighwayBackward {
     for (int i = 0; i < V; ++i) {
       value[i] = z[i];
       t[i] = Sigmoid<A>(t[i]).value;
-      dz[i] = loaded(grad.v[i]) * t[i];
+      dz[i] = a.relu && z[i] <= A(0) ? A(0) : loaded(grad.v[i]) * t[i];
     }
-    activate<A, V>(a.act, value);
-    apply_gradient<A, V>(a.act, dz, z);
+    rectify<A, V>(a.relu, value);
     store<T, V>(a.dz.at(row, walk.channel), rounded_vector<T, V>(dz));
     FUSEDRES_UNROLL
     for (int i = 0; i < V; ++i) {

@@ -2,7 +2,7 @@
 #include "kernels.cuh"
 
 #define FUSEDRES_ENTRY(NAME, TYPE, V)                                        \
-  extern "C" __global__ void __launch_bounds__(fusedres::gpu::kThreads)      \
+  extern "C" __global__ void __launch_bounds__(fusedres::gpu::kThreads)   \
       NAME(const fusedres::gpu::TYPE<fusedres::gpu::Stored, V>::Args args) { \
     fusedres::gpu::run<fusedres::gpu::TYPE<fusedres::gpu::Stored, V>>(args); \
   }

@@ -129,10 +129,17 @@ struct Columns {
   }
 };
 
-// The count of rows, their mean and the sum of squared deviations from it.
+// The count of rows, their mean and the sum of squared deviations from it. The mean is mean + rest, of which rest is
+// what mean cannot hold, so that deviations from a large mean keep their digits.
 template <class A>
 struct Moments {
-  A count, mean, m2;
+  A count, mean, rest, m2;
+
+  FUSEDRES_HD static Moments of(A count, double mean, A m2) {
+    const A most = A(mean);
+    return {count, most, A(mean - most), m2};
+  }
+  FUSEDRES_HD double whole_mean() const { return double(mean) + double(rest); }
 
   // Chan, Golub and LeVeque 1979.
   FUSEDRES_HD void merge(const Moments& other) {
@@ -141,22 +148,27 @@ struct Moments {
       *this = other;
       return;
     }
-    const A total = count + other.count, share = other.count / total, delta = other.mean - mean;
-    mean += delta * share;
+    const A total = count + other.count, share = other.count / total;
+    const A delta = (other.mean - mean) + (other.rest - rest);
     m2 += other.m2 + delta * delta * (count * share);
     count = total;
+    // the larger part first, so that the rounding of the sum is known
+    rest += delta * share;
+    const A sum = mean + rest;
+    rest -= sum - mean;
+    mean = sum;
   }
 };
 
 // As Columns, of moments.
 template <class A, int V>
 struct MomentColumns {
-  Columns<A, V, 2> columns;
+  Columns<A, V, 3> columns;
   A merged_counts[kThreads];
 
   FUSEDRES_HD Moments<A> at(int row, int place, A count, const Walk<V>& walk) const {
-    const int i = row * Columns<A, V, 2>::width(walk) + place;
-    return {count, columns.values[0][i], columns.values[1][i]};
+    const int i = row * columns.width(walk) + place;
+    return {count, columns.values[0][i], columns.values[1][i], columns.values[2][i]};
   }
 
   FUSEDRES_HD void merge_segments(const Walk<V>& walk, const Place& place) {
@@ -166,7 +178,8 @@ struct MomentColumns {
       Moments<A> found = at(s, column, A(walk.rows_at(s)), walk);
       for (int y = s + n; y < walk.step; y += n) found.merge(at(y, column, A(walk.rows_at(y)), walk));
       columns.values[0][u] = found.mean;
-      columns.values[1][u] = found.m2;
+      columns.values[1][u] = found.rest;
+      columns.values[2][u] = found.m2;
       if (column == 0) merged_counts[s] = found.count;
     }
   }
@@ -185,17 +198,18 @@ FUSEDRES_HD A& partial(A* partials, int k, i64 channel, const Grid& grid, const 
   return partials[(k * place.blocks + place.x) * grid.channels + channel];
 }
 
-// What a thread knows of the rows that it has written, by Welford's updates (1962).
+// What a thread knows of the rows that it has written, by Welford's updates (1962) of deviations from the first of
+// them.
 template <class T, int V>
 struct Measure {
   using A = AccumOf<T>;
-  A mean[V], m2[V];
+  A first[V], rest[V], m2[V];
   int seen;
 
   FUSEDRES_HD void begin() {
     seen = 0;
     FUSEDRES_UNROLL
-    for (int i = 0; i < V; ++i) mean[i] = m2[i] = A(0);
+    for (int i = 0; i < V; ++i) first[i] = rest[i] = m2[i] = A(0);
   }
 
   // Of what is stored, so that statistics normalise exactly what the next reader loads.
@@ -203,16 +217,18 @@ struct Measure {
     const A share = A(1) / A(++seen);
     FUSEDRES_UNROLL
     for (int i = 0; i < V; ++i) {
-      const A value = loaded(stored.v[i]), delta = value - mean[i];
-      mean[i] += delta * share;
-      m2[i] += delta * (value - mean[i]);
+      if (seen == 1) first[i] = loaded(stored.v[i]);
+      const A deviation = loaded(stored.v[i]) - first[i], delta = deviation - rest[i];
+      rest[i] += delta * share;
+      m2[i] += delta * (deviation - rest[i]);
     }
   }
 
   // The three phases behind the walk.
   FUSEDRES_HD void put(MomentColumns<A, V>& to, const Walk<V>& walk) const {
-    to.columns.put(0, mean, walk);
-    to.columns.put(1, m2, walk);
+    to.columns.put(0, first, walk);
+    to.columns.put(1, rest, walk);
+    to.columns.put(2, m2, walk);
   }
 
   FUSEDRES_HD static void finish(const MomentColumns<A, V>& from, A* partials, const Grid& grid, const Place& place) {
@@ -221,6 +237,7 @@ struct Measure {
       const Moments<A> found = from.total(j, walk);
       partial(partials, 0, walk.origin + j, grid, place) = found.mean;
       partial(partials, 1, walk.origin + j, grid, place) = found.m2;
+      partial(partials, 2, walk.origin + j, grid, place) = found.rest;
     }
   }
 };

@@ -147,6 +147,20 @@ FUSEDRES_HD Vec<T, V> load(const T* at) {
 
 template <class T, int V>
 FUSEDRES_HD void store(T* at, const Vec<T, V>& values) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof values == kWidest) {
+    // in words: NVIDIA's compiler stores the pieces of a structure one by one
+    union {
+      Vec<T, V> values;
+      u32 words[4];
+    } both;
+    both.values = values;
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(at)), "r"(both.words[0]),
+                 "r"(both.words[1]), "r"(both.words[2]), "r"(both.words[3])
+                 : "memory");
+    return;
+  }
+#endif
   *reinterpret_cast<Vec<T, V>*>(at) = values;
 }
 

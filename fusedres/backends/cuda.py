@@ -19,7 +19,7 @@ from ..kernels import requests
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
 from . import contract, library_conv, tape
-from .contract import Backend, accum_dtype
+from .contract import Backend
 from .cuda_launch import Arguments, Pass, Reduction, Tiles, channel_launch, merge, one_tile
 from .layout import empty_map
 from .nvrtc import DTYPES, Nvrtc, Runtime
@@ -29,6 +29,13 @@ def _without_activation(x: LazyMap, residual: LazyMap | None) -> None:
     """ValueError where an operand of an addition has an activation, which the pass would drop."""
     if x.act != "none" or (residual is not None and residual.act != "none"):
         raise ValueError("an operand of an addition has an activation of its own")
+
+
+def _is_relu(x: LazyMap) -> bool:
+    """Of a highway block's transform. ValueError for an activation that none has."""
+    if x.act not in ("none", "relu"):
+        raise ValueError(f"a highway block has a ReLU or no activation, not {x.act!r}")
+    return x.act == "relu"
 
 
 def _is_max(pool: Pool) -> bool:
@@ -105,7 +112,7 @@ class CudaBackend(Backend):
         run.operand(x)
         run.operand(residual)
         run.map(out)
-        run.partials(0 if stats is None else 2)
+        run.partials(0 if stats is None else 3)
         run.act(act)
         self._finish_moments(run, stats)
 
@@ -114,7 +121,7 @@ class CudaBackend(Backend):
         found = run.run()
         if stats is not None:
             (partials,) = found
-            merge(self._runtime, Tiles(partials[0], partials[1], run.chunk, run.rows_walked), _room(stats))
+            merge(self._runtime, Tiles(partials[0], partials[1], partials[2], run.chunk, run.rows_walked), _room(stats))
 
     def apply_grad_coeff(self, grad: LazyGrad, *, out: Tensor | None = None) -> Tensor:
         """See the contract: an addition whose residual is raw, scaled by q."""
@@ -197,7 +204,7 @@ class CudaBackend(Backend):
         run.operand(gate)
         run.map(carry)
         run.map(out)
-        run.act(x.act)
+        run.integers(int(_is_relu(x)))
         run.run()
         return out
 
@@ -224,7 +231,7 @@ class CudaBackend(Backend):
         rooms = [to for to in (sums, gate_sums) if to is not None]
         for to in (sums, gate_sums):
             run.partials(0 if to is None else 2)
-        run.act(x.act)
+        run.integers(int(_is_relu(x)))
         for to, found in zip(rooms, run.run(), strict=True):
             merge(self._runtime, Tiles(found[0], found[1]), _room(to))
         return dz, dgate, dcarry
@@ -241,7 +248,7 @@ class CudaBackend(Backend):
         run.operand(x)
         run.map(out)
         run.map(index)
-        run.partials(0 if stats is None else 2)
+        run.partials(0 if stats is None else 3)
         _window(run, x.raw, out, pool)
         run.act(x.act)
         self._finish_moments(run, stats)
@@ -308,7 +315,7 @@ class CudaBackend(Backend):
             if norm.running_mean is None or norm.running_var is None:
                 raise ValueError("a BatchNorm without running statistics is no frozen one")
             like, channels = norm.running_mean, norm.running_mean.shape[0]
-            arguments.integers(0, 0, 0, 0, 0, channels)
+            arguments.integers(0, 0, 0, 0, 0, 0, channels)
         else:
             like, dtype, channels = moments.first, moments.first.dtype, moments.first.shape[1]
             moments.add_to(arguments)

@@ -195,7 +195,9 @@ class Pass(Arguments):
             self.tensors.append(made)
             found.append(made)
         self.integers(self.rows_walked, self.channels, lanes, self.chunk)
-        launch(self.runtime, Program(MAPS, self.walked.dtype), f"{self.kernel}_{'wide' if wide else 'narrow'}", grid, self)
+        launch(
+            self.runtime, Program(MAPS, self.walked.dtype), f"{self.kernel}_{'wide' if wide else 'narrow'}", grid, self
+        )
         return found
 
 
@@ -203,10 +205,12 @@ class Pass(Arguments):
 
 
 class Tiles(NamedTuple):
-    """Two partial results per tile and channel, ``[tiles, C]`` each; of moments with the rows of a tile and of all."""
+    """Two partial results per tile and channel, ``[tiles, C]`` each; of moments with what their mean cannot hold, and with the rows of a
+    tile and of all."""
 
     first: Tensor
     second: Tensor
+    rest: Tensor | None = None
     tile_rows: int = 0
     rows: int = 0
 
@@ -214,12 +218,13 @@ class Tiles(NamedTuple):
         """As a kernel's argument."""
         arguments.address(self.first)
         arguments.address(self.second)
+        arguments.address(self.rest)
         arguments.integers(self.first.shape[0], self.tile_rows, self.rows, self.first.shape[1])
 
 
 def one_tile(reduced: Tensor, rows: int = 0) -> Tiles:
     """A tensor ``[2, C]`` that holds a reduction of so many rows."""
-    return Tiles(reduced[0:1], reduced[1:2], rows, rows)
+    return Tiles(reduced[0:1], reduced[1:2], None, rows, rows)
 
 
 class Reduction:
@@ -253,18 +258,20 @@ class Reduction:
         return rounded[row] if rounded is not None and rounded.dtype == dtype else self[row].to(dtype)
 
 
-def channel_launch(runtime: Runtime, kernel: str, dtype: torch.dtype, channels: int, arguments: Arguments, y: int = 1) -> None:
+def channel_launch(
+    runtime: Runtime, kernel: str, dtype: torch.dtype, channels: int, arguments: Arguments, y: int = 1
+) -> None:
     """A launch of a kernel over numbers per channel, in accumulation ``dtype``."""
     launch(runtime, Program(CHANNELS, dtype), kernel, (_quotient_up(channels, CHANNELS_OF_BLOCK), y), arguments)
 
 
-def _merge(runtime: Runtime, tiles: Tiles, chunk: int, first: Tensor, second: Tensor) -> None:
-    """Chunks of tiles into the rows of ``first`` and ``second``."""
+def _merge(runtime: Runtime, tiles: Tiles, chunk: int, first: Tensor, second: Tensor, rest: Tensor | None) -> None:
+    """Chunks of tiles into the rows of ``first``, ``second`` and ``rest``."""
     arguments = Arguments()
     tiles.add_to(arguments)
     arguments.integers(chunk, int(tiles.rows > 0))
-    arguments.address(first)
-    arguments.address(second)
+    for to in (first, second, rest):
+        arguments.address(to)
     count, channels = tiles.first.shape
     channel_launch(runtime, "merge", tiles.first.dtype, channels, arguments, max(1, _quotient_up(count, chunk)))
 
@@ -273,10 +280,12 @@ def merge(runtime: Runtime, tiles: Tiles, out: Tensor | Reduction) -> None:
     """``out`` from the tiles: at once, or what is left of many tiles to the kernel that reads a :class:`Reduction`."""
     count, channels = tiles.first.shape
     if count > ONE_LEVEL:
-        level = torch.empty((2, _quotient_up(count, CHUNK), channels), dtype=tiles.first.dtype, device=tiles.first.device)
-        _merge(runtime, tiles, CHUNK, level[0], level[1])
-        tiles = Tiles(level[0], level[1], tiles.tile_rows * CHUNK, tiles.rows)
+        level = torch.empty(
+            (3, _quotient_up(count, CHUNK), channels), dtype=tiles.first.dtype, device=tiles.first.device
+        )
+        _merge(runtime, tiles, CHUNK, level[0], level[1], level[2])
+        tiles = Tiles(level[0], level[1], level[2], tiles.tile_rows * CHUNK, tiles.rows)
     if isinstance(out, Reduction):
         out.tiles = tiles
     else:
-        _merge(runtime, tiles, max(1, tiles.first.shape[0]), out[0], out[1])
+        _merge(runtime, tiles, max(1, tiles.first.shape[0]), out[0], out[1], None)

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels on a GPU: compiled at first use by NVRTC for the GPU at hand, kept on disk, loaded through the driver.
 
-No compiler and no toolkit: NVRTC and ``cuda.bindings``, NVIDIA's Python bindings, come with torch's CUDA builds on Linux, and elsewhere with
+No compiler and no toolkit: NVRTC and ``cuda.bindings``, NVIDIA's Python bindings, come with torch's CUDA builds on Linux, elsewhere with
 ``pip install cuda-bindings``. Sources are in ``csrc/cuda``, installed as ``fusedres.cuda``. What is compiled is kept in the cache folder
 (``FUSEDRES_CACHE_DIR``) under a name that depends on the sources, their options, the architecture and the version of NVRTC.
 """
@@ -29,7 +29,14 @@ from ..kernels import requests
 #: what kernels are launched with
 THREADS = 256
 #: the kernels for accesses of 16 bytes and of one value, by their names in csrc/cuda/kernels.cuh
-_OF_MAPS = ("add_act_forward", "add_act_backward", "pool_forward", "pool_backward", "highway_forward", "highway_backward")
+_OF_MAPS = (
+    "add_act_forward",
+    "add_act_backward",
+    "pool_forward",
+    "pool_backward",
+    "highway_forward",
+    "highway_backward",
+)
 MAPS, CHANNELS = "maps", "channels"
 #: which kernels there are in a program: those over maps, and those over numbers per channel
 KERNELS = {
@@ -94,7 +101,9 @@ class Runtime(Protocol):
 def sources() -> Mapping[str, str]:
     """The text of every source by its name."""
     folder = importlib.resources.files("fusedres.cuda")
-    found = sorted((item for item in folder.iterdir() if item.name.endswith((".cu", ".cuh"))), key=lambda item: item.name)
+    found = sorted(
+        (item for item in folder.iterdir() if item.name.endswith((".cu", ".cuh"))), key=lambda item: item.name
+    )
     return {item.name: item.read_text(encoding="utf-8") for item in found}
 
 
@@ -168,10 +177,18 @@ def _options(program: Program, capability: tuple[int, int]) -> list[str]:
 def cached_file(program: Program, capability: tuple[int, int]) -> Path:
     """Where the compiled program is kept."""
     key = hashlib.sha256()
-    for part in (*_options(program, capability), *map(str, _version()), *(p for item in sources().items() for p in item)):
+    for part in (
+        *_options(program, capability),
+        *map(str, _version()),
+        *(p for item in sources().items() for p in item),
+    ):
         key.update(part.encode() + b"\0")
     dtype = str(program.dtype).removeprefix("torch.")
-    return cache_folder() / "cuda" / f"{program.kind}-{dtype}-sm{capability[0]}{capability[1]}-{key.hexdigest()[:24]}.cubin"
+    return (
+        cache_folder()
+        / "cuda"
+        / f"{program.kind}-{dtype}-sm{capability[0]}{capability[1]}-{key.hexdigest()[:24]}.cubin"
+    )
 
 
 def cubin_of(program: Program, capability: tuple[int, int], *, anew: bool = False) -> bytes:
