@@ -16,17 +16,14 @@ operators. And what the cuda backend does, whose convolutions are all the librar
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import inspect
 import itertools
 import json
-import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,19 +31,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres.backends import select
 from fusedres.backends.contract import Backend, Wrapped
-from fusedres.backends.cuda import CudaBackend
 from fusedres.backends.eager import BACKEND as EAGER
-from fusedres.backends.nvrtc import KERNELS, Functions, Program
-from fusedres.kernels import requests
 from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
 from fusedres.specs import Geometry
 
 from . import environment, report
+from .launches import PLANS, EagerTraffic, bytes_of, launched, launched_by_cuda, met
 from .models import known_model, new_model
 
 
@@ -62,22 +56,12 @@ class Call:
     kernels: int
 
 
-def _bytes(*maps: Tensor | None) -> int:
-    return sum(m.numel() * m.element_size() for m in maps if m is not None)
-
-
-def _met(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> int:
-    """The bytes of the map ``x`` that a convolution meets: a stride wider than the kernel skips pixels, as in a projection."""
-    met = [min(1.0, k / step) for k, step in zip(kernel, stride, strict=True)]
-    return int(_bytes(x) * math.prod(met))
-
-
 def account(primitive: str, a: Mapping[str, Any], result: Any) -> tuple[str, int, int, int, int]:
     """``(label, bytes read, bytes written, FLOPs, kernels)`` of a call of ``primitive`` with the arguments ``a``, by their names in the
     contract."""
     maps = [value for name in ("x", "residual", "gate") if (value := a.get(name)) is not None]
-    read = _bytes(*(m.raw if isinstance(m, LazyMap) else m for m in maps))
-    written = _bytes(*(result if isinstance(result, tuple) else (result,)))
+    read = bytes_of(*(m.raw if isinstance(m, LazyMap) else m for m in maps))
+    written = bytes_of(*(result if isinstance(result, tuple) else (result,)))
     match primitive:
         case "conv_forward":
             return _account_forward(a["x"], a["weight"], a["geometry"], a["epilogue"], result)
@@ -87,19 +71,19 @@ def account(primitive: str, a: Mapping[str, Any], result: Any) -> tuple[str, int
             copied = "copy with statistics" if a["x"].scale_shift is None else "normalise"
             return copied if a["residual"] is None else "addition", read, written, 0, 1
         case "add_act_backward":
-            return "addition backward", _bytes(a["grad"]) + read, 0 if a["act"] == "none" else written, 0, 1
+            return "addition backward", bytes_of(a["grad"]) + read, 0 if a["act"] == "none" else written, 0, 1
         case "highway_forward":
-            return "highway", read + _bytes(a["carry"]), written, 0, 1
+            return "highway", read + bytes_of(a["carry"]), written, 0, 1
         case "highway_backward":
-            return "highway backward", _bytes(a["grad"], a["carry"]) + read, written, 0, 1
+            return "highway backward", bytes_of(a["grad"], a["carry"]) + read, written, 0, 1
         case "statistics":
             return "statistics", read, 0, 0, 1
         case "apply_grad_coeff":
-            return "gradient correction", _bytes(a["grad"].grad, a["grad"].raw), written, 0, 1
+            return "gradient correction", bytes_of(a["grad"].grad, a["grad"].raw), written, 0, 1
         case "pool_forward":
             return f"{a['pool'].kind} pool", read, written, 0, 1
         case "pool_backward":
-            return f"{a['pool'].kind} pool backward", _bytes(a["grad"], a["index"]) + read, written, 0, 1
+            return f"{a['pool'].kind} pool backward", bytes_of(a["grad"], a["index"]) + read, written, 0, 1
         case "bn_coefficients" | "bn_frozen" | "bn_backward":
             return "C-sized", 0, 0, 0, 1
     raise ValueError(f"nobody has said what {primitive} reads and writes")
@@ -112,22 +96,22 @@ def _label(weight: Tensor, geometry: Geometry) -> str:
 def _account_forward(
     x: LazyMap, weight: Tensor, geometry: Geometry, epilogue: Epilogue, y: Tensor
 ) -> tuple[str, int, int, int, int]:
-    read = _met(x.raw, weight.shape[2:], geometry.stride)
-    read += 0 if epilogue.residual is None else _bytes(epilogue.residual.raw)
-    return _label(weight, geometry), read, _bytes(y), 2 * y.numel() * weight[0].numel(), 1
+    read = met(x.raw, weight.shape[2:], geometry.stride)
+    read += 0 if epilogue.residual is None else bytes_of(epilogue.residual.raw)
+    return _label(weight, geometry), read, bytes_of(y), 2 * y.numel() * weight[0].numel(), 1
 
 
 def _account_backward(
     grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, target: GradTarget | None, need_dw: bool
 ) -> tuple[str, int, int, int, int]:
-    g = _bytes(grad.grad, None if grad.coeff is None else grad.raw)
+    g = bytes_of(grad.grad, None if grad.coeff is None else grad.raw)
     read = written = kernels = 0
     if target is not None:
         below = x.scale_shift is not None or target.sums is not None
         old = target.accumulate or target.base is not None
-        read, written, kernels = g + (below + old) * _bytes(x.raw), _bytes(x.raw), 1
+        read, written, kernels = g + (below + old) * bytes_of(x.raw), bytes_of(x.raw), 1
     if need_dw:
-        read, kernels = read + g + _met(x.raw, weight.shape[2:], geometry.stride), kernels + 1
+        read, kernels = read + g + met(x.raw, weight.shape[2:], geometry.stride), kernels + 1
     flops = 2 * grad.grad.numel() * weight[0].numel()
     return f"{_label(weight, geometry)} backward", read, written, flops * kernels, kernels
 
@@ -196,44 +180,6 @@ def settle(calls: list[Call], clock: Clock) -> None:
         call.seconds = clock.seconds(*call.seconds)
 
 
-class EagerTraffic(TorchDispatchMode):
-    """Counts PyTorch's operators that compute something, and their feature-map bytes: each its own pass over its maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-        self.operators = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
-        maps = [t for t in flat if isinstance(t, Tensor) and t.dim() == 4]
-        outs = [
-            t
-            for t in (result if isinstance(result, (list, tuple)) else (result,))
-            if isinstance(t, Tensor) and t.dim() == 4
-        ]
-        name = func.overloadpacket.__name__
-        if func.is_view or "detach" in name or name.startswith(("empty", "t.", "view", "new_")):
-            return result
-        if name == "convolution":
-            moved = _met(args[0], args[1].shape[2:], args[3]) + _bytes(result)
-        elif name == "convolution_backward":
-            grad, x = args[0], args[1]
-            moved = _bytes(grad) + _met(x, args[2].shape[2:], args[4])
-            moved += _bytes(grad, x) if result[0] is not None else 0
-        elif "batch_norm_backward" in name:
-            moved = 5 * _bytes(args[1])
-        elif "batch_norm" in name:
-            moved = (3 if args[5] else 2) * _bytes(args[0])
-        else:
-            moved = _bytes(*maps, *outs)
-        self.operators += 1
-        if maps:
-            self.total += moved
-        return result
-
-
 def build(name: str, device: str, dtype: torch.dtype, mode: str) -> torch.nn.Module:
     """The model, channels_last."""
     with torch.device(device):
@@ -271,7 +217,7 @@ def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     rate is that of a large matrix product."""
     source = torch.randn(1 << (28 if device.type == "cuda" else 25), device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * _bytes(source) / best_of(lambda: target.copy_(source), device)
+    bandwidth = 2 * bytes_of(source) / best_of(lambda: target.copy_(source), device)
     if device.type == "cuda":
         size = 8192
         a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -355,90 +301,6 @@ def measured(args, name: str, mode: str) -> Page:
         "primitives": {label: dict(zip(names, row, strict=True)) for label, row in rows.items()},
     }  # fmt: skip
     return Page(title, shown, [], figures)
-
-
-def operators_on(backend: Backend, model: torch.nn.Module, x: Tensor, mode: str) -> EagerTraffic:
-    """PyTorch's operators in a step of the converted ``model`` on the ``backend``."""
-    with select.observe(lambda inner: backend), EagerTraffic() as operators, torch.set_grad_enabled(mode == "train"):
-        y = model(x)
-        if mode == "train":
-            # not backward(): a recorded launch holds its tensors, and what is held a parameter's gradient copies
-            torch.autograd.grad(y.sum(), list(model.parameters()))
-    return operators
-
-
-class Nowhere:
-    """Where the CUDA C++ kernels are launched on meta tensors: nowhere."""
-
-    launcher = 0
-
-    def __init__(self) -> None:
-        self._launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3)(
-            lambda *_: 0
-        )
-        self.launcher = ctypes.cast(self._launch, ctypes.c_void_p).value or 0
-
-    def why_not(self, device: torch.device) -> None:
-        """Every device will do."""
-
-    def load(self, program: Program, device: torch.device) -> Functions:
-        """Kernels without code."""
-        return Functions(dict.fromkeys(KERNELS[program.kind], 0), None)
-
-    def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Nothing to switch."""
-        return contextlib.nullcontext()
-
-    def stream(self, device: torch.device) -> int:
-        """The default one."""
-        return 0
-
-    def stream_to_play_on(self, device: torch.device) -> None:
-        """Nothing is played."""
-
-
-def launched_by_cuda(model: torch.nn.Module, x: Tensor, mode: str) -> dict[str, int]:
-    """As :func:`launched`, on the cuda backend."""
-    moved: list[int] = []
-
-    def note(request: requests.Request | None, operands: Sequence[Tensor | None]) -> None:
-        moved.append(_bytes(*(t for t in operands if t is not None and t.dim() == 4)))
-
-    with requests.observed(note):
-        operators = operators_on(CudaBackend(Nowhere()), model, x, mode)
-    return {"kernels": len(moved), "operators": operators.operators, "bytes": sum(moved) + operators.total}
-
-
-def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str, family: str) -> dict[str, int] | None:
-    """What a step of the converted ``model`` launches on the triton backend by ``plan`` on a GPU of ``family``, on meta tensors: the
-    backend's own kernels, PyTorch's operators beside them, and the bytes of the feature maps that both read and write, whole. None where
-    Triton is missing."""
-    if isinstance(select.load("triton"), str):
-        return None
-    from fusedres.backends.triton import BACKEND, use_plan
-    from fusedres.kernels import launch
-    from fusedres.kernels.tiles import DEFAULT_ARCH
-
-    arch = DEFAULT_ARCH._replace(family=family)
-    with launch.record(arch=arch) as launches, use_plan(plan):
-        operators = operators_on(BACKEND, model, x, mode)
-    moved = sum(
-        _bytes(value)
-        for launch in launches
-        for name, value in launch.arguments.items()
-        if isinstance(value, Tensor) and value.dim() == 4 and name != "weight"
-    )
-    return {"kernels": len(launches), "operators": operators.operators, "bytes": moved + operators.total}
-
-
-#: a name, with the plan and the family of GPUs that it is the default for
-PLANS = {
-    "fused": ("fused", "sm_80", "every convolution fused"),
-    **{
-        f"auto {family}": ("auto", family, f"by the default plans for {family}")
-        for family in ("sm_80", "sm_90", "sm_100", "gfx942")
-    },
-}
 
 
 def counted(args, name: str, mode: str) -> Page:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.resources
 import os
 import tempfile
@@ -109,9 +110,7 @@ def sources() -> Mapping[str, str]:
 
 def _bindings() -> Any:
     """``cuda.bindings`` with NVRTC and the driver, imported when they are first needed."""
-    from cuda.bindings import driver, nvrtc
-
-    return driver, nvrtc
+    return importlib.import_module("cuda.bindings.driver"), importlib.import_module("cuda.bindings.nvrtc")
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
