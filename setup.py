@@ -1,4 +1,5 @@
-"""Build of the C++ extension ``fusedres._C`` and the mapping of ``kernels/`` to ``fusedres.kernels``; the rest is in pyproject.toml.
+"""Build of the C++ extension ``fusedres._C`` and the mapping of ``kernels/`` to ``fusedres.kernels`` and of
+``csrc/cuda/`` to ``fusedres.cuda``; the rest is in pyproject.toml.
 
 FUSEDRES_BUILD says what is compiled:
 
@@ -76,10 +77,15 @@ def extension() -> dict:
 setup(
     packages=[
         *find_packages(include=["fusedres", "fusedres.*"]),
+        "fusedres.cuda",
         "fusedres.kernels",
         *(f"fusedres.kernels.{name}" for name in find_packages("kernels")),
     ],
-    package_dir={"fusedres.kernels": "kernels"},
-    package_data={"fusedres": ["py.typed", "**/*.json"], "fusedres.kernels": ["**/*.json"]},
+    package_dir={"fusedres.cuda": "csrc/cuda", "fusedres.kernels": "kernels"},
+    package_data={
+        "fusedres": ["py.typed", "**/*.json"],
+        "fusedres.cuda": ["*.cu", "*.cuh"],
+        "fusedres.kernels": ["**/*.json"],
+    },
     **extension(),
 )

@@ -52,7 +52,8 @@ class Run:
 @dataclass(frozen=True)
 class Stage:
     """A command, not started with less than ``least`` seconds left and stopped after ``most``; ``tuned`` ones follow the
-    measured plans, the others those that hold where nothing was measured. A rehearsal's kernels are ``interpreted``."""
+    measured plans, the others those that hold where nothing was measured. A rehearsal's kernels are ``interpreted``. ``backend``: on
+    which blocks run, but in a rehearsal; None for the one that they choose."""
 
     name: str
     command: Callable[[Run], list[str]]
@@ -60,6 +61,7 @@ class Stage:
     most: float = 150.0
     tuned: bool = False
     interpreted: bool = True
+    backend: str | None = None
 
 
 @dataclass
@@ -96,7 +98,14 @@ def tests(file: str, rehearsed: str, *options: str) -> Callable[[Run], list[str]
 
 
 def whole_models(
-    contenders: str, batch: int, *, graphs: bool, name: str, least: float = 40.0, tuned: bool = False
+    contenders: str,
+    batch: int,
+    *,
+    graphs: bool,
+    name: str,
+    least: float = 40.0,
+    tuned: bool = False,
+    backend: str | None = None,
 ) -> Stage:
     """A run of bench.models in bfloat16, in training and inference."""
 
@@ -114,7 +123,8 @@ def whole_models(
             *(["--cuda-graphs"] if graphs and not run.dry else []),
         ]  # fmt: skip
 
-    return Stage(name, command, least, most=240.0 if "compile" in contenders else 120.0, tuned=tuned)
+    most = 240.0 if "compile" in contenders else 120.0
+    return Stage(name, command, least, most=most, tuned=tuned, backend=backend)
 
 
 def host_time(run: Run) -> list[str]:
@@ -148,6 +158,8 @@ STAGES = (
     *(primitives(model, mode) for model in MODELS for mode in ("train", "infer")),
     # the sanitizer's kernels are among these, compiled when its turn comes
     Stage("kernel-tests", tests("backends", "test_apply_grad_coeff and float32", "--backend", "triton"), most=120.0),
+    Stage("cuda-tests", tests("backends", "test_where_triton", "--backend", "cuda"), most=90.0),
+    whole_models("eager fused", 256, graphs=False, name="models-256-cuda", backend="cuda"),
     Stage("memcheck", own("memcheck"), most=60.0),
     Stage("racecheck", own("racecheck"), most=60.0),
     whole_models("eager compile fused", 256, graphs=False, name="models-256-compile", least=90.0),
@@ -287,6 +299,8 @@ def perform(stage: Stage, run: Run, left: float) -> Outcome:
     elif run.dry:
         # the kernels' stages; whole models would take the interpreter minutes, and run as they do on a CPU
         variables |= {"TRITON_INTERPRET": "1"}
+    if stage.backend is not None and not run.dry:
+        variables |= {"FUSEDRES_BACKEND": stage.backend}
     log = run.out / f"{stage.name}.log"
     start = time.perf_counter()
     with log.open("w") as file:

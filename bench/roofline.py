@@ -10,7 +10,7 @@ of a well-shaped convolution of the library, whichever is larger, both taken in 
 with eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once, its backward reads four times and writes
 once, ReLU works in place. They also count what the triton backend launches in the step, with every convolution fused and by the plans that
 hold where nothing was measured, which leave some convolutions to the library and pay for it with passes: its kernels, and PyTorch's
-operators.
+operators. And what the cuda backend does, whose convolutions are all the library's.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import functools
 import inspect
 import itertools
 import json
-import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres.backends import select
@@ -42,6 +40,7 @@ from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap
 from fusedres.specs import Geometry
 
 from . import environment, report
+from .launches import PLANS, EagerTraffic, bytes_of, launched, launched_by_cuda, met
 from .models import known_model, new_model
 
 
@@ -57,22 +56,12 @@ class Call:
     kernels: int
 
 
-def _bytes(*maps: Tensor | None) -> int:
-    return sum(m.numel() * m.element_size() for m in maps if m is not None)
-
-
-def _met(x: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> int:
-    """The bytes of the map ``x`` that a convolution meets: a stride wider than the kernel skips pixels, as in a projection."""
-    met = [min(1.0, k / step) for k, step in zip(kernel, stride, strict=True)]
-    return int(_bytes(x) * math.prod(met))
-
-
 def account(primitive: str, a: Mapping[str, Any], result: Any) -> tuple[str, int, int, int, int]:
     """``(label, bytes read, bytes written, FLOPs, kernels)`` of a call of ``primitive`` with the arguments ``a``, by their names in the
     contract."""
     maps = [value for name in ("x", "residual", "gate") if (value := a.get(name)) is not None]
-    read = _bytes(*(m.raw if isinstance(m, LazyMap) else m for m in maps))
-    written = _bytes(*(result if isinstance(result, tuple) else (result,)))
+    read = bytes_of(*(m.raw if isinstance(m, LazyMap) else m for m in maps))
+    written = bytes_of(*(result if isinstance(result, tuple) else (result,)))
     match primitive:
         case "conv_forward":
             return _account_forward(a["x"], a["weight"], a["geometry"], a["epilogue"], result)
@@ -82,19 +71,19 @@ def account(primitive: str, a: Mapping[str, Any], result: Any) -> tuple[str, int
             copied = "copy with statistics" if a["x"].scale_shift is None else "normalise"
             return copied if a["residual"] is None else "addition", read, written, 0, 1
         case "add_act_backward":
-            return "addition backward", _bytes(a["grad"]) + read, 0 if a["act"] == "none" else written, 0, 1
+            return "addition backward", bytes_of(a["grad"]) + read, 0 if a["act"] == "none" else written, 0, 1
         case "highway_forward":
-            return "highway", read + _bytes(a["carry"]), written, 0, 1
+            return "highway", read + bytes_of(a["carry"]), written, 0, 1
         case "highway_backward":
-            return "highway backward", _bytes(a["grad"], a["carry"]) + read, written, 0, 1
+            return "highway backward", bytes_of(a["grad"], a["carry"]) + read, written, 0, 1
         case "statistics":
             return "statistics", read, 0, 0, 1
         case "apply_grad_coeff":
-            return "gradient correction", _bytes(a["grad"].grad, a["grad"].raw), written, 0, 1
+            return "gradient correction", bytes_of(a["grad"].grad, a["grad"].raw), written, 0, 1
         case "pool_forward":
             return f"{a['pool'].kind} pool", read, written, 0, 1
         case "pool_backward":
-            return f"{a['pool'].kind} pool backward", _bytes(a["grad"], a["index"]) + read, written, 0, 1
+            return f"{a['pool'].kind} pool backward", bytes_of(a["grad"], a["index"]) + read, written, 0, 1
         case "bn_coefficients" | "bn_frozen" | "bn_backward":
             return "C-sized", 0, 0, 0, 1
     raise ValueError(f"nobody has said what {primitive} reads and writes")
@@ -107,22 +96,22 @@ def _label(weight: Tensor, geometry: Geometry) -> str:
 def _account_forward(
     x: LazyMap, weight: Tensor, geometry: Geometry, epilogue: Epilogue, y: Tensor
 ) -> tuple[str, int, int, int, int]:
-    read = _met(x.raw, weight.shape[2:], geometry.stride)
-    read += 0 if epilogue.residual is None else _bytes(epilogue.residual.raw)
-    return _label(weight, geometry), read, _bytes(y), 2 * y.numel() * weight[0].numel(), 1
+    read = met(x.raw, weight.shape[2:], geometry.stride)
+    read += 0 if epilogue.residual is None else bytes_of(epilogue.residual.raw)
+    return _label(weight, geometry), read, bytes_of(y), 2 * y.numel() * weight[0].numel(), 1
 
 
 def _account_backward(
     grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, target: GradTarget | None, need_dw: bool
 ) -> tuple[str, int, int, int, int]:
-    g = _bytes(grad.grad, None if grad.coeff is None else grad.raw)
+    g = bytes_of(grad.grad, None if grad.coeff is None else grad.raw)
     read = written = kernels = 0
     if target is not None:
         below = x.scale_shift is not None or target.sums is not None
         old = target.accumulate or target.base is not None
-        read, written, kernels = g + (below + old) * _bytes(x.raw), _bytes(x.raw), 1
+        read, written, kernels = g + (below + old) * bytes_of(x.raw), bytes_of(x.raw), 1
     if need_dw:
-        read, kernels = read + g + _met(x.raw, weight.shape[2:], geometry.stride), kernels + 1
+        read, kernels = read + g + met(x.raw, weight.shape[2:], geometry.stride), kernels + 1
     flops = 2 * grad.grad.numel() * weight[0].numel()
     return f"{_label(weight, geometry)} backward", read, written, flops * kernels, kernels
 
@@ -191,44 +180,6 @@ def settle(calls: list[Call], clock: Clock) -> None:
         call.seconds = clock.seconds(*call.seconds)
 
 
-class EagerTraffic(TorchDispatchMode):
-    """Counts PyTorch's operators that compute something, and their feature-map bytes: each its own pass over its maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-        self.operators = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
-        maps = [t for t in flat if isinstance(t, Tensor) and t.dim() == 4]
-        outs = [
-            t
-            for t in (result if isinstance(result, (list, tuple)) else (result,))
-            if isinstance(t, Tensor) and t.dim() == 4
-        ]
-        name = func.overloadpacket.__name__
-        if func.is_view or "detach" in name or name.startswith(("empty", "t.", "view", "new_")):
-            return result
-        if name == "convolution":
-            moved = _met(args[0], args[1].shape[2:], args[3]) + _bytes(result)
-        elif name == "convolution_backward":
-            grad, x = args[0], args[1]
-            moved = _bytes(grad) + _met(x, args[2].shape[2:], args[4])
-            moved += _bytes(grad, x) if result[0] is not None else 0
-        elif "batch_norm_backward" in name:
-            moved = 5 * _bytes(args[1])
-        elif "batch_norm" in name:
-            moved = (3 if args[5] else 2) * _bytes(args[0])
-        else:
-            moved = _bytes(*maps, *outs)
-        self.operators += 1
-        if maps:
-            self.total += moved
-        return result
-
-
 def build(name: str, device: str, dtype: torch.dtype, mode: str) -> torch.nn.Module:
     """The model, channels_last."""
     with torch.device(device):
@@ -266,7 +217,7 @@ def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     rate is that of a large matrix product."""
     source = torch.randn(1 << (28 if device.type == "cuda" else 25), device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * _bytes(source) / best_of(lambda: target.copy_(source), device)
+    bandwidth = 2 * bytes_of(source) / best_of(lambda: target.copy_(source), device)
     if device.type == "cuda":
         size = 8192
         a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -352,42 +303,6 @@ def measured(args, name: str, mode: str) -> Page:
     return Page(title, shown, [], figures)
 
 
-def launched(model: torch.nn.Module, x: Tensor, mode: str, plan: str, family: str) -> dict[str, int] | None:
-    """What a step of the converted ``model`` launches on the triton backend by ``plan`` on a GPU of ``family``, on meta tensors: the
-    backend's own kernels, PyTorch's operators beside them, and the bytes of the feature maps that both read and write, whole. None where
-    Triton is missing."""
-    if isinstance(select.load("triton"), str):
-        return None
-    from fusedres.backends.triton import BACKEND, use_plan
-    from fusedres.kernels import launch
-    from fusedres.kernels.tiles import DEFAULT_ARCH
-
-    arch = DEFAULT_ARCH._replace(family=family)
-    with launch.record(arch=arch) as launches, use_plan(plan), select.observe(lambda inner: BACKEND):
-        with EagerTraffic() as operators, torch.set_grad_enabled(mode == "train"):
-            y = model(x)
-            if mode == "train":
-                # not backward(): a recorded launch holds its tensors, and what is held a parameter's gradient copies
-                torch.autograd.grad(y.sum(), list(model.parameters()))
-    moved = sum(
-        _bytes(value)
-        for launch in launches
-        for name, value in launch.arguments.items()
-        if isinstance(value, Tensor) and value.dim() == 4 and name != "weight"
-    )
-    return {"kernels": len(launches), "operators": operators.operators, "bytes": moved + operators.total}
-
-
-#: a name, with the plan and the family of GPUs that it is the default for
-PLANS = {
-    "fused": ("fused", "sm_80", "every convolution fused"),
-    **{
-        f"auto {family}": ("auto", family, f"by the default plans for {family}")
-        for family in ("sm_80", "sm_90", "sm_100", "gfx942")
-    },
-}
-
-
 def counted(args, name: str, mode: str) -> Page:
     """Count the traffic of a step on meta tensors, ours and eager's, with floors for a given device."""
     dtype = getattr(torch, args.dtype)
@@ -425,12 +340,13 @@ def counted(args, name: str, mode: str) -> Page:
         f"of eager's traffic {theirs.total / bandwidth * 1e3:.1f} ms",
         f"launches per step: eager {theirs.operators} operators",
     ]
-    plans = {}
-    for name_of_plan, (plan, family, words) in PLANS.items():
-        found = plans[name_of_plan] = launched(model, x, mode, plan, family)
+    plans = {plan: launched(model, x, mode, *how) for plan, (*how, _) in PLANS.items()}
+    plans["cuda"] = launched_by_cuda(model, x, mode)
+    words = {plan: f"triton backend, {what}" for plan, (*_, what) in PLANS.items()} | {"cuda": "cuda backend"}
+    for plan, found in plans.items():
         if found is not None:
             said.append(
-                f"launches per step, triton backend, {words}: {found['kernels'] + found['operators']} "
+                f"launches per step, {words[plan]}: {found['kernels'] + found['operators']} "
                 f"({found['kernels']} kernels of its own, {found['operators']} operators); "
                 f"{found['bytes'] / args.batch / 1e6:.0f} MB per image, {found['bytes'] / theirs.total:.2f}x eager's"
             )

@@ -69,6 +69,7 @@ LAYERS = (
             Room("eager", ("backends.eager",)),
             Room("conv3d", ("backends.conv3d",)),
             Room("cpp", ("backends.cpp", "backends.tape")),
+            Room("cuda", ("backends.cuda", "backends.cuda_launch", "backends.nvrtc")),
             Room(
                 "triton",
                 ("backends.triton", "tuning.convolutions", "tuning.estimate", "tuning.plans", "tuning.selfcheck"),
@@ -84,7 +85,7 @@ LAYERS = (
             Room("accuracy", ("accuracy",)),
             Room("operands", ("operands",)),
             Room("activations", ("activations",)),
-            Room("errors, version", ("errors", "version"), common=True),
+            Room("errors, version", ("errors", "version", "cache"), common=True),
             Room("csrc", ("_C",)),
             Room("kernels", ("kernels", "kernels.*")),
         ),

@@ -21,7 +21,8 @@ from torchvision.models.densenet import _DenseBlock
 from torchvision.models.resnet import Bottleneck
 
 import fusedres
-from bench.roofline import Call, Clock, EagerTraffic, Recorder
+from bench.launches import EagerTraffic
+from bench.roofline import Call, Clock, Recorder
 from fusedres.backends import select
 from fusedres.backends.eager import BACKEND as EAGER
 

@@ -8,11 +8,10 @@ the addresses, and nothing is derived, bound or looked up by Triton again.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -20,7 +19,9 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from . import requests
 from .layout import Form
+from .requests import Request, driver_launch
 from .tiles import DEFAULT_ARCH, Arch, arch_of_gpu
 
 if TYPE_CHECKING:
@@ -63,22 +64,6 @@ class Launch(NamedTuple):
     arguments: dict[str, object]
 
 
-class Request(NamedTuple):
-    """What the driver is asked for in a launch: a ``function`` by its handle, over a ``grid``, in blocks of so many ``threads`` with
-    ``shared`` bytes. ``parameters``: of each, the operand and the bytes behind its address, or -1 and the bits of a number. ``owner``
-    keeps the function loaded."""
-
-    owner: CompiledKernel
-    function: int
-    grid: tuple[int, int, int]
-    threads: int
-    shared: int
-    parameters: tuple[tuple[int, int], ...]
-
-
-Observer = Callable[[Request | None, Sequence[Tensor | None]], None]
-
-
 class _Recording(NamedTuple):
     launches: list[Launch]
     device: torch.device | None
@@ -89,20 +74,9 @@ class _State(threading.local):
     """Per thread, so that following one model beside the training of another takes nothing of that one's launches."""
 
     recording: _Recording | None = None
-    observer: Observer | None = None
 
 
 _state = _State()
-
-
-@contextlib.contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-    """Tell ``observer`` of this thread's launches, after each, with its operands: of None where Triton's own call has made it."""
-    previous, _state.observer = _state.observer, observer
-    try:
-        yield
-    finally:
-        _state.observer = previous
 
 
 @contextlib.contextmanager
@@ -123,8 +97,8 @@ def record(device: torch.device | None = None, arch: Arch | None = None) -> Iter
 
 
 def is_recording() -> bool:
-    """Whether this thread's launches are collected (:func:`record`) or told to an :func:`observed` one."""
-    return _state.recording is not None or _state.observer is not None
+    """Whether this thread's launches are collected (:func:`record`) or told to an observer (:mod:`.requests`)."""
+    return _state.recording is not None or requests.observer() is not None
 
 
 def target_device(device: torch.device) -> torch.device:
@@ -228,8 +202,9 @@ class Prepared:
             _state.recording.launches.append(Launch(self.kernel, self.grid, self._named(tensors, late)))
         else:
             kernel = self._run_anywhere(tensors, late)
-            if _state.observer is not None:
-                _state.observer(None if kernel is None else self._request(kernel, late), tensors)
+            observer = requests.observer()
+            if observer is not None:
+                observer(None if kernel is None else self._request(kernel, late), tensors)
 
     def _run_anywhere(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> CompiledKernel | None:
         """As :meth:`_run`, where the tensors are."""
@@ -331,16 +306,6 @@ def _bits(kind: str, number: Any) -> tuple[int, int] | None:
 def is_direct() -> bool:
     """Whether launches go without Triton's public call now."""
     return direct and not _is_watched()
-
-
-@functools.cache
-def driver_launch() -> int:
-    """The address of ``cuLaunchKernel`` of the driver that Triton has loaded; 0 where it has another name, as on Windows."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    return ctypes.cast(library.cuLaunchKernel, ctypes.c_void_p).value or 0
 
 
 class _Started(threading.local):

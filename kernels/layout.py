@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .pitch import pitch_of
+
 # ---- on the device ---------------------------------------------------------------------------------------------------
 
 
@@ -36,24 +38,6 @@ def offsets(rows, pitch, c, ALIGN: tl.constexpr, WIDE: tl.constexpr):
 # ---- on the host -----------------------------------------------------------------------------------------------------
 
 
-def _pitch(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    n, c, h, w = shape
-    sn, sc, sh, sw = stride
-    # the stride of a dimension of size 1 says nothing
-    found = sw if w > 1 else sh if h > 1 else sn if n > 1 else c
-    if (c > 1 and sc != 1) or found < c or (h > 1 and sh != w * found) or (n > 1 and sn != h * w * found):
-        raise ValueError(
-            "expected a channels_last map or a channel slice of one, "
-            f"found shape {tuple(shape)} and strides {tuple(stride)}"
-        )
-    return found
-
-
-def pitch(x: Tensor) -> int:
-    """The distance of the pixels of the map ``x`` in values. ValueError where x is not a map."""
-    return _pitch(x.shape, x.stride())
-
-
 class Form(NamedTuple):
     """What a launch depends on of a tensor, besides its address."""
 
@@ -65,7 +49,7 @@ class Form(NamedTuple):
     @property
     def pitch(self) -> int:
         """The distance of the pixels of a map in values. ValueError for what is no map."""
-        return _pitch(self.shape, self.stride)
+        return pitch_of(self.shape, self.stride)
 
     @property
     def rows(self) -> int:

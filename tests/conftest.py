@@ -1,5 +1,5 @@
 """What all tests share: Triton's interpreter where there is no GPU, the ``gpu`` marker, one core per worker's share, the package ``bench``,
-and the option ``--backend`` of the contract's tests."""
+the CUDA C++ kernels on the host as a backend of its own, and the option ``--backend`` of the contract's tests."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 # the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
 _spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "__init__.py")
 sys.modules.setdefault("bench", importlib.util.module_from_spec(_spec))
+
+import host_kernels  # noqa: E402  # after what torch and Triton read when they are imported
+
+host_kernels.register()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fusedres.kernels import launch
+from fusedres.kernels import launch, requests
 from fusedres.kernels.launch import Prepared, Request
 from fusedres.kernels.layout import Form, form
 
@@ -85,8 +85,9 @@ def emulated() -> Iterator[Driver]:
     def launched(self: Prepared, *tensors: Tensor | None, late: tuple[float, ...] = ()) -> None:
         with _disable_current_modes():  # an interpreter copies tensors, which a GPU's launch does not
             run(self, tensors, late)
-        if launch._state.observer is not None:
-            launch._state.observer(driver.request(self, tensors, late), tensors)
+        observer = requests.observer()
+        if observer is not None:
+            observer(driver.request(self, tensors, late), tensors)
 
     with (
         mock.patch.object(Prepared, "__call__", launched),

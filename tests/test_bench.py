@@ -207,6 +207,8 @@ def test_roofline_counts_totals_without_running(tmp_path, capsys):
         fused = counted["launches"]["fused"]
         assert fused["bytes"] == pytest.approx(counted["bytes"], rel=0.1)
         assert fused["kernels"] + fused["operators"] >= len(counted["calls"])
+        # whose convolutions are the library's, between passes
+        assert fused["bytes"] < counted["launches"]["cuda"]["bytes"] < counted["eager_bytes"]
 
 
 def test_roofline_measures_where_it_is_told(tmp_path, capsys):

@@ -34,6 +34,7 @@ _entries: dict[str, Entry] = {
     for entry in (
         # on CPU tensors, by Triton's interpreter, for tests: only by name
         Entry("triton", "fusedres.backends.triton", ("cuda",)),
+        Entry("cuda", "fusedres.backends.cuda", ("cuda",)),
         Entry("cpp", "fusedres.backends.cpp", ("cpu",)),
         Entry("eager", "fusedres.backends.eager"),
     )

@@ -23,7 +23,7 @@ from triton.runtime import build
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from ..activations import parse
-from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, launch, tiles
+from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, launch, requests, tiles
 from ..kernels import pool as pooling
 from ..kernels.launch import INTERPRETED, arch_of, target_device
 from ..kernels.reduce import Reduction
@@ -114,7 +114,7 @@ def _without_activation(x: LazyMap, residual: LazyMap | None) -> None:
 
 
 def _launcher() -> tape.Launcher:
-    return tape.Launcher(launch.observed, launch.driver_launch())
+    return tape.Launcher(requests.observed, launch.driver_launch())
 
 
 class TritonBackend(Backend):

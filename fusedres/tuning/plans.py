@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..cache import cache_folder
 from ..kernels.tiles import DEFAULT_ARCH, Arch, ConvConfig, ConvSize, arch_of_gpu, check
 from ..specs import Geometry
 from ..version import __version__
@@ -120,12 +121,6 @@ def device_name(device: torch.device) -> str:
 def file_name(device: str) -> str:
     """The file of a device's table."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
-
-
-def cache_folder() -> Path:
-    """Where this user's tables are."""
-    chosen = os.environ.get("FUSEDRES_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedres"
 
 
 def _entry(problem: Problem, plan: Plan) -> dict[str, Any]:

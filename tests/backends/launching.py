@@ -29,7 +29,7 @@ from bench import host  # noqa: E402
 from bench.host import stubbed  # noqa: E402
 from fusedres.backends import select  # noqa: E402
 from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
-from fusedres.kernels import elementwise, launch  # noqa: E402
+from fusedres.kernels import elementwise, launch, requests  # noqa: E402
 from fusedres.kernels.launch import Prepared, forget  # noqa: E402
 from fusedres.kernels.layout import form_of  # noqa: E402
 from fusedres.operands import LazyMap  # noqa: E402
@@ -228,7 +228,7 @@ def requests_are_tritons() -> dict[str, object]:
             values.append(int.from_bytes((value % 256**size).to_bytes(size, "little"), "little", signed=True))
         said.append((request.owner, request.grid, (request.threads, 1, 1), request.shared, None, values))
 
-    with compiled(), watching() as asked, launch.observed(observer):
+    with compiled(), watching() as asked, requests.observed(observer):
         for dtype in (torch.bfloat16, torch.float32):
             everything(BACKEND, Draw(dtype))
     different = [a[0].src.name for a, b in zip(asked, said, strict=True) if a != b]
@@ -277,7 +277,7 @@ def tapes_are_schedules() -> dict[str, object]:
 def really_compiled() -> dict[str, object]:
     """Of a kernel that Triton has compiled itself: whether the driver is asked for what is said of it, at its first launch and later."""
     said: list[tuple] = []
-    with compiled(), watching() as asked, launch.observed(lambda request, _: said.append(request)):
+    with compiled(), watching() as asked, requests.observed(lambda request, _: said.append(request)):
         with mock.patch.object(triton.JITFunction, "_do_compile", original_compile):
             statistics(map_of())
         statistics(map_of())
