@@ -145,4 +145,4 @@ def test_a_densenet121_trains_on_256_images_within_16_gb():
     assert all(row.fused for row in fusedres.report(model))
     weights = 2 * sum(p.nbytes for p in model.parameters())
     total = alive.peak + x.nbytes + weights
-    assert 4e9 < total < 16e9, f"{total / 1e9:.1f} GB"
+    assert 3e9 < total < 16e9, f"{total / 1e9:.1f} GB"
