@@ -24,12 +24,12 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc examples tests -name "*.h" -o -name "*.cpp")
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
-# the extension's tests under the compiler's checks, in builds of their own. AddressSanitizer and UndefinedBehaviorSanitizer: but for the
+# the tests of the extension, and of the CUDA C++ kernels on the host, under the compiler's checks, in builds of their own. AddressSanitizer and UndefinedBehaviorSanitizer: but for the
 # tests that limit a process's memory, which the sanitizer's own map does not fit into. ThreadSanitizer: the kernels on threads that it can
 # follow, without torch; that a race of two callers is found; and threads of Python's around models, without OpenMP's inside, which it
 # cannot follow. Address space is not randomised there (setarch): older runtimes of its cannot place their map otherwise.
@@ -45,6 +45,9 @@ sanitize: $(VENV)/installed
 		tests/backends/test_contract.py tests/backends/test_contract_edges.py tests/backends/test_tape.py \
 		tests/backends/test_tape_launches.py::test_convolutions_of_the_library_stand_between_launches \
 		tests/backends/test_tape_launches.py::test_a_refused_launch_raises tests/blocks/test_unchanged.py tests/test_threads.py
+	FUSEDRES_SANITIZE=address,undefined PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib PYTHONSAFEPATH=1 LD_PRELOAD="$(RUNTIMES)" \
+		ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/pytest -n 2 --backend cuda_host tests/backends/test_contract.py tests/backends/test_contract_edges.py
 	FUSEDRES_BUILD=cpu FUSEDRES_SANITIZE=thread $(BIN)/python setup.py -q build --build-base $(THREADED) --build-lib $(THREADED)/lib
 	$(CXX) -std=c++20 -O1 -g1 -fsanitize=thread -pthread -Icsrc tests/backends/threads.cpp \
 		$$(find $(THREADED) -path '*/csrc/cpu/*.o' -not -name '*_binding.o') -o $(THREADED)/threads

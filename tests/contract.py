@@ -1,8 +1,8 @@
 """How ``tests/backends/test_contract*.py`` hold a backend to :mod:`fusedres.backends.contract`: which cases it sees, what it must equal.
 
-A case sees every registered backend that serves the dtype, by its own word. Three are special: ``eager``, which is the measure for the
+A case sees every registered backend that serves the dtype, by its own word. Four are special: ``eager``, which is the measure for the
 others and is held to :class:`definition.Definition` in float64 itself; ``cpp``, whose every dtype has kernels of its own, but not for every
-case; and ``triton`` where there is no GPU, whose interpreter is slow enough for few cases.
+case; ``cuda_host``, the kernels of ``cuda`` compiled for the host (:mod:`host_kernels`), likewise; and ``triton`` where there is no GPU, whose interpreter is slow enough for few cases.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from fusedres.specs import Geometry, Pool
 from fusedres.testing import assert_parity, error
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: in which dtypes a backend sees every case, where it has kernels that share their paths with another's
+THOROUGH = {"cpp": (torch.float32, torch.bfloat16), "cuda_host": (torch.bfloat16,)}
 INTERPRETED = not torch.cuda.is_available()
 #: what NumPy, by which Triton's interpreter computes, adds to a reduction's error: it sums the rows of a tile one after the other, where a
 #: GPU does so as a tree
@@ -90,8 +92,7 @@ class Table:
         """The names of the cases for a backend in a dtype."""
         if config.interpreted:
             return self.interpreted
-        thorough = config.name != "cpp" or config.dtype in (torch.float32, torch.bfloat16)
-        return tuple(self.cases) if thorough else self.few
+        return tuple(self.cases) if config.dtype in THOROUGH.get(config.name, DTYPES) else self.few
 
     def interpreting(self, *names: str) -> Table:
         """The same where an interpreter sees only these."""

@@ -11,7 +11,9 @@
 namespace fusedres {
 namespace gpu {
 using Stored = FUSEDRES_STORAGE;
-}
+// Of a multiprocessor at the least: what bounds the registers of a thread, and keeps compilers from spilling for more.
+constexpr int kBlocks = sizeof(Stored) == 8 ? 1 : 2;
+}  // namespace gpu
 }  // namespace fusedres
 
 // KERNEL(name, type, values side by side)

@@ -8,9 +8,13 @@ import pytest
 import torch
 from support import each_mode
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fusedres
 from fusedres.backends import select
+from fusedres.backends.cuda import CudaBackend
 from fusedres.nn import BasicBlock, Bottleneck, DenseBlock, HighwayBlock, PreActBottleneck, Transition
 from fusedres.testing import assert_fused, compare, measure
 
@@ -99,3 +103,46 @@ def test_as_much_is_kept_for_backward_as_on_any_backend(name, recompute):
         with fusedres.use_backend(backend):
             kept.append(kept_for_backward(block, x))
     assert kept[0] == kept[1] > 0
+
+
+class Alive(TorchDispatchMode):
+    """The bytes of the storages that operators have made and that are still there, at most: ``peak``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        known = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor) and _storage(leaf) not in known:
+                self.storages = {at: kept for at, kept in self.storages.items() if not kept[0].expired()}
+                storage = leaf.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return found
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
+
+
+@pytest.mark.slow
+def test_a_densenet121_trains_on_256_images_within_16_gb():
+    """In float16 at 224 pixels, counted on tensors without values: maps and gradients, but not what the library works in."""
+    pytest.importorskip("rich")
+    from bench.launches import Nowhere
+
+    with torch.device("meta"):
+        model = torchvision.models.densenet121()
+        x = torch.empty(256, 3, 224, 224, dtype=torch.float16).to(memory_format=torch.channels_last)
+    model = fusedres.convert(model.to(torch.float16, memory_format=torch.channels_last), verify=False)
+    backend = CudaBackend(Nowhere())
+    with select.observe(lambda inner: backend), Alive() as alive:
+        model(x).float().sum().backward()
+    assert all(row.fused for row in fusedres.report(model))
+    weights = 2 * sum(p.nbytes for p in model.parameters())
+    total = alive.peak + x.nbytes + weights
+    assert 3e9 < total < 16e9, f"{total / 1e9:.1f} GB"
