@@ -158,7 +158,8 @@ STAGES = (
     *(primitives(model, mode) for model in MODELS for mode in ("train", "infer")),
     # the sanitizer's kernels are among these, compiled when its turn comes
     Stage("kernel-tests", tests("backends", "test_apply_grad_coeff and float32", "--backend", "triton"), most=120.0),
-    Stage("cuda-tests", tests("backends", "test_where_triton", "--backend", "cuda"), most=90.0),
+    Stage("cuda-blocks", tests("test_gpu_cuda.py", "as_right"), most=60.0),
+    Stage("cuda-tests", tests("backends/test_contract.py", "test_statistics", "--backend", "cuda"), most=60.0),
     whole_models("eager fused", 256, graphs=False, name="models-256-cuda", backend="cuda"),
     Stage("memcheck", own("memcheck"), most=60.0),
     Stage("racecheck", own("racecheck"), most=60.0),

@@ -2,7 +2,8 @@
 
 A case sees every registered backend that serves the dtype, by its own word. Four are special: ``eager``, which is the measure for the
 others and is held to :class:`definition.Definition` in float64 itself; ``cpp``, whose every dtype has kernels of its own, but not for every
-case; ``cuda_host``, the kernels of ``cuda`` compiled for the host (:mod:`host_kernels`), likewise; and ``triton`` where there is no GPU, whose interpreter is slow enough for few cases.
+case; ``cuda_host``, the kernels of ``cuda`` compiled for the host (:mod:`host_kernels`), likewise; and ``triton`` where there is no GPU,
+whose interpreter is slow enough for few cases.
 """
 
 from __future__ import annotations

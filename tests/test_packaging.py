@@ -93,6 +93,8 @@ def test_a_wheel_without_the_extension(checkout, env):
         "fusedres/__init__.py",
         "fusedres/backends/cpp.py",
         "fusedres/kernels/__init__.py",
+        "fusedres/cuda/kernels.cu",
+        "fusedres/cuda/kernels.cuh",
         "fusedres/_C.pyi",
         "fusedres/py.typed",
     } <= set(names)
@@ -127,6 +129,6 @@ def test_the_source_distribution_holds_every_source(checkout):
         expected = {
             p.relative_to(checkout)
             for p in (checkout / folder).rglob("*")
-            if p.suffix in (".cpp", ".h", ".py", ".json")
+            if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".py", ".json")
         }
         assert expected <= {p.relative_to(root) for p in (root / folder).rglob("*")}
