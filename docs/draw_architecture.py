@@ -69,7 +69,7 @@ LAYERS = (
             Room("eager", ("backends.eager",)),
             Room("conv3d", ("backends.conv3d",)),
             Room("cpp", ("backends.cpp", "backends.tape")),
-            Room("cuda", ("backends.cuda", "backends.cuda_launch", "backends.nvrtc")),
+            Room("cuda", ("backends.cuda", "backends.cuda_check", "backends.cuda_launch", "backends.nvrtc")),
             Room(
                 "triton",
                 ("backends.triton", "tuning.convolutions", "tuning.estimate", "tuning.plans", "tuning.selfcheck"),
@@ -82,7 +82,7 @@ LAYERS = (
         "leaves",
         (
             Room("swap", ("swap",)),
-            Room("accuracy", ("accuracy",)),
+            Room("accuracy", ("accuracy", "first_use")),
             Room("operands", ("operands",)),
             Room("activations", ("activations",)),
             Room("errors, version", ("errors", "version", "cache"), common=True),

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from interpreter import corrected  # noqa: E402
 from triton.runtime.errors import PTXASError  # noqa: E402
 
+from fusedres import first_use  # noqa: E402
 from fusedres.__main__ import main  # noqa: E402
 from fusedres.backends.triton import TritonBackend  # noqa: E402
 from fusedres.kernels import conv_dgrad, conv_forward, conv_wgrad, tiles  # noqa: E402
@@ -54,7 +55,7 @@ def backend(tmp_path, monkeypatch) -> Iterator[TritonBackend]:
     """One that compares kernels, and knows of none; of float32 the problems without TF32."""
     monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
     plans.forget()
-    monkeypatch.setattr(TritonBackend, "checks", lambda self, device: selfcheck.is_on())
+    monkeypatch.setattr(TritonBackend, "checks", lambda self, device: first_use.is_on())
     module = importlib.import_module(TritonBackend.__module__)
     monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(module.estimate, "is_fused", lambda problem, arch: True)

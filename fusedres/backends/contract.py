@@ -53,7 +53,7 @@ class Backend(ABC):
 
     May be left out, with what follows: ``new_reduction`` and ``parameter_grad`` (reductions are tensors, merged where they are made),
     ``routes`` (``report`` shows no plan per convolution), ``tuner`` (``fusedres.tune`` finds nothing to measure), ``run_schedule``
-    (schedules run in Python each time), ``notes`` (``doctor`` has nothing more to say).
+    (schedules run in Python each time), ``distrusts`` (nothing is found out), ``notes`` (``doctor`` has nothing more to say).
     """
 
     #: what the user calls it
@@ -220,6 +220,11 @@ class Backend(ABC):
         no choice. Takes meta tensors."""
         return {}
 
+    def distrusts(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why what :meth:`supports` promises is not to be trusted there, as was found at its first use, in words that complete a sentence;
+        None where nothing was."""
+        return None
+
     def notes(self, device: torch.device) -> list[str]:
         """What ``doctor`` says of ``device`` besides, in lines: what was found out there, and what is not used for it."""
         return []
@@ -294,6 +299,9 @@ class Wrapped(Backend):
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         return self.inner.routes(primitive, *args, **kwargs)
+
+    def distrusts(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return self.inner.distrusts(device, dtype)
 
 
 def _forwarding(primitive: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ leaves pending goes through one pass of its own (:mod:`.library_conv`). All resu
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .. import first_use
+from ..errors import BackendError
 from ..kernels import requests
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
-from . import contract, library_conv, tape
+from . import contract, cuda_check, library_conv, tape
 from .contract import Backend
 from .cuda_launch import Arguments, Pass, Reduction, Tiles, channel_launch, merge, one_tile
 from .layout import empty_map
@@ -57,12 +60,37 @@ class CudaBackend(Backend):
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        #: what was found at the first use: the reason not to be used, or None
+        self._compared: dict[tuple[torch.device, torch.dtype], str | None] = {}
 
     def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """See the contract."""
         if dtype not in DTYPES:
             return f"its kernels compute in floating point, not {dtype}"
         return self._runtime.why_not(device)
+
+    def distrusts(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See the contract: what computes something else on a GPU than PyTorch is not used there, loudly. Nothing is compared while a graph
+        is captured."""
+        if (device, dtype) in self._compared:
+            return self._compared[device, dtype]
+        if not first_use.is_on() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return None
+        try:
+            what = cuda_check.differing(self, device, dtype)
+        except BackendError as error:
+            reason = f"its kernels cannot be built: {error}"
+        else:
+            reason = None if what is None else f"its kernels compute something else than PyTorch on {device}: {what}"
+        if reason is not None:
+            warnings.warn(f"fusedres: backend {self.name!r} is not used for {dtype}, since {reason}", stacklevel=2)
+        self._compared[device, dtype] = reason
+        return reason
+
+    def notes(self, device: torch.device) -> list[str]:
+        """See the contract."""
+        found = [(dtype, reason) for (where, dtype), reason in self._compared.items() if where == device and reason]
+        return [f"not used for {str(dtype).removeprefix('torch.')}: {reason}" for dtype, reason in found]
 
     # ---- convolutions ------------------------------------------------------------------------------------------------
 

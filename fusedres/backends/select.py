@@ -156,6 +156,11 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return backend if isinstance(backend, str) else backend.supports(device, dtype)
 
 
+def _why_unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """As :func:`why_not`, or what was found out at the first use, which this may be."""
+    return why_not(name, device, dtype) or get(name).distrusts(device, dtype)
+
+
 def resolve(device: torch.device, dtype: torch.dtype) -> Backend | None:
     """The backend for maps of ``dtype`` on ``device`` (or what observes it); None where the original modules should run.
 
@@ -170,7 +175,7 @@ def resolve(device: torch.device, dtype: torch.dtype) -> Backend | None:
 def _choose(device: torch.device, dtype: torch.dtype) -> Backend | None:
     if _override is None:
         return _automatic(device, dtype)
-    reason = why_not(_override, device, dtype)
+    reason = _why_unusable(_override, device, dtype)
     if reason is not None:
         raise BackendError(
             f"backend {_override!r} was asked for, but {reason}; found a {dtype} tensor on {device}. "
@@ -183,7 +188,7 @@ def _choose(device: torch.device, dtype: torch.dtype) -> Backend | None:
 def _automatic(device: torch.device, dtype: torch.dtype) -> Backend | None:
     """The first of the registered backends that is for ``device`` and serves ``dtype`` there; asked at every call of a block."""
     for entry in _entries.values():
-        if device.type in entry.devices and why_not(entry.name, device, dtype) is None:
+        if device.type in entry.devices and _why_unusable(entry.name, device, dtype) is None:
             return get(entry.name)
     return None
 

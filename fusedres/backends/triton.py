@@ -22,6 +22,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime import build
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from .. import first_use
 from ..activations import parse
 from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, launch, requests, tiles
 from ..kernels import pool as pooling
@@ -184,7 +185,7 @@ class TritonBackend(Backend):
         return (
             device.type == "cuda"
             and not INTERPRETED
-            and selfcheck.is_on()
+            and first_use.is_on()
             and not launch.is_recording()
             and not torch.cuda.is_current_stream_capturing()
         )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..accuracy import allowance, error
 from ..backends.eager import BACKEND as EAGER
+from ..first_use import DRAWS, are_right
 from ..kernels.launch import arch_of
 from ..kernels.tiles import ConvConfig, conv_config
 from ..operands import Epilogue, GradTarget, LazyGrad, LazyMap
@@ -38,17 +37,8 @@ if TYPE_CHECKING:
 Forward = tuple[LazyMap, Tensor, Tensor | None, Geometry, Epilogue]
 Backward = tuple[LazyGrad, LazyMap, Tensor, Geometry, GradTarget]
 
-#: times the library's error and a rounding: what is no matter of roundings. A wrong kernel is off by orders of magnitude.
-FACTOR = 8
-#: of so many draws one has to be right: an activation whose sign a rounding decides makes any kernel look wrong, in few of them
-DRAWS = 3
 #: pixels of a side, at most: of an odd size, so that tiles have rows without a pixel, and more than any dilated window here covers
 SIDE = 11
-
-
-def is_on() -> bool:
-    """Whether kernels are compared: not where ``FUSEDRES_SELF_CHECK=0`` says so."""
-    return os.environ.get("FUSEDRES_SELF_CHECK", "1") != "0"
 
 
 def small(problem: Problem) -> Problem:
@@ -89,12 +79,7 @@ def _is_right(backend: TritonBackend, problem: Problem, config: ConvConfig, devi
             return _forward(backend, plan, draw.forward())
         return _backward(backend, plan, problem.op, draw.backward())
 
-    fused, library, truth = solved(Plan(True, config)), solved(LIBRARY), solved(None)
-    allowed = allowance(getattr(torch, problem.dtype))
-    return all(
-        error(mine, true)[0] <= FACTOR * (error(other, true)[0] + allowed)
-        for mine, other, true in zip(fused, library, truth, strict=True)
-    )
+    return are_right(solved(Plan(True, config)), solved(LIBRARY), solved(None), getattr(torch, problem.dtype))
 
 
 def _forward(backend: TritonBackend, plan: Plan | None, arguments: Forward) -> list[Tensor]:
