@@ -3,8 +3,8 @@
     none, relu, relu6, leaky_relu:SLOPE, hardswish, silu, gelu (by erf), gelu_tanh, mish
 
 One row of the table below says what an activation computes in plain PyTorch and which modules and functions it stands for. The kernels have
-one row each of their own: ``kernels/activations.py`` and ``csrc/cpu/activation.h`` with ``activation-inl.h``. A kind that one of them
-does not know is an error there.
+one row each of their own: ``kernels/activations.py``, ``csrc/cuda/activation.cuh``, and ``csrc/cpu/activation.h`` with
+``activation-inl.h``. A kind that one of them does not know is an error there.
 """
 
 from __future__ import annotations

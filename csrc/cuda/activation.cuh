@@ -7,7 +7,7 @@
 namespace fusedres {
 namespace gpu {
 
-// In the order of KINDS of fusedres/activations.py.
+// As fusedres/backends/cuda_launch.py numbers them.
 enum Kind : i64 { kNone, kRelu, kLeakyRelu, kRelu6, kHardswish, kSilu, kGelu, kGeluTanh, kMish };
 
 struct Activation {

@@ -30,7 +30,8 @@ CHANNELS_OF_BLOCK = 8
 ONE_LEVEL, CHUNK = 1024, 64
 #: as csrc/cuda/batchnorm.cuh numbers them
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-_KINDS = {kind: number for number, kind in enumerate(activations.KINDS)}
+#: as csrc/cuda/activation.cuh numbers them
+_KINDS = ("none", "relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "mish")
 
 #: the type of CUDA's cuLaunchKernel
 _LAUNCHER = ctypes.CFUNCTYPE(
@@ -119,9 +120,11 @@ class Arguments:
         self.parameters.append((-1, int.from_bytes(struct.pack("<d", value), "little", signed=True)))
 
     def act(self, name: str) -> None:
-        """An activation. ValueError for one that is unknown."""
+        """An activation. ValueError for one that is unknown, or that no kernel computes."""
         found = activations.parse(name)
-        self.integers(_KINDS[found.kind])
+        if found.kind not in _KINDS:
+            raise ValueError(f"csrc/cuda/activation.cuh has no activation {found.kind!r}")
+        self.integers(_KINDS.index(found.kind))
         self.real(found.slope)
 
 

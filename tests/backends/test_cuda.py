@@ -303,6 +303,12 @@ def test_a_refused_launch_raises():
         CudaBackend(Noted(719)).add_act_forward(LazyMap(a_map()))
 
 
+def test_an_activation_without_a_kernel_raises(monkeypatch):
+    monkeypatch.setattr(cuda_launch, "_KINDS", ("none",))
+    with pytest.raises(ValueError, match="no activation 'relu'"):
+        CudaBackend(Noted()).add_act_forward(LazyMap(a_map()), None, "relu")
+
+
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
