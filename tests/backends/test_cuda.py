@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import host_kernels
@@ -31,6 +35,9 @@ needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.m
 needs_host = pytest.mark.skipif(
     select.why_not(host_kernels.NAME, torch.device("cpu"), torch.float32) is not None, reason="no compiler for the host"
 )
+_spec = importlib.util.spec_from_file_location("loading", Path(__file__).parent / "loading.py")
+loading = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(loading)
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 HALF = Program(MAPS, torch.float16)
 
@@ -251,6 +258,26 @@ def test_a_thread_without_a_context_gets_the_devices_own(driver):
     with runtime.on(GPUS[1]):
         assert runtime.stream_to_play_on(GPUS[1]) is None and runtime.stream_to_play_on(GPUS[0]) is None
     assert driver.current == 0
+
+
+@needs_nvrtc
+@needs_host
+def test_nvidias_own_bindings_are_called_as_they_want_to_be(cache, tmp_path):
+    """Over a stub of the driver, in a process of its own (loading.py)."""
+    pytest.importorskip("cuda.bindings.driver")
+    nvrtc.cubin_of(Program(CHANNELS, torch.float32), (8, 6))
+    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+    source.write_text(loading.SOURCE)
+    flags = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c"]
+    subprocess.run([host_kernels.COMPILER, *flags, str(source), "-o", str(library), "-ldl"], check=True)
+    done = subprocess.run(
+        [sys.executable, loading.__file__, str(library)],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    handles = [0x1000 + len(name) for name in KERNELS[CHANNELS]]
+    assert done.stdout.split() == [*map(str, handles), "5", "70"], done.stderr
 
 
 class Noted(host_kernels.Host):

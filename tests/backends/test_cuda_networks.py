@@ -55,7 +55,7 @@ def test_a_whole_network_trains_as_right_as_eager(name):
     torch.manual_seed(0)
     base = torchvision.models.get_model(name, num_classes=10).to(memory_format=torch.channels_last)
     draws = []
-    for seed in range(2):
+    for seed in range(3):  # the median is that of none that a flipped ReLU has struck alone
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(4, 3, 64, 64, generator=generator).to(memory_format=torch.channels_last)
         draws.append((x, torch.randint(10, (4,), generator=generator)))
