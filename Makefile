@@ -11,7 +11,7 @@ VENV := build/system
 BIN := $(patsubst %/,%,$(dir $(shell command -v $(PYTHON))))
 endif
 
-.PHONY: demo test lint bench studies gpu sanitize wheel clean
+.PHONY: demo test lint docs bench studies gpu sanitize wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo
@@ -28,6 +28,10 @@ lint: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+
+# the reference of the public API, from the docstrings: build/docs/index.html
+docs: $(VENV)/installed
+	$(BIN)/python docs/reference.py build/docs
 
 # the extension's tests under the compiler's checks, in builds of their own. AddressSanitizer and UndefinedBehaviorSanitizer: but for the
 # tests that limit a process's memory, which the sanitizer's own map does not fit into. ThreadSanitizer: the kernels on threads that it can
