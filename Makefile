@@ -11,7 +11,7 @@ VENV := build/system
 BIN := $(patsubst %/,%,$(dir $(shell command -v $(PYTHON))))
 endif
 
-.PHONY: demo test lint docs bench studies gpu sanitize wheel clean
+.PHONY: demo test lint docs bench studies gpu sanitize arm wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo
@@ -56,6 +56,13 @@ sanitize: $(VENV)/installed
 	$(WATCHED) $(THREADED)/threads race > $(THREADED)/race.log 2>&1; test $$? -eq 66
 	PYTHONPATH=$(CURDIR)/$(THREADED)/lib PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 LD_PRELOAD="$(shell $(CXX) -print-file-name=libtsan.so)" \
 		$(WATCHED) $(BIN)/pytest -n 0 -k one-inside tests/test_threads.py
+
+# the kernels for ARM (NEON), without torch, on an emulated processor; apt-get install g++-aarch64-linux-gnu qemu-user
+arm:
+	mkdir -p build/arm
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -Werror=switch -pthread -static -Icsrc tests/backends/threads.cpp \
+		$$(find csrc/cpu -name '*.cpp' -not -name '*_binding.cpp') -o build/arm/threads
+	qemu-aarch64 build/arm/threads
 
 # one wheel for Python 3.10 and torch 2.11 and everything newer, in dist/; its tag says from which glibc on
 wheel: $(VENV)/installed
