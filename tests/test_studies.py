@@ -105,7 +105,13 @@ def test_no_network_of_a_study_is_left_out():
     assert sorted(builders("dense")) == sorted(DENSE)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+#: which of them are run whole by default, the others are slow: their networks and closed forms have tests of their own
+RUN = ("degradation", "refinement", "lesions", "dense")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in RUN else [pytest.mark.slow]) for name in STUDIES]
+)
 def test_it_runs_is_drawn_and_says_three_sentences(name, images, tmp_path):
     study, begun = STUDIES[name], []
     found = running.record(name, ORDER, images, begun.append)
