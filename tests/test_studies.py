@@ -147,6 +147,7 @@ def test_the_command_writes_and_says_what_it_found(tmp_path, capsys, monkeypatch
     assert all(sentence in written for sentence in found["sentences"])
 
 
+@pytest.mark.slow
 def test_a_study_in_a_process_of_its_own_finds_what_it_finds_here(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))  # for the process
     told, images, threads = [], ORDER.images(), torch.get_num_threads()
