@@ -11,7 +11,7 @@ VENV := build/system
 BIN := $(patsubst %/,%,$(dir $(shell command -v $(PYTHON))))
 endif
 
-.PHONY: demo test lint bench studies gpu sanitize wheel clean
+.PHONY: demo test lint docs bench studies gpu sanitize arm wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo --out demo
@@ -29,10 +29,15 @@ lint: $(VENV)/installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
-# the tests of the extension, and of the CUDA C++ kernels on the host, under the compiler's checks, in builds of their own. AddressSanitizer and UndefinedBehaviorSanitizer: but for the
-# tests that limit a process's memory, which the sanitizer's own map does not fit into. ThreadSanitizer: the kernels on threads that it can
-# follow, without torch; that a race of two callers is found; and threads of Python's around models, without OpenMP's inside, which it
-# cannot follow. Address space is not randomised there (setarch): older runtimes of its cannot place their map otherwise.
+# the reference of the public API, from the docstrings: build/docs/index.html
+docs: $(VENV)/installed
+	$(BIN)/python docs/reference.py build/docs
+
+# the tests of the extension, and of the CUDA C++ kernels on the host, under the compiler's checks, in builds of their own.
+# AddressSanitizer and UndefinedBehaviorSanitizer: but for the tests that limit a process's memory, which the sanitizer's own map does not
+# fit into. ThreadSanitizer: the kernels on threads that it can follow, without torch; that a race of two callers is found; and threads of
+# Python's around models, without OpenMP's inside, which it cannot follow. Address space is not randomised there (setarch): older runtimes
+# of its cannot place their map otherwise.
 SANITIZED := build/sanitized
 THREADED := build/threaded
 RUNTIMES = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
@@ -55,6 +60,13 @@ sanitize: $(VENV)/installed
 	$(WATCHED) $(THREADED)/threads race > $(THREADED)/race.log 2>&1; test $$? -eq 66
 	PYTHONPATH=$(CURDIR)/$(THREADED)/lib PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 LD_PRELOAD="$(shell $(CXX) -print-file-name=libtsan.so)" \
 		$(WATCHED) $(BIN)/pytest -n 0 -k one-inside tests/test_threads.py
+
+# the kernels for ARM (NEON), without torch, on an emulated processor; apt-get install g++-aarch64-linux-gnu qemu-user
+arm:
+	mkdir -p build/arm
+	aarch64-linux-gnu-g++ -std=c++20 -O2 -Werror=switch -pthread -static -Icsrc tests/backends/threads.cpp \
+		$$(find csrc/cpu -name '*.cpp' -not -name '*_binding.cpp') -o build/arm/threads
+	qemu-aarch64 build/arm/threads
 
 # one wheel for Python 3.10 and torch 2.11 and everything newer, in dist/; its tag says from which glibc on
 wheel: $(VENV)/installed

@@ -3,6 +3,7 @@ the CUDA C++ kernels on the host as a backend of its own, and the option ``--bac
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -10,7 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+# read when torch loads OpenMP: workers, and the processes that tests start, share the cores, so that a thread that waits must not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -40,6 +45,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """No garbage collection while tests are found, nor ever of what is there for the whole session by then: a full one would go through
+    torch and thousands of tests each time."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_remembers_builtins() -> None:
+    """Triton's interpreter, where it is the one that runs kernels, without what it finds out anew at every call."""
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        from interpreter import remember_builtins
+
+        remember_builtins()
 
 
 @pytest.fixture

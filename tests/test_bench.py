@@ -249,6 +249,7 @@ def test_what_the_sweep_takes_of_timm_runs_fused(name):
     assert all(row.fused for row in fusedres.report(model))
 
 
+@pytest.mark.slow
 def test_the_sweep_tables_every_model_at_every_size(tmp_path, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -274,6 +275,7 @@ def equivalence():
     return equivalence
 
 
+@pytest.mark.slow
 def test_training_equivalence_is_judged_and_drawn(equivalence, tmp_path):
     size = ("--models", "ResNet-20", "--epochs", "2", "--seeds", "2", "--batch", "128", "--threads", "1")
     threads = torch.get_num_threads()

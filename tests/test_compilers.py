@@ -85,8 +85,16 @@ class Marked(nn.Module):
 # ---- torch.compile, torch.export, AOTInductor, torch.jit -------------------------------------------------------------
 
 
-@MODES
-@pytest.mark.parametrize("name", MODELS)
+# networks that recompile as batches come are in test_compiled_networks.py
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        pytest.param("resnet", True, id="resnet-training"),
+        pytest.param("densenet", False, id="densenet-inference"),
+        pytest.param("resnet", False, id="resnet-inference", marks=pytest.mark.slow),
+        pytest.param("densenet", True, id="densenet-training", marks=pytest.mark.slow),
+    ],
+)
 def test_torch_compile_makes_one_graph_for_every_batch(name, training):
     assert_compiles(MODELS[name], training, "aot_eager")
 
@@ -110,9 +118,20 @@ def operators(program: torch.export.ExportedProgram) -> dict[str, int]:
     return dict(Counter(name.split(".")[1] for name in names if name.startswith("fusedres.")))
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
-@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no-grad"])
-@pytest.mark.parametrize("name", MODELS)
+def exports() -> list:
+    """Every model, with gradients and without, traced by either front end: half of the combinations see every pair, the others are slow."""
+    return [
+        pytest.param(
+            name, gradients, strict, id=f"{name}-{'grad' if gradients else 'no-grad'}-{'strict' if strict else 'not-strict'}",
+            marks=[] if (turn + gradients + strict) % 2 == 0 else [pytest.mark.slow],
+        )
+        for turn, name in enumerate(MODELS)
+        for gradients in (True, False)
+        for strict in (True, False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "gradients", "strict"), exports())
 def test_torch_export_gives_a_program_of_operators_for_every_batch(name, gradients, strict, tmp_path):
     plain, model = pair(MODELS[name], False)
     model(images())  # what a block remembers of a call is nothing to the exporter

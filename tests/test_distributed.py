@@ -27,6 +27,9 @@ COMPILED = ["bottleneck/uneven", "dense/empty", "split/even", "bottleneck/uneven
 SLOW_COMPILED = [f"{block}/uneven" for block in distributed.SYNCHRONISED if f"{block}/uneven" not in COMPILED] + [
     "bottleneck/uneven/cumulative", "dense/uneven/recompute", "basic/uneven/inductor", "dense/uneven/inductor",
 ]  # fmt: skip
+# one whole model and one block by block, one of either wrapper
+WRAPPED_COMPILED = ["ddp", "fsdp-parts"]
+SLOW_WRAPPED_COMPILED = [name for name in distributed.WRAPPED_COMPILED if name not in WRAPPED_COMPILED]
 # torch's DistributedDataParallel refuses a SyncBatchNorm on CPU
 WRAPPED = [f"{way}/eval" for way in distributed.WRAPPED] + [
     f"{way}/sync" for way in distributed.WRAPPED if not way.startswith("ddp")
@@ -188,21 +191,37 @@ def assert_trains_as_one_process(processes: Processes, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def compiled_wrapped_two(tmp_path_factory):
-    names = list(distributed.WRAPPED_COMPILED)
-    return Processes(2, distributed.wrapped_and_compiled, names, tmp_path_factory.mktemp("compiled-wrapped-two"))
+    folder = tmp_path_factory.mktemp("compiled-wrapped-two")
+    return Processes(2, distributed.wrapped_and_compiled, WRAPPED_COMPILED, folder)
 
 
-@pytest.mark.parametrize("name", distributed.WRAPPED_COMPILED)
-def test_compiled_models_and_blocks_under_ddp_and_fsdp_train_as_one_process(compiled_wrapped_two, name):
+@pytest.fixture(scope="module")
+def slow_compiled_wrapped_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slow-compiled-wrapped-two")
+    return Processes(2, distributed.wrapped_and_compiled, SLOW_WRAPPED_COMPILED, folder)
+
+
+def assert_trains_compiled_as_one_process(processes: Processes, name: str) -> None:
     plain = fusedres.revert(distributed.net("eval"))
     with fusedres.use_backend("eager"):
         truth = distributed.losses(plain, *distributed.task(2))
     rows = 2 if name.endswith("parts") else 3  # the stem is none of the parts
     expected = {"residual_forward": rows, "dense_forward": 1}
-    for of_rank in compiled_wrapped_two[name]:
+    for of_rank in processes[name]:
         # four steps of momentum multiply the rounding of the sums over processes
         torch.testing.assert_close(of_rank["losses"], truth, rtol=1e-9, atol=0)
         assert of_rank["operators"] == expected
+
+
+@pytest.mark.parametrize("name", WRAPPED_COMPILED)
+def test_compiled_models_and_blocks_under_ddp_and_fsdp_train_as_one_process(compiled_wrapped_two, name):
+    assert_trains_compiled_as_one_process(compiled_wrapped_two, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_WRAPPED_COMPILED)
+def test_the_other_ways_to_compile_under_ddp_and_fsdp_train_as_one_process(slow_compiled_wrapped_two, name):
+    assert_trains_compiled_as_one_process(slow_compiled_wrapped_two, name)
 
 
 @pytest.mark.parametrize("name", WRAPPED)

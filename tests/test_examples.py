@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,10 @@ import torch
 pytest.importorskip("torchvision")
 
 from PIL import Image
+from torchvision.models import resnet18
 from torchvision.transforms.functional import to_pil_image
+
+from fusedres.blocks import is_converted
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -67,22 +71,62 @@ def test_classification_reads_folders(tmp_path, capsys):
     assert_all_fused(capsys.readouterr().out)
 
 
+def in_two_processes(script: str, *arguments: str) -> str:
+    """What an example says, run by two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launcher, str(EXAMPLES / f"{script}.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_classification_runs_in_two_processes(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(EXAMPLES / "classify.py"),
-    ]
     quick = ["--fake", "--model", "resnet18", "--size", "32", "--batch", "16", "--epochs", "1", "--out", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, *quick], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert_all_fused(done.stdout)
+    assert_all_fused(in_two_processes("classify", *quick))
+
+
+SHARDED = ["--fake", "--model", "resnet18", "--size", "32", "--batch", "8", "--epochs", "3", "--lr", "0.01"]
+
+
+def assert_sharded_training(said: str, weights: Path) -> None:
+    """Everything ran fused, and what was gathered is a whole model's."""
+    assert_all_fused(said)
+    first, *_, last = map(float, re.findall(r"epoch \d: loss ([\d.]+)", said))
+    assert last < first
+    resnet18(num_classes=2).load_state_dict(torch.load(weights, weights_only=True))
+
+
+def test_a_sharded_model_trains(tmp_path, capsys, monkeypatch):
+    """By one process, which holds all parts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    load("shard").main([*SHARDED, "--out", str(tmp_path / "weights.pt")])
+    assert_sharded_training(capsys.readouterr().out, tmp_path / "weights.pt")
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_in_two_processes(tmp_path):
+    weights = tmp_path / "weights.pt"
+    assert_sharded_training(in_two_processes("shard", *SHARDED, "--out", str(weights)), weights)
+
+
+def test_a_callback_of_lightning_converts(tmp_path, capsys):
+    pytest.importorskip("lightning")
+    example = load("lightning_classify")
+    quick = ["--fake", "--model", "resnet18", "--size", "32", "--batch", "16", "--epochs", "2", "--out", str(tmp_path)]
+    trainer = example.main(quick)
+    assert_all_fused(capsys.readouterr().out)
+    assert trainer.global_step == 4 and trainer.callback_metrics["loss"].isfinite()
+    # the checkpoint is that of the model as it was
+    plain = example.Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False, map_location="cpu")
+    assert not any(is_converted(module) for module in plain.modules())
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(plain.parameters(), trainer.model.parameters(), strict=True))
 
 
 def test_fine_tuning_leaves_what_is_frozen_and_learns(tmp_path, capsys):

@@ -105,7 +105,13 @@ def test_no_network_of_a_study_is_left_out():
     assert sorted(builders("dense")) == sorted(DENSE)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+#: which of them are run whole by default, the others are slow: their networks and closed forms have tests of their own
+RUN = ("degradation", "refinement", "lesions", "dense")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in RUN else [pytest.mark.slow]) for name in STUDIES]
+)
 def test_it_runs_is_drawn_and_says_three_sentences(name, images, tmp_path):
     study, begun = STUDIES[name], []
     found = running.record(name, ORDER, images, begun.append)
@@ -141,6 +147,7 @@ def test_the_command_writes_and_says_what_it_found(tmp_path, capsys, monkeypatch
     assert all(sentence in written for sentence in found["sentences"])
 
 
+@pytest.mark.slow
 def test_a_study_in_a_process_of_its_own_finds_what_it_finds_here(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))  # for the process
     told, images, threads = [], ORDER.images(), torch.get_num_threads()
