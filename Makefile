@@ -76,8 +76,8 @@ wheel: $(VENV)/installed
 	$(BIN)/auditwheel show dist/*.whl
 
 bench: $(VENV)/peers
-	$(BIN)/python -m bench.models --json results/models.json --contenders eager compile compile-layout compile-freezing \
-		openvino onnxruntime fused fused+compile fused-recompute memory_efficient
+	$(BIN)/python -m bench.models --json results/models.json --contenders eager compile compile-freezing openvino onnxruntime \
+		fused fused+compile fused-recompute memory_efficient
 	$(BIN)/python -m bench.models --json results/models-bfloat16.json --dtype bfloat16 --contenders eager fused
 	$(BIN)/python -m bench.report results/models.json results/models-bfloat16.json --out results
 
