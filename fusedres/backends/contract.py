@@ -48,6 +48,26 @@ def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def without_activation(x: LazyMap, residual: LazyMap | None) -> None:
+    """ValueError where an operand of an addition has an activation, which the pass would drop."""
+    if x.act != "none" or (residual is not None and residual.act != "none"):
+        raise ValueError("an operand of an addition has an activation of its own")
+
+
+def is_relu(x: LazyMap) -> bool:
+    """Whether a highway's transform has a ReLU. ValueError for an activation that its pass does not know."""
+    if x.act not in ("none", "relu"):
+        raise ValueError(f"a highway's pass knows the activations 'none' and 'relu', found {x.act!r}")
+    return x.act == "relu"
+
+
+def is_max(pool: Pool) -> bool:
+    """Whether a pool takes the maximum. ValueError for a kind that no pass computes."""
+    if pool.kind not in ("max", "mean"):
+        raise ValueError(f"unknown pool {pool.kind!r}: expected 'max' or 'mean'")
+    return pool.kind == "max"
+
+
 class Backend(ABC):
     """The primitives, once for a device family. A subclass that lacks one cannot be registered (:func:`fusedres.backends.select.register`).
 

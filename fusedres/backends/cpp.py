@@ -22,7 +22,7 @@ from ..errors import BackendError
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
 from . import library_conv, tape
-from .contract import Backend, Reduction, accum_dtype
+from .contract import Backend, Reduction, accum_dtype, is_max, is_relu
 from .layout import empty_map
 
 try:
@@ -138,12 +138,6 @@ def _plan(x: LazyMap, weight: Tensor, geometry: Geometry) -> tuple[tuple[int, ..
 
 def _like(x: Tensor) -> Tensor:
     return empty_map(x.shape, x)
-
-
-def _is_relu(x: LazyMap) -> bool:
-    if x.act not in ("none", "relu"):
-        raise ValueError(f"a highway's pass knows the activations 'none' and 'relu', found {x.act!r}")
-    return x.act == "relu"
 
 
 def _running_statistics(norm: Norm) -> tuple[Tensor, Tensor]:
@@ -285,7 +279,7 @@ class CppBackend(Backend):
     def highway_forward(self, x: LazyMap, gate: LazyMap, carry: Tensor, *, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = _like(x.raw)
-        _highway_forward(x.raw, x.scale_shift, _is_relu(x), gate.raw, gate.scale_shift, carry, out)
+        _highway_forward(x.raw, x.scale_shift, is_relu(x), gate.raw, gate.scale_shift, carry, out)
         return out
 
     def highway_backward(
@@ -300,7 +294,7 @@ class CppBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         written = _like(x.raw), _like(x.raw), _like(x.raw)
         _highway_backward(
-            grad, x.raw, x.scale_shift, x.mean_invstd, _is_relu(x), gate.raw, gate.scale_shift, gate.mean_invstd, carry, *written,
+            grad, x.raw, x.scale_shift, x.mean_invstd, is_relu(x), gate.raw, gate.scale_shift, gate.mean_invstd, carry, *written,
             sums, gate_sums,
         )  # fmt: skip
         return written
@@ -317,7 +311,7 @@ class CppBackend(Backend):
         shape = pool.out_shape(x.raw.shape)
         if out is None:
             out = empty_map(shape, x.raw)
-        index = empty_map(shape, x.raw, torch.uint8) if _is_max(pool) else None
+        index = empty_map(shape, x.raw, torch.uint8) if is_max(pool) else None
         _pool_forward(x.raw, x.scale_shift, *_code(x.act), _window(pool), out, index, stats)
         return out, index
 
@@ -334,7 +328,7 @@ class CppBackend(Backend):
     ) -> Tensor | None:
         if coeff is not None and dx is None:
             dx = _like(x.raw)
-        if _is_max(pool) != (index is not None):
+        if is_max(pool) != (index is not None):
             raise ValueError(f"a {pool.kind} pool's backward {'wants the index' if index is None else 'has no index'}")
         raw, scale_shift, act, mean_invstd = x
         _pool_backward(
@@ -408,12 +402,6 @@ def _routes_backward(
 ) -> dict[str, str]:
     needed = {"dgrad": target is not None, "wgrad": need_dw}
     return {op: _route(x, weight, geometry) for op, need in needed.items() if need}
-
-
-def _is_max(pool: Pool) -> bool:
-    if pool.kind not in ("max", "mean"):
-        raise ValueError(f"unknown pool {pool.kind!r}: expected 'max' or 'mean'")
-    return pool.kind == "max"
 
 
 def _window(pool: Pool) -> list[int]:

@@ -22,30 +22,10 @@ from ..kernels import requests
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
 from . import contract, cuda_check, library_conv, tape
-from .contract import Backend
+from .contract import Backend, is_max, is_relu, without_activation
 from .cuda_launch import Arguments, Pass, Reduction, Tiles, channel_launch, merge, one_tile
 from .layout import empty_map
 from .nvrtc import DTYPES, Nvrtc, Runtime
-
-
-def _without_activation(x: LazyMap, residual: LazyMap | None) -> None:
-    """ValueError where an operand of an addition has an activation, which the pass would drop."""
-    if x.act != "none" or (residual is not None and residual.act != "none"):
-        raise ValueError("an operand of an addition has an activation of its own")
-
-
-def _is_relu(x: LazyMap) -> bool:
-    """Of a highway block's transform. ValueError for an activation that none has."""
-    if x.act not in ("none", "relu"):
-        raise ValueError(f"a highway block has a ReLU or no activation, not {x.act!r}")
-    return x.act == "relu"
-
-
-def _is_max(pool: Pool) -> bool:
-    """ValueError for a kind that no kernel computes."""
-    if pool.kind not in ("max", "mean"):
-        raise ValueError(f"unknown pool {pool.kind!r}: expected 'max' or 'mean'")
-    return pool.kind == "max"
 
 
 def _room(to: contract.Reduction) -> Tensor | Reduction:
@@ -128,7 +108,7 @@ class CudaBackend(Backend):
         stats: contract.Reduction | None = None,
     ) -> Tensor:
         """See the contract."""
-        _without_activation(x, residual)
+        without_activation(x, residual)
         out = empty_map(x.raw.shape, x.raw) if out is None else out
         self._forward(x, residual, act, out, stats)
         return out
@@ -180,7 +160,7 @@ class CudaBackend(Backend):
         residual_sums: contract.Reduction | None = None,
     ) -> Tensor:
         """See the contract."""
-        _without_activation(x, residual)
+        without_activation(x, residual)
         if residual is None and residual_sums is not None:
             raise ValueError("residual_sums are asked for without a residual")
         out = grad if act == "none" else empty_map(x.raw.shape, x.raw)
@@ -232,7 +212,7 @@ class CudaBackend(Backend):
         run.operand(gate)
         run.map(carry)
         run.map(out)
-        run.integers(int(_is_relu(x)))
+        run.integers(int(is_relu(x)))
         run.run()
         return out
 
@@ -259,7 +239,7 @@ class CudaBackend(Backend):
         rooms = [to for to in (sums, gate_sums) if to is not None]
         for to in (sums, gate_sums):
             run.partials(0 if to is None else 2)
-        run.integers(int(_is_relu(x)))
+        run.integers(int(is_relu(x)))
         for to, found in zip(rooms, run.run(), strict=True):
             merge(self._runtime, Tiles(found[0], found[1]), _room(to))
         return dz, dgate, dcarry
@@ -268,10 +248,10 @@ class CudaBackend(Backend):
         self, x: LazyMap, pool: Pool, *, out: Tensor | None = None, stats: contract.Reduction | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See the contract."""
-        is_max = _is_max(pool)
+        has_index = is_max(pool)
         if out is None:
             out = empty_map(pool.out_shape(tuple(x.raw.shape)), x.raw)
-        index = empty_map(out.shape, x.raw, torch.uint8) if is_max else None
+        index = empty_map(out.shape, x.raw, torch.uint8) if has_index else None
         run = Pass(self._runtime, "pool_forward", out)
         run.operand(x)
         run.map(out)
@@ -294,7 +274,7 @@ class CudaBackend(Backend):
         dx: Tensor | None = None,
     ) -> Tensor | None:
         """See the contract."""
-        if _is_max(pool) != (index is not None):
+        if is_max(pool) != (index is not None):
             raise ValueError(f"a {pool.kind} pool goes back with its index if it is a max, without one if it is a mean")
         if coeff is None:
             dx = None

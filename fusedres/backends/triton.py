@@ -35,7 +35,7 @@ from ..tuning import estimate, plans, selfcheck
 from ..tuning.convolutions import TritonTuner, backward_problem, forward_problem, has_fused_form, operands
 from ..tuning.plans import FUSED, LIBRARY, Plan, Problem
 from . import library_conv, tape
-from .contract import Backend
+from .contract import Backend, without_activation
 
 #: where a primitive reduces to
 Room = Tensor | Reduction
@@ -106,12 +106,6 @@ def _parsed(x: LazyMap) -> Any:
 def _parsed_epilogue(epilogue: Epilogue) -> Any:
     """As :func:`_parsed`."""
     return epilogue._replace(act=parse(epilogue.act))
-
-
-def _without_activation(x: LazyMap, residual: LazyMap | None) -> None:
-    """ValueError where an operand of an addition has an activation, which the pass would drop."""
-    if x.act != "none" or (residual is not None and residual.act != "none"):
-        raise ValueError("an operand of an addition has an activation of its own")
 
 
 def _launcher() -> tape.Launcher:
@@ -397,7 +391,7 @@ class TritonBackend(Backend):
         stats: Room | None = None,
     ) -> Tensor:
         """See the contract."""
-        _without_activation(x, residual)
+        without_activation(x, residual)
         return elementwise.add_act_forward(x, residual, parse(act), out=out, stats=stats)
 
     def add_act_backward(
@@ -411,7 +405,7 @@ class TritonBackend(Backend):
         residual_sums: Room | None = None,
     ) -> Tensor:
         """See the contract."""
-        _without_activation(x, residual)
+        without_activation(x, residual)
         return elementwise.add_act_backward(grad, x, residual, parse(act), sums=sums, residual_sums=residual_sums)
 
     def highway_forward(self, x: LazyMap, gate: LazyMap, carry: Tensor, *, out: Tensor | None = None) -> Tensor:
