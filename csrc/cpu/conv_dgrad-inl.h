@@ -136,9 +136,9 @@ void dgrad_few(const Args& a, const Problem& p, float* sums, Parallel parallel) 
       for (int64_t k = 0; k < p.src_c; k += part) {
         const float* weights = a.weight.data + runs[i].weight + k * a.weight.so + first;
         for (int64_t m = 0; m < where.pixels; m += block)
-          kernels().multiply[vectors][least(block, where.pixels - m)](operand + runs[i].operand + k, where.base + m,
-                                                                      weights, a.weight.so, least(part, p.src_c - k),
-                                                                      c + m * width, width, i == 0 && k == 0);
+          kernels().multiply[vectors][least(block, where.pixels - m)](
+              operand + runs[i].operand + k, where.base + m, weights, a.weight.so, least(part, p.src_c - k),
+              c + m * width, width, i == 0 && k == 0, nothing_ahead(weights));
       }
     }
     float* own = sums == nullptr ? nullptr : sums + first;
@@ -194,7 +194,8 @@ void conv_dgrad(const Args& a, Parallel parallel) {
         if (phases > 1) return;  // its pixels are not side by side
         const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
         prefetch->add(a.x, from, to, first, columns);
-        prefetch->add(a.accumulate ? a.dx : a.base, from, to, first, columns);
+        prefetch->add(a.dx, from, to, first, columns);
+        if (!a.accumulate) prefetch->add(a.base, from, to, first, columns);
       });
       float* own = sums == nullptr ? nullptr : sums + (first_tile[i] + tile) * 2 * g.in_c + first;
       finish_dgrad(a, where, first, columns, c, ldc, own, own == nullptr ? nullptr : own + g.in_c);

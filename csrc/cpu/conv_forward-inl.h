@@ -101,7 +101,8 @@ void conv_forward(const Args& a, Parallel parallel) {
   pack_weights(p, factor, parallel);
   float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * kTileStats * p.dst_c);
   const bool in_place = !kPairs && p.dst_c % kLanes == 0;
-  run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
+  const int64_t pixels = p.rows() * p.w.grid;
+  run_parallel(parallel, p.tiles * parts, pixels * p.dst_c * 8, [&](int64_t task) {
     const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
     const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
@@ -110,7 +111,12 @@ void conv_forward(const Args& a, Parallel parallel) {
                         : scratch_c.get(p.tile_pixels * ldc);
     Tile where;
     multiply_tile(p, a.x, tile, factor, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
-      prefetch->add(a.residual, t.pixel[0], t.pixel[t.pixels - 1] + 1, first, columns);
+      const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
+      prefetch->add(a.residual, from, to, first, columns);
+      if (!in_place) return prefetch->add(a.out, from, to, first, columns);
+      // products write the map itself, from their first panel on: the lines of the next task
+      const int64_t next = (task + 1) / parts * p.tile_pixels, channel = (task + 1) % parts * each * kPanel;
+      prefetch->add(a.out, next, least(pixels, next + p.tile_pixels), channel, least(p.dst_c - channel, each * kPanel));
     });
     finish_forward(a, where, first, columns, c, ldc);
     const TileStats own = tile_stats(stats, p, tile);

@@ -11,11 +11,23 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
+// Lines of memory that will be needed soon, side by side. A register kernel asks for one at each step of its sum, in
+// the time that the FMA units take, and for the last again and again where its sum is longer.
+struct Ahead {
+  const char* first;
+  int64_t last;
+
+  void ask(int64_t step) const { __builtin_prefetch(first + least(step, last) * 64, 0, 2); }
+};
+
+// Nothing but what is being read anyway.
+inline Ahead nothing_ahead(const void* read) { return {static_cast<const char*>(read), 0}; }
+
 // c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors], `ldb` floats a row. The sum starts at zero and
 // joins c at the end: one chain of additions over all segments would round worse.
 template <int R, int V>
 __attribute__((noinline)) void multiply(const float* scratch, const int64_t* base, const float* b, int64_t ldb,
-                                        int64_t depth, float* c, int64_t ldc, bool first) {
+                                        int64_t depth, float* c, int64_t ldc, bool first, Ahead ahead) {
   vec acc[R][V];
   const float* a[R];
   for (int i = 0; i < R; ++i) {
@@ -23,6 +35,7 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
     for (int j = 0; j < V; ++j) acc[i][j] = vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
+    ahead.ask(k);
     vec weights[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) weights[j] = load(b + k * ldb + j * kLanes);
@@ -39,19 +52,23 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
       store(c + i * ldc + j * kLanes, first ? acc[i][j] : acc[i][j] + load(c + i * ldc + j * kLanes));
 }
 
-using Multiply = void (*)(const float*, const int64_t*, const float*, int64_t, int64_t, float*, int64_t, bool);
+using Multiply = void (*)(const float*, const int64_t*, const float*, int64_t, int64_t, float*, int64_t, bool, Ahead);
 
 // c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors], as in multiply; both
 // have a base per pixel.
 template <int R, int V>
 __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, const float* g, const int64_t* g_base,
-                                     int64_t pixels, float* c, int64_t ldc, bool first) {
+                                     int64_t pixels, float* c, int64_t ldc, bool first, Ahead ahead) {
   vec acc[R][V];
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < V; ++j) acc[i][j] = vec{};
+  // the sums of a whole weight do not stay in L2; these lie side by side but where a weight is few pixels' gradient
+  const Ahead sums{reinterpret_cast<const char*>(c), (R * V * kLanes - 1) / 16};
   for (int64_t m = 0; m < pixels; ++m) {
     const float* from = a + a_base[m];
     const float* other = g + g_base[m];
+    ahead.ask(m);
+    sums.ask(m);
     vec values[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) values[j] = load(other + j * kLanes);
@@ -67,7 +84,8 @@ __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, cons
       store(c + i * ldc + j * kLanes, first ? acc[i][j] : acc[i][j] + load(c + i * ldc + j * kLanes));
 }
 
-using Outer = void (*)(const float*, const int64_t*, const float*, const int64_t*, int64_t, float*, int64_t, bool);
+using Outer = void (*)(const float*, const int64_t*, const float*, const int64_t*, int64_t, float*, int64_t, bool,
+                       Ahead);
 
 // A stretch of a product's depth: where it begins, from a pixel's base and from the weight's row or column.
 struct Run {

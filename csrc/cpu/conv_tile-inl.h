@@ -13,14 +13,14 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-// Lines of maps that will be needed soon, asked for a few at a time between register kernels, so that memory works
-// while the FMA units do.
+// Lines of maps that will be read or written soon, asked for a few at a time by the register kernels, so that memory
+// works while the FMA units do.
 struct Prefetch {
   struct Range {
     const char* data;
     int64_t stride, pixels, lines;  // stride in bytes; lines: of a pixel
   };
-  Range ranges[4];
+  Range ranges[5];
   int count = 0, current = 0;
   int64_t pixel = 0, line = 0, total = 0;
 
@@ -35,20 +35,34 @@ struct Prefetch {
     ranges[count++] = range;
     total += range.pixels * range.lines;
   }
-  void issue(int64_t lines) {
-    while (lines > 0 && current < count) {
-      const Range& r = ranges[current];
-      const char* data = r.data + pixel * r.stride + line * 64;
-      const int64_t now = least(lines, r.lines - line);
-      for (int64_t i = 0; i < now; ++i) __builtin_prefetch(data + i * 64, 0, 2);
-      lines -= now;
-      line += now;
-      if (line < r.lines) continue;
-      line = 0;
-      if (++pixel < r.pixels) continue;
-      pixel = 0;
-      ++current;
+  // The next `lines` lines, for a kernel of `steps` steps that reads `read`: what is beyond a run of as many is asked
+  // for at once.
+  Ahead take(int64_t lines, int64_t steps, const void* read) {
+    if (lines == 0 || current == count) return nothing_ahead(read);
+    const Ahead run = next(least(lines, steps));
+    for (lines -= run.last + 1; lines > 0 && current < count;) {
+      const Ahead more = next(lines);
+      for (int64_t i = 0; i <= more.last; ++i) more.ask(i);
+      lines -= more.last + 1;
     }
+    return run;
+  }
+
+ private:
+  // Up to `lines` lines that lie side by side.
+  Ahead next(int64_t lines) {
+    const Range& r = ranges[current];
+    const char* first = r.data + pixel * r.stride + line * 64;
+    const int64_t now = least(lines, r.lines - line);
+    line += now;
+    if (line == r.lines) {
+      line = 0;
+      if (++pixel == r.pixels) {
+        pixel = 0;
+        ++current;
+      }
+    }
+    return {first, now - 1};
   }
 };
 
@@ -92,8 +106,7 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
       for (int64_t m = 0; m < patches; m += block) {
         kernels().multiply[vectors][least(block, patches - m)](
             transformed + position * step, base + m, weights + position * chunk.width * width, width, chunk.width,
-            product + position * product_step + m * width, width, k == 0);
-        prefetch->issue(lines);
+            product + position * product_step + m * width, width, k == 0, prefetch->take(lines, chunk.width, weights));
       }
     }
     if (last && !transform_output(p, tile, product, width, product_step, c + (panel - first_panel) * kPanel, ldc))
@@ -108,7 +121,7 @@ Tile multiply_directly(Problem p, const Source& s, int64_t tile, Factor factor, 
                        float* c, int64_t ldc);
 
 // c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`.
-// `epilogue(where, &prefetch)` may name what the epilogue of this tile will read.
+// `epilogue(where, &prefetch)` may name what the epilogue of this tile will read and write.
 template <class F>
 void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
                    int64_t last_panel, float* c, int64_t ldc, Tile* where, F&& epilogue) {
@@ -152,8 +165,8 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
           const int64_t rows = least(block, where->pixels - m);
           kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m,
                                             weights + segments[i].row * width, width, segments[i].depth,
-                                            c + m * ldc + (panel - first_panel) * kPanel, ldc, first);
-          prefetch.issue(lines);
+                                            c + m * ldc + (panel - first_panel) * kPanel, ldc, first,
+                                            prefetch.take(lines, segments[i].depth, weights));
         }
       }
     }
