@@ -165,12 +165,11 @@ void conv_dgrad(const Args& a, Parallel parallel) {
                 kChannelsPerUnit};
     if (p.h.grid > 0 && p.w.grid > 0) {
       few[i] = p.plan_few(a.weight, g.in_c, kFewPixels);
-      if (!few[i]) p.plan();
+      if (!few[i]) p.plan(true);
       tiles += p.tiles;
     }
     first_tile[i + 1] = tiles;
   }
-  const int64_t panels = div_up(g.in_c, kPanel);
   float* sums = a.sum_dz == nullptr ? nullptr : partial_sums.get(tiles * 2 * g.in_c);
   for (int64_t i = 0; i < phases; ++i) {
     const Problem& p = problems[i];
@@ -181,11 +180,11 @@ void conv_dgrad(const Args& a, Parallel parallel) {
         continue;
       }
     }
-    const int64_t each = panels_per_task(p), parts = div_up(panels, each);
+    const Tasks tasks(p, a.grad);
     const Factor factor{a.weight, a.weight.so, a.weight.si, packed_weights.get(packed_size(p))};
     pack_weights(p, factor, parallel);
-    run_parallel(parallel, p.tiles * parts, p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
-      const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
+    run_parallel(parallel, tasks.count(), p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
+      const auto [tile, begin, end] = tasks.at(task);
       const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
       const int64_t ldc = round_up(columns, kLanes);
       float* c = scratch_c.get(p.tile_pixels * ldc);

@@ -95,15 +95,15 @@ void conv_forward(const Args& a, Parallel parallel) {
       return conv_forward(by_pixels, parallel);
     }
   }
-  p.plan();
-  const int64_t panels = div_up(p.dst_c, kPanel), each = panels_per_task(p), parts = div_up(panels, each);
+  p.plan(true);
+  const Tasks tasks(p, a.x);
   const Factor factor{a.weight, a.weight.si, a.weight.so, packed_weights.get(packed_size(p))};
   pack_weights(p, factor, parallel);
   float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * kTileStats * p.dst_c);
   const bool in_place = !kPairs && p.dst_c % kLanes == 0;
   const int64_t pixels = p.rows() * p.w.grid;
-  run_parallel(parallel, p.tiles * parts, pixels * p.dst_c * 8, [&](int64_t task) {
-    const int64_t tile = task / parts, begin = task % parts * each, end = least(panels, begin + each);
+  run_parallel(parallel, tasks.count(), pixels * p.dst_c * 8, [&](int64_t task) {
+    const auto [tile, begin, end] = tasks.at(task);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
     const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
     // output pixels of a tile are consecutive rows of the map
@@ -115,8 +115,10 @@ void conv_forward(const Args& a, Parallel parallel) {
       prefetch->add(a.residual, from, to, first, columns);
       if (!in_place) return prefetch->add(a.out, from, to, first, columns);
       // products write the map itself, from their first panel on: the lines of the next task
-      const int64_t next = (task + 1) / parts * p.tile_pixels, channel = (task + 1) % parts * each * kPanel;
-      prefetch->add(a.out, next, least(pixels, next + p.tile_pixels), channel, least(p.dst_c - channel, each * kPanel));
+      if (task + 1 == tasks.count()) return;
+      const Task next = tasks.at(task + 1);
+      prefetch->add(a.out, next.tile * p.tile_pixels, least(pixels, (next.tile + 1) * p.tile_pixels),
+                    next.begin * kPanel, least(p.dst_c, next.end * kPanel) - next.begin * kPanel);
     });
     finish_forward(a, where, first, columns, c, ldc);
     const TileStats own = tile_stats(stats, p, tile);

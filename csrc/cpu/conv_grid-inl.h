@@ -17,7 +17,7 @@ namespace {
 thread_local Buffer<float> scratch_a, scratch_b, scratch_c, scratch_v, scratch_m;
 // of the calling thread: fresh memory of this size would be mapped and cleared by the system at every call
 thread_local Buffer<float> packed_weights, partial_sums;
-// of a thread that multiplies a tile of Winograd's once more
+// of a tile that packs its own weights
 thread_local Buffer<float> scratch_weights;
 thread_local Buffer<int64_t> scratch_base, scratch_pixel, scratch_strided;
 
@@ -98,6 +98,7 @@ struct Problem {
   // the plan
   int64_t tile_rows = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
   bool winograd = false, never_winograd = false;
+  bool packs = false;  // a tile packs the weights that it multiplies, panel by panel
 
   int64_t rows() const { return batch * h.grid; }
   // Every output pixel reads one source pixel.
@@ -145,14 +146,17 @@ struct Problem {
     return scratch_pixels * src_c <= kFewFloats;
   }
 
-  void plan() {
+  // `may_pack`: tiles can pack their own weights.
+  void plan(bool may_pack) {
     winograd = winograd_pays();
     scratch_w = w.taps ? w.scratch_size(w.grid) : 0;
     tile_rows = most(1, kTilePixels / w.grid);
     // few tiles must be shared out evenly; where the destination has many panels, those make tasks, too
     const int64_t multiple = dst_c >= 4 * kPanel ? 2 : 4;
     tiles = div_up(rows(), tile_rows);
-    if (tiles < 16) tile_rows = div_up(rows(), least(rows(), round_up(tiles, multiple)));
+    packs = may_pack && dst_c >= 4 * kPanel && rows() * w.grid <= kOwnPixels;
+    if (packs) tile_rows = rows();
+    else if (tiles < 16) tile_rows = div_up(rows(), least(rows(), round_up(tiles, multiple)));
     if (winograd) tile_rows = round_up(tile_rows, 2);
     tiles = div_up(rows(), tile_rows);
     tile_pixels = tile_rows * w.grid;

@@ -11,8 +11,8 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-// Panels of kPanel destination channels; within a panel the rows follow make_segments: chunk, kernel row, kernel
-// column, channel. The last panel is padded with zeros to whole vectors.
+// Panels of kPanel destination channels, within a panel chunk by chunk; the rows of a chunk follow make_segments:
+// kernel row, kernel column, channel. The last panel is padded with zeros to whole vectors.
 int64_t panel_width(int64_t dst_c, int64_t panel) { return round_up(least(kPanel, dst_c - panel * kPanel), kLanes); }
 
 // A weight as a factor of a problem's product: the strides of its channels that are the problem's source and
@@ -23,7 +23,7 @@ struct Factor {
   float* packed;
 };
 
-inline int64_t packed_size(const Problem& p) { return round_up(p.dst_c, kLanes) * p.depth(); }
+inline int64_t packed_size(const Problem& p) { return p.packs ? 0 : round_up(p.dst_c, kLanes) * p.depth(); }
 
 // dst[j][i] = src[i][j] for kLanes x kLanes units. What lies some lines ahead in each row is asked for: as many rows at
 // once are beyond what the hardware foresees.
@@ -36,88 +36,101 @@ inline void transpose_ahead(const Value* src, int64_t src_stride, float* dst, in
       [&](int j, vec column) { store(dst + j * dst_stride, column); });
 }
 
-void pack_panel(const Problem& p, const Factor& factor, int64_t panel) {
+void pack_chunk(const Problem& p, const Factor& factor, int64_t panel, Chunk chunk, float* dst) {
   const Weight& w = factor.weight;
   const int64_t source_stride = factor.source_stride, destination_stride = factor.destination_stride;
   const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel), valid = least(width, p.dst_c - first);
-  float* dst = factor.packed + first * p.depth();
-  for (int64_t k = 0; k < p.chunks(); ++k) {
-    const Chunk chunk = p.chunk_at(k);
-    for (int i = 0; i < p.h.taps; ++i) {
-      for (int j = 0; j < p.w.taps; ++j, dst += chunk.width * width) {
-        const Value* src = w.data + p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw +
-                           p.per_unit * chunk.first * source_stride + first * destination_stride;
-        if (valid < width) std::memset(dst, 0, chunk.width * width * sizeof(float));
-        if (destination_stride == 1) {
-          for (int64_t c = 0; c < chunk.width; ++c)
-            pack_row(src + p.per_unit * c * source_stride, source_stride, valid, dst + c * width);
-        } else {
-          int64_t c = 0;
-          if (source_stride == 1) {
-            c = chunk.width / kLanes * kLanes;
-            const int64_t whole = valid / kLanes * kLanes;
-            // 16 rows from end to end before the next 16: memory is read in long runs
-            for (int64_t n = 0; n < whole; n += kLanes)
-              for (int64_t k = 0; k < c; k += kLanes)
-                transpose_ahead(src + n * destination_stride + p.per_unit * k, destination_stride, dst + k * width + n,
-                                width);
-            for (int64_t n = whole; n < valid; ++n)
-              for (int64_t k = 0; k < c; ++k)
-                dst[k * width + n] = unit_at(src + n * destination_stride + p.per_unit * k, 1);
-          }
-          for (; c < chunk.width; ++c)
-            for (int64_t n = 0; n < valid; ++n)
-              dst[c * width + n] =
-                  unit_at(src + n * destination_stride + p.per_unit * c * source_stride, source_stride);
-        }
+  for (int i = 0; i < p.h.taps; ++i) {
+    for (int j = 0; j < p.w.taps; ++j, dst += chunk.width * width) {
+      const Value* src = w.data + p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw +
+                         p.per_unit * chunk.first * source_stride + first * destination_stride;
+      if (valid < width) std::memset(dst, 0, chunk.width * width * sizeof(float));
+      if (destination_stride == 1) {
+        for (int64_t c = 0; c < chunk.width; ++c)
+          pack_row(src + p.per_unit * c * source_stride, source_stride, valid, dst + c * width);
+        continue;
       }
+      int64_t c = 0;
+      if (source_stride == 1) {
+        c = chunk.width / kLanes * kLanes;
+        const int64_t whole = valid / kLanes * kLanes;
+        // 16 rows from end to end before the next 16: memory is read in long runs
+        for (int64_t n = 0; n < whole; n += kLanes)
+          for (int64_t k = 0; k < c; k += kLanes)
+            transpose_ahead(src + n * destination_stride + p.per_unit * k, destination_stride, dst + k * width + n,
+                            width);
+        for (int64_t n = whole; n < valid; ++n)
+          for (int64_t k = 0; k < c; ++k)
+            dst[k * width + n] = unit_at(src + n * destination_stride + p.per_unit * k, 1);
+      }
+      for (; c < chunk.width; ++c)
+        for (int64_t n = 0; n < valid; ++n)
+          dst[c * width + n] = unit_at(src + n * destination_stride + p.per_unit * c * source_stride, source_stride);
     }
   }
 }
 
-// As pack_panel, for Winograd: within a panel the rows are chunk, position, channel. src_c is a multiple of kLanes.
+// As pack_chunk, for Winograd: position, channel. The channels are a multiple of kLanes.
 template <class Of>
-void pack_winograd(const Problem& p, const Of& factor, int64_t panel) {
+void pack_winograd(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, float* dst) {
   const auto& w = factor.weight;
   const int64_t source_stride = factor.source_stride, destination_stride = factor.destination_stride;
   const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel), valid = least(width, p.dst_c - first);
-  float* dst = factor.packed + first * p.depth();
-  for (int64_t k = 0; k < p.chunks(); ++k) {
-    const Chunk chunk = p.chunk_at(k);
-    for (int64_t n0 = 0; n0 < width; n0 += kLanes) {
-      for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
-        float taps[9][kLanes][kLanes] = {};
-        const int64_t columns = least(kLanes, valid - n0);
-        for (int t = 0; t < 9; ++t) {
-          const auto* src = w.data + p.h.kernel[t / 3] * w.sh + p.w.kernel[t % 3] * w.sw +
-                            (chunk.first + c0) * source_stride + (first + n0) * destination_stride;
-          if (source_stride == 1 && columns == kLanes) {
-            transpose_ahead(src, destination_stride, taps[t][0], kLanes);
-          } else {
-            for (int64_t c = 0; c < kLanes; ++c)
-              for (int64_t n = 0; n < columns; ++n) taps[t][c][n] = src[c * source_stride + n * destination_stride];
-          }
-        }
-        for (int64_t c = 0; c < kLanes; ++c) {
-          vec g[3][3], u[4][4];
-#pragma GCC unroll 9
-          for (int t = 0; t < 9; ++t) g[t / 3][t % 3] = load(taps[t][c]);
-          both_axes(g, u, weight_line);
-          store_positions(u, dst + (c0 + c) * width + n0, chunk.width * width);
+  for (int64_t n0 = 0; n0 < width; n0 += kLanes) {
+    for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
+      float taps[9][kLanes][kLanes] = {};
+      const int64_t columns = least(kLanes, valid - n0);
+      for (int t = 0; t < 9; ++t) {
+        const auto* src = w.data + p.h.kernel[t / 3] * w.sh + p.w.kernel[t % 3] * w.sw +
+                          (chunk.first + c0) * source_stride + (first + n0) * destination_stride;
+        if (source_stride == 1 && columns == kLanes) {
+          transpose_ahead(src, destination_stride, taps[t][0], kLanes);
+        } else {
+          for (int64_t c = 0; c < kLanes; ++c)
+            for (int64_t n = 0; n < columns; ++n) taps[t][c][n] = src[c * source_stride + n * destination_stride];
         }
       }
+      for (int64_t c = 0; c < kLanes; ++c) {
+        vec g[3][3], u[4][4];
+#pragma GCC unroll 9
+        for (int t = 0; t < 9; ++t) g[t / 3][t % 3] = load(taps[t][c]);
+        both_axes(g, u, weight_line);
+        store_positions(u, dst + (c0 + c) * width + n0, chunk.width * width);
+      }
     }
-    dst += kPositions * chunk.width * width;
   }
 }
 
+// A panel's weights for a chunk, by whichever algorithm.
+template <class Of>
+void pack(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, float* dst) {
+  if constexpr (!kPairs)
+    if (p.winograd) return pack_winograd(p, factor, panel, chunk, dst);
+  pack_chunk(p, factor, panel, chunk, dst);
+}
+
+inline float* packed_at(const Problem& p, const Factor& factor, int64_t panel, Chunk chunk) {
+  return factor.packed + panel * kPanel * p.depth() + chunk.row * panel_width(p.dst_c, panel);
+}
+
+// All weights, unless tiles pack their own.
 template <class Of>
 void pack_weights(const Problem& p, const Of& factor, Parallel parallel) {
+  if (p.packs) return;
   run_parallel(parallel, div_up(p.dst_c, kPanel), p.dst_c * p.depth(), [&](int64_t panel) {
-    if constexpr (!kPairs)
-      if (p.winograd) return pack_winograd(p, factor, panel);
-    pack_panel(p, factor, panel);
+    for (int64_t k = 0; k < p.chunks(); ++k) {
+      const Chunk chunk = p.chunk_at(k);
+      pack(p, factor, panel, chunk, packed_at(p, factor, panel, chunk));
+    }
   });
+}
+
+// What a tile multiplies a chunk by.
+inline const float* weights_of(const Problem& p, const Factor& factor, int64_t panel, Chunk chunk) {
+  if (!p.packs) return packed_at(p, factor, panel, chunk);
+  float* own = scratch_weights.get(p.taps() * chunk.width * kPanel);
+  pack(p, factor, panel, chunk, own);
+  return own;
 }
 
 }  // namespace

@@ -99,7 +99,7 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const int64_t width = panel_width(p.dst_c, panel), product_step = position_step(patches, width);
     const int vectors = static_cast<int>(width / kLanes);
-    const float* weights = factor.packed + panel * kPanel * p.depth() + chunk.row * width;
+    const float* weights = weights_of(p, factor, panel, chunk);
     float* product = products + (single ? 0 : (panel - first_panel) * room);
     const int64_t block = even_block(patches, rows_for(vectors));
     for (int position = 0; position < kPositions; ++position) {
@@ -115,10 +115,15 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
   return finite;
 }
 
-// A tile of Winograd's once more without its transforms. The weight is packed here: this is rare, and a pass over it is
+// A tile of Winograd's once more without its transforms. It packs its weights: this is rare, and a pass over them is
 // little beside the product.
-Tile multiply_directly(Problem p, const Source& s, int64_t tile, Factor factor, int64_t first_panel, int64_t last_panel,
-                       float* c, int64_t ldc);
+Tile multiply_directly(Problem p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
+                       int64_t last_panel, float* c, int64_t ldc);
+
+// Whether the map itself is the operand: nothing is pending and nothing padded.
+inline bool multiplies_in_place(const Problem& p, const Source& s) {
+  return s.scale == nullptr && s.act.kind == Act::none && s.map.stride % p.per_unit == 0 && p.one_to_one();
+}
 
 // c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`.
 // `epilogue(where, &prefetch)` may name what the epilogue of this tile will read and write.
@@ -133,9 +138,7 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
                   (least(last_panel * kPanel, round_up(p.dst_c, kLanes)) - first_panel * kPanel) * sizeof(float));
     return;
   }
-  // where nothing is pending and nothing padded, the map itself is the operand
-  const bool plain = s.scale == nullptr && s.act.kind == Act::none && s.map.stride % p.per_unit == 0;
-  const Source* in_place = plain && p.one_to_one() ? &s : nullptr;
+  const Source* in_place = multiplies_in_place(p, s) ? &s : nullptr;
   float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk);
   for (int64_t k = 0; k < p.chunks(); ++k) {
     const Chunk chunk = p.chunk_at(k);
@@ -157,14 +160,14 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t width = panel_width(p.dst_c, panel);
       const int vectors = static_cast<int>(width / kLanes);
-      const float* weights = factor.packed + panel * kPanel * p.depth();
+      const float* weights = weights_of(p, factor, panel, chunk);
       const int64_t block = even_block(where->pixels, rows_for(vectors));
       for (int i = 0; i < count; ++i) {
         const bool first = k == 0 && i == 0;
         for (int64_t m = 0; m < where->pixels; m += block) {
           const int64_t rows = least(block, where->pixels - m);
           kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m,
-                                            weights + segments[i].row * width, width, segments[i].depth,
+                                            weights + (segments[i].row - chunk.row) * width, width, segments[i].depth,
                                             c + m * ldc + (panel - first_panel) * kPanel, ldc, first,
                                             prefetch.take(lines, segments[i].depth, weights));
         }
@@ -173,24 +176,50 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
   }
 }
 
-Tile multiply_directly(Problem p, const Source& s, int64_t tile, Factor factor, int64_t first_panel, int64_t last_panel,
-                       float* c, int64_t ldc) {
+Tile multiply_directly(Problem p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
+                       int64_t last_panel, float* c, int64_t ldc) {
   p.winograd = false;
-  factor.packed = scratch_weights.get(packed_size(p));
-  for (int64_t panel = first_panel; panel < last_panel; ++panel) pack_panel(p, factor, panel);
+  p.packs = true;
   Tile where;
   multiply_tile(p, s, tile, factor, first_panel, last_panel, c, ldc, &where, [](const Tile&, Prefetch*) {});
   return where;
 }
 
 // How the destination's panels are divided: enough tasks for many threads, a product that fits beside the scratch.
-int64_t panels_per_task(const Problem& p) {
+// Every task of a tile loads all of its operand, unless it is there.
+int64_t panels_per_task(const Problem& p, const Source& s) {
   const int64_t panels = div_up(p.dst_c, kPanel);
-  const int64_t wanted = div_up(16, p.tiles);
+  const int64_t wanted = p.packs && !multiplies_in_place(p, s) ? 8 : div_up(16, p.tiles);
   const int64_t each = p.winograd && p.chunks() > 1 ? 4 : 1;  // products of all positions live side by side
   const int64_t fit = most(1, 2 * kScratchFloats / (p.tile_pixels * kPanel * each));
   return most(1, least(fit, div_up(panels, wanted)));
 }
+
+// What a task multiplies: panels [begin, end) of a tile.
+struct Task {
+  int64_t tile, begin, end;
+};
+
+// A product's tasks, and their order. Threads run stretches of it, so that what follows each other stays in a core's
+// cache: the weights of some panels, for all tiles, where weights are more than the operand, else a tile. Packed
+// weights were written by another core, and are the dearer for it.
+struct Tasks {
+  int64_t tiles, panels, each, parts;
+  bool by_panels;
+
+  Tasks(const Problem& p, const Source& s)
+      : tiles(p.tiles),
+        panels(div_up(p.dst_c, kPanel)),
+        each(panels_per_task(p, s)),
+        parts(div_up(panels, each)),
+        by_panels(p.dst_c * p.taps() > p.batch * p.h.src_size * p.w.src_size) {}
+
+  int64_t count() const { return tiles * parts; }
+  Task at(int64_t i) const {
+    const int64_t part = by_panels ? i / tiles : i % parts;
+    return {by_panels ? i % tiles : i / parts, part * each, least(panels, (part + 1) * each)};
+  }
+};
 
 }  // namespace
 }  // namespace FUSEDRES_CAPABILITY

@@ -20,7 +20,7 @@ struct WgradPlan {
 
   // Follows from the shape alone.
   explicit WgradPlan(const Problem& problem) : p(problem) {
-    p.plan();
+    p.plan(false);
     // Winograd's sums are 16/9 as large: those of a task have to stay in cache from tile to tile
     if (p.winograd) p.chunk = least(p.chunk, kPanel);
     const int64_t pixels = p.rows() * p.w.grid, chunks = p.chunks();

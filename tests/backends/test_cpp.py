@@ -331,7 +331,7 @@ def test_too_little_memory_raises(call: str) -> None:
         from fusedres.specs import Geometry
         POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
         torch.set_num_threads(1)
-        x = torch.zeros(4, 4096, 8, 8).contiguous(memory_format=torch.channels_last)
+        x = torch.zeros(5, 4096, 8, 8).contiguous(memory_format=torch.channels_last)
         weight = torch.zeros(4096, 4096, 1, 1)
         wide, stats = torch.zeros(4, 1 << 20, 1, 1), torch.zeros(2, 1 << 20)
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -362,7 +362,7 @@ def test_a_model_runs_on_after_there_was_too_little_memory() -> None:
         torch.set_num_threads(2)
         wide = torch.nn.Sequential(ConvBNAct(4096, 4096, 1), ConvBNAct(4096, 64, 3))
         model = fusedres.convert(wide)
-        x = torch.randn(4, 4096, 8, 8).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(5, 4096, 8, 8).contiguous(memory_format=torch.channels_last)
         large = torch.zeros(1, 4096, 1, 1).expand(64, 4096, 64, 64)
         untouched = copy.deepcopy(model)
         # what a first call and the conversion leave behind would be counted as memory that is there
