@@ -23,8 +23,8 @@ _C = pytest.importorskip("fusedres._C")
 
 POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
 THREE = Geometry((1, 1), (1, 1), (1, 1), 1)
-#: large enough for Winograd's algorithm, whole panels and a rest of channels
-WINOGRAD = [(2, 64, 14, 14, 64), (1, 128, 9, 17, 80), (1, 1024, 16, 16, 64)]
+#: large enough for Winograd's algorithm: whole panels, a rest of channels, several chunks, and panels that are packed where they are used
+WINOGRAD = [(2, 64, 14, 14, 64), (1, 128, 9, 17, 80), (1, 1024, 16, 16, 64), (1, 64, 9, 8, 272)]
 
 
 def channels_last(x: Tensor) -> Tensor:
