@@ -300,7 +300,8 @@ LARGER = {
     "wide rows": _conv(1, 32, 6, 120, 32, 3, 1, 1),
     # outputs of several panels, on so few pixels that their weights are packed where they are multiplied, or else keep to a thread
     "a panel's own weights, 1x1": _conv(1, 256, 9, 8, 272, 1),
-    "a panel's own weights": _conv(1, 256, 9, 8, 272, 3, 1, 1),
+    "a panel's own weights": _conv(1, 64, 12, 12, 272, 3, 1, 1),
+    "a panel's own weights in the input gradient": _conv(1, 256, 12, 12, 64, 3, 1, 1),
     "panel after panel": _conv(2, 64, 13, 12, 272, 3, 1, 1),
     # groups that are wide enough for kernels, each a slice
     "groups, 1x1": _conv(2, 16, 7, 6, 24, 1, groups=4),
