@@ -85,7 +85,7 @@ def structure_of(*modules: nn.Module) -> tuple[Any, ...]:
 def _twin(block: nn.Module) -> nn.Module | None:
     """A copy of ``block`` that nobody knows: original classes, no hooks, random values in float64; None where there is none."""
     try:
-        twin = _copied(block, _without_graphs(block))
+        twin = copied(block, _without_graphs(block))
         for module in twin.modules():
             release(module)
             for name, held in module.__dict__.items():
@@ -102,7 +102,7 @@ def _twin(block: nn.Module) -> nn.Module | None:
     return twin
 
 
-def _copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy. A module has a dozen empty dictionaries for hooks, which would take longer than all else."""
     empty = (held for m in module.modules() for held in m.__dict__.values() if type(held) is OrderedDict and not held)
     return copy.deepcopy(module, {id(held): OrderedDict() for held in empty} | (memo or {}))
@@ -277,7 +277,7 @@ def disprove(claim: Claim) -> str | None:
         if twin is None:
             return None
         for maps in _inputs(twin, form.count()):
-            plain = _copied(twin)
+            plain = copied(twin)
             try:
                 wanted = [_step(plain.train(training), of, maps) for training, of in steps]
             except Exception:  # no map that fits
