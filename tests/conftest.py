@@ -55,6 +55,22 @@ def pytest_collection() -> Iterator[None]:
     yield
     gc.freeze()
     gc.enable()
+    # tests make many objects that live as long as the test does: less often, a collection finds more of them dead
+    gc.set_threshold(20_000, 10, 10)
+
+
+_modules = len(sys.modules)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Nor of a large library that a test has been the first to import."""
+    global _modules
+    yield
+    if len(sys.modules) > _modules + 200:
+        _modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,9 +6,13 @@ import collections
 import contextlib
 import copy
 import datetime
+import io
 import pathlib
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,26 +31,76 @@ from fusedres.testing import randomize
 Results = dict[str, Tensor]
 
 
-def _start(rank: int, world: int, cases: Callable[[int, int, list[str]], dict], names: list[str], folder: str) -> None:
+Cases = Callable[[int, int, str], dict]
+
+
+def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+    """Run the cases that are asked for, until there are no more: what each returns, or an error as its text."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout)
-    found: dict[str, object] = {}
-    for name in names:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    while (asked := pipe.recv()) is not None:
+        cases, name = asked
         try:
-            found[name] = cases(rank, world, name)
+            found: object = cases(rank, world, name)
         except Exception:
-            # the others wait for this process, or will: nothing after this is in step
-            found[name] = traceback.format_exc()
-            break
-    torch.save(found, pathlib.Path(folder) / f"{rank}.pt")
+            found = traceback.format_exc()
+        memory = io.BytesIO()  # a tensor through a pipe would be shared, and gone with its process
+        torch.save(found, memory)
+        pipe.send_bytes(memory.getvalue())
     dist.destroy_process_group()
 
 
-def spawn(world: int, cases: Callable, names: list[str], folder: pathlib.Path) -> list[dict]:
-    """What ``cases(rank, world, name)`` returns in each of ``world`` processes, by name; an error as its text."""
-    mp.start_processes(_start, (world, cases, names, str(folder)), nprocs=world, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+class Processes:
+    """So many processes of one group, which are started when the first case is asked for, and run one case after another."""
+
+    def __init__(self, world: int, folder: pathlib.Path) -> None:
+        self.world, self.folder = world, folder
+        self._started = 0
+        self._running: list[tuple[BaseProcess, Connection]] = []
+
+    def _start(self) -> None:
+        self._started += 1
+        context = mp.get_context("spawn")
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            arguments = (rank, self.world, f"{self.folder}/store-{self._started}", theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._running.append((process, ours))
+
+    def run(self, cases: Cases, name: str) -> list[dict]:
+        """What ``cases(rank, world, name)`` returns in each of them."""
+        if not self._running:
+            self._start()
+        for _, pipe in self._running:
+            pipe.send((cases, name))
+        found: dict[Connection, Any] = {}
+        while len(found) < self.world:
+            for pipe in wait([pipe for _, pipe in self._running if pipe not in found]):
+                assert isinstance(pipe, Connection)
+                try:
+                    found[pipe] = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
+                except EOFError:
+                    found[pipe] = "it ended"
+                if isinstance(found[pipe], str):
+                    # the others wait for it, or will: none of these is in step any more
+                    self.stop(now=True)
+                    raise AssertionError(f"{name}, in one of {self.world} processes: {found[pipe]}")
+        return [found[pipe] for _, pipe in self._running]
+
+    def stop(self, now: bool = False) -> None:
+        """End them; the next case has new ones."""
+        for process, pipe in self._running:
+            if now:
+                process.kill()
+            else:
+                pipe.send(None)
+        for process, pipe in self._running:
+            process.join()
+            pipe.close()
+        self._running.clear()
 
 
 # ---- SyncBatchNorm ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import pytest
@@ -44,6 +46,33 @@ class _Room(NamedTuple):
     stop: int
 
 
+class _Numbers:
+    """Normal numbers of a seed, as a generator gives them for one size after another. Those of the last sizes are kept: the same step runs
+    on several backends, in several dtypes, and drawing takes longer than computing."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._start = self._generator.get_state()
+        #: sizes, numbers, and the generator's state behind them
+        self._kept: list[tuple[int, Tensor, Tensor]] = []
+
+    def draw(self, sizes: list[int]) -> Tensor:
+        """The last of so many, only to be read."""
+        same = 0
+        while same < min(len(sizes), len(self._kept)) and sizes[same] == self._kept[same][0]:
+            same += 1
+        if same < len(sizes):
+            del self._kept[same:]
+            self._generator.set_state(self._kept[-1][2] if same else self._start)
+            for size in sizes[same:]:
+                values = torch.randn(size, generator=self._generator, dtype=torch.float64)
+                self._kept.append((size, values, self._generator.get_state()))
+        return self._kept[len(sizes) - 1][1]
+
+
+_numbers_of = functools.cache(_Numbers)
+
+
 class Draw:
     """Random operands of primitives, the same numbers for the same seed: rounded to ``dtype``, and stored in float64 for the ``truth``.
 
@@ -65,12 +94,13 @@ class Draw:
         self.dtype, self.truth, self.device, self.pad, self.columns = dtype, truth, device, pad, columns
         self.storage = torch.float64 if truth else dtype
         self.accum = accum_dtype(self.storage)
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed, self._sizes = seed, list[int]()
         self._rooms: list[_Room] = []
         self._read: list[tuple[Tensor, Tensor]] = []
 
     def _numbers(self, *shape: int, spread: float = 1.0, mean: float = 0.0) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64) * spread + mean
+        self._sizes.append(math.prod(shape))
+        return _numbers_of(self._seed).draw(self._sizes).view(shape) * spread + mean
 
     def _reading(self, value: Tensor) -> Tensor:
         self._read.append((value, value.clone()))
@@ -164,8 +194,11 @@ class Draw:
     def check(self) -> None:
         """Assert that nothing was written but what was drawn to be written."""
         for buffer, start, stop in self._rooms:
-            assert buffer[:, :start].isnan().all() and buffer[:, stop:].isnan().all(), "wrote beside a slice"
+            for beside in (buffer[:, :start], buffer[:, stop:]):
+                assert beside.numel() == 0 or beside.isnan().all(), "wrote beside a slice"
         for value, before in self._read:
-            torch.testing.assert_close(
-                value, before, rtol=0, atol=0, equal_nan=True, msg="wrote into what is only read"
-            )
+            # almost always equal, and then quickly known to be; where there is NaN, the slower comparison decides
+            if not torch.equal(value, before):
+                torch.testing.assert_close(
+                    value, before, rtol=0, atol=0, equal_nan=True, msg="wrote into what is only read"
+                )

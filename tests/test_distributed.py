@@ -57,40 +57,28 @@ def test_gathered_statistics_keep_their_digits_beside_a_large_mean(rows, monkeyp
     torch.testing.assert_close((m2.double() / total).rsqrt(), invstd, rtol=1e-3, atol=0)
 
 
-class Processes:
-    """The results of cases that ran in ``world`` processes, which are started once for all of them."""
-
-    def __init__(self, world: int, cases, names: list[str], folder) -> None:
-        self.world, self.found = world, distributed.spawn(world, cases, names, folder)
-
-    def __getitem__(self, name: str) -> list[dict]:
-        for rank, found in enumerate(self.found):
-            first = next((n for n, result in found.items() if isinstance(result, str)), None)
-            if first == name:
-                pytest.fail(f"process {rank}: {found[name]}")
-            if name not in found:
-                pytest.skip(f"{first} failed in process {rank} before")
-        return [found[name] for found in self.found]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return Processes(2, distributed.synchronised, TWO, tmp_path_factory.mktemp("two"))
+    processes = distributed.Processes(2, tmp_path_factory.mktemp("two"))
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return Processes(4, distributed.synchronised, FOUR, tmp_path_factory.mktemp("four"))
+    processes = distributed.Processes(4, tmp_path_factory.mktemp("four"))
+    yield processes
+    processes.stop()
 
 
-def assert_one_batch_norm(processes: Processes, name: str) -> None:
+def assert_one_batch_norm(processes: distributed.Processes, name: str) -> None:
     """Assert that the processes found what one process with a BatchNorm over the whole batch finds."""
     build, sizes, change = distributed.parse(name)
     plain = fusedres.revert(distributed.seeded(build, distributed.momentum_of(change)))
     with fusedres.use_backend("eager"):
         truth = distributed.training_step(plain, distributed.batch(sizes))
     truth["inference"] = plain.eval()(distributed.batch(sizes)).detach()
-    found = processes[name]
+    found = processes.run(distributed.synchronised, name)
     results = [of_rank["results"] for of_rank in found]
     for key, expected in truth.items():
         ours = [result[key] for result in results]
@@ -130,18 +118,8 @@ def test_sync_batch_norm_is_one_batch_norm_over_four_processes(four, name):
     assert_one_batch_norm(four, name)
 
 
-@pytest.fixture(scope="module")
-def compiled_two(tmp_path_factory):
-    return Processes(2, distributed.compiled, COMPILED, tmp_path_factory.mktemp("compiled-two"))
-
-
-@pytest.fixture(scope="module")
-def slow_compiled_two(tmp_path_factory):
-    return Processes(2, distributed.compiled, SLOW_COMPILED, tmp_path_factory.mktemp("slow-compiled-two"))
-
-
-def assert_compiles_as_eager(processes: Processes, name: str) -> None:
-    for of_rank in processes[name]:
+def assert_compiles_as_eager(processes: distributed.Processes, name: str) -> None:
+    for of_rank in processes.run(distributed.compiled, name):
         ours, theirs, *alone = of_rank["calls"]
         assert of_rank["differs"] == [] and of_rank["infers"]
         assert ours == theirs and {"gather", "reduce"} == set(ours), "what processes exchange"
@@ -152,29 +130,19 @@ def assert_compiles_as_eager(processes: Processes, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_sync_batch_norm_is_inside_of_operators_that_equal_eager_to_the_bit(compiled_two, name):
-    assert_compiles_as_eager(compiled_two, name)
+def test_sync_batch_norm_is_inside_of_operators_that_equal_eager_to_the_bit(two, name):
+    assert_compiles_as_eager(two, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_COMPILED)
-def test_every_block_with_sync_batch_norm_is_operators_that_equal_eager_to_the_bit(slow_compiled_two, name):
-    assert_compiles_as_eager(slow_compiled_two, name)
+def test_every_block_with_sync_batch_norm_is_operators_that_equal_eager_to_the_bit(two, name):
+    assert_compiles_as_eager(two, name)
 
 
-@pytest.fixture(scope="module")
-def wrapped_two(tmp_path_factory):
-    return Processes(2, distributed.wrapped, WRAPPED, tmp_path_factory.mktemp("wrapped-two"))
-
-
-@pytest.fixture(scope="module")
-def wrapped_four(tmp_path_factory):
-    return Processes(4, distributed.wrapped, WRAPPED, tmp_path_factory.mktemp("wrapped-four"))
-
-
-def assert_trains_as_one_process(processes: Processes, name: str) -> None:
+def assert_trains_as_one_process(processes: distributed.Processes, name: str) -> None:
     way, normalise = name.split("/")
-    found = processes[name]
+    found = processes.run(distributed.wrapped, name)
     plain = fusedres.revert(distributed.net(normalise))
     with fusedres.use_backend("eager"):
         truth = distributed.losses(plain, *distributed.task(processes.world))
@@ -189,47 +157,35 @@ def assert_trains_as_one_process(processes: Processes, name: str) -> None:
             assert ("FSDPConv2d" in outcome) if path in inner else outcome == FUSED, f"{path}: {outcome}"
 
 
-@pytest.fixture(scope="module")
-def compiled_wrapped_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compiled-wrapped-two")
-    return Processes(2, distributed.wrapped_and_compiled, WRAPPED_COMPILED, folder)
-
-
-@pytest.fixture(scope="module")
-def slow_compiled_wrapped_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slow-compiled-wrapped-two")
-    return Processes(2, distributed.wrapped_and_compiled, SLOW_WRAPPED_COMPILED, folder)
-
-
-def assert_trains_compiled_as_one_process(processes: Processes, name: str) -> None:
+def assert_trains_compiled_as_one_process(processes: distributed.Processes, name: str) -> None:
     plain = fusedres.revert(distributed.net("eval"))
     with fusedres.use_backend("eager"):
         truth = distributed.losses(plain, *distributed.task(2))
     rows = 2 if name.endswith("parts") else 3  # the stem is none of the parts
     expected = {"residual_forward": rows, "dense_forward": 1}
-    for of_rank in processes[name]:
+    for of_rank in processes.run(distributed.wrapped_and_compiled, name):
         # four steps of momentum multiply the rounding of the sums over processes
         torch.testing.assert_close(of_rank["losses"], truth, rtol=1e-9, atol=0)
         assert of_rank["operators"] == expected
 
 
 @pytest.mark.parametrize("name", WRAPPED_COMPILED)
-def test_compiled_models_and_blocks_under_ddp_and_fsdp_train_as_one_process(compiled_wrapped_two, name):
-    assert_trains_compiled_as_one_process(compiled_wrapped_two, name)
+def test_compiled_models_and_blocks_under_ddp_and_fsdp_train_as_one_process(two, name):
+    assert_trains_compiled_as_one_process(two, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW_WRAPPED_COMPILED)
-def test_the_other_ways_to_compile_under_ddp_and_fsdp_train_as_one_process(slow_compiled_wrapped_two, name):
-    assert_trains_compiled_as_one_process(slow_compiled_wrapped_two, name)
+def test_the_other_ways_to_compile_under_ddp_and_fsdp_train_as_one_process(two, name):
+    assert_trains_compiled_as_one_process(two, name)
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_ddp_and_fsdp_of_converted_models_train_as_one_process(wrapped_two, name):
-    assert_trains_as_one_process(wrapped_two, name)
+def test_ddp_and_fsdp_of_converted_models_train_as_one_process(two, name):
+    assert_trains_as_one_process(two, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPED)
-def test_ddp_and_fsdp_over_four_processes_train_as_one_process(wrapped_four, name):
-    assert_trains_as_one_process(wrapped_four, name)
+def test_ddp_and_fsdp_over_four_processes_train_as_one_process(four, name):
+    assert_trains_as_one_process(four, name)

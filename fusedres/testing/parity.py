@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 import fusedres
 from fusedres.accuracy import allowance, error, holds
 from fusedres.swap import FusedBlock, state_of
+from fusedres.verify import copied
 
 Results = dict[str, list[Tensor]]
 
@@ -123,9 +123,9 @@ def compare(
             made = fuse or functools.partial(fusedres.convert, recompute=recompute, verify=seed == 0)
             # the same rounded numbers for all three
             models = {
-                "truth": copy.deepcopy(eager_model).double(),
+                "truth": copied(eager_model).double(),
                 "eager": eager_model,
-                "fused": made(copy.deepcopy(eager_model)),
+                "fused": made(copied(eager_model)),
             }
             x = torch.randn(shape).to(device, dtype)
             for name, model in models.items():
