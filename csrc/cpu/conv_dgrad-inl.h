@@ -138,7 +138,7 @@ void dgrad_few(const Args& a, const Problem& p, float* sums, Parallel parallel) 
         for (int64_t m = 0; m < where.pixels; m += block)
           kernels().multiply[vectors][least(block, where.pixels - m)](
               operand + runs[i].operand + k, where.base + m, weights, a.weight.so, least(part, p.src_c - k),
-              c + m * width, width, i == 0 && k == 0, nothing_ahead(weights));
+              c + m * width, width, i == 0 && k == 0, kNothingAhead);
       }
     }
     float* own = sums == nullptr ? nullptr : sums + first;

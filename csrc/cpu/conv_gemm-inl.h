@@ -1,4 +1,5 @@
 // The register kernels: small blocks of a matrix product whose sums stay in registers, one function per block's size.
+// Every loop over sums is unrolled by a pragma: with an index that is a variable anywhere, they would all be in memory.
 #pragma once
 
 #include <cstdint>
@@ -11,17 +12,26 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-// Lines of memory that will be needed soon, side by side. A register kernel asks for one at each step of its sum, in
-// the time that the FMA units take, and for the last again and again where its sum is longer.
+// Lines of memory that will be needed soon, side by side: a register kernel asks for one at each step of its sum, in
+// the time that the FMA units take.
 struct Ahead {
   const char* first;
-  int64_t last;
+  int64_t count;
 
-  void ask(int64_t step) const { __builtin_prefetch(first + least(step, last) * 64, 0, 2); }
+  // Runs steps from `begin` on, one for each line, but none from `end` on; returns the next.
+  template <class F>
+  int64_t accompany(int64_t begin, int64_t end, F&& step) const {
+    const int64_t stop = least(end, begin + count);
+    const char* line = first;
+    for (int64_t k = begin; k < stop; ++k, line += 64) {
+      __builtin_prefetch(line, 0, 2);
+      step(k);
+    }
+    return stop;
+  }
 };
 
-// Nothing but what is being read anyway.
-inline Ahead nothing_ahead(const void* read) { return {static_cast<const char*>(read), 0}; }
+constexpr Ahead kNothingAhead{nullptr, 0};
 
 // c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors], `ldb` floats a row. The sum starts at zero and
 // joins c at the end: one chain of additions over all segments would round worse.
@@ -30,12 +40,13 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
                                         int64_t depth, float* c, int64_t ldc, bool first, Ahead ahead) {
   vec acc[R][V];
   const float* a[R];
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     a[i] = scratch + base[i];
+#pragma GCC unroll 4
     for (int j = 0; j < V; ++j) acc[i][j] = vec{};
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    ahead.ask(k);
+  const auto step = [&](int64_t k) __attribute__((always_inline)) {
     vec weights[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) weights[j] = load(b + k * ldb + j * kLanes);
@@ -46,8 +57,11 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) acc[i][j] = multiply_add(acc[i][j], value, weights[j]);
     }
-  }
+  };
+  for (int64_t k = ahead.accompany(0, depth, step); k < depth; ++k) step(k);
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < V; ++j)
       store(c + i * ldc + j * kLanes, first ? acc[i][j] : acc[i][j] + load(c + i * ldc + j * kLanes));
 }
@@ -60,15 +74,15 @@ template <int R, int V>
 __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, const float* g, const int64_t* g_base,
                                      int64_t pixels, float* c, int64_t ldc, bool first, Ahead ahead) {
   vec acc[R][V];
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < V; ++j) acc[i][j] = vec{};
   // the sums of a whole weight do not stay in L2; these lie side by side but where a weight is few pixels' gradient
-  const Ahead sums{reinterpret_cast<const char*>(c), (R * V * kLanes - 1) / 16};
-  for (int64_t m = 0; m < pixels; ++m) {
+  const Ahead sums{reinterpret_cast<const char*>(c), (R * V * kLanes + 15) / 16};
+  const auto step = [&](int64_t m) __attribute__((always_inline)) {
     const float* from = a + a_base[m];
     const float* other = g + g_base[m];
-    ahead.ask(m);
-    sums.ask(m);
     vec values[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) values[j] = load(other + j * kLanes);
@@ -78,8 +92,11 @@ __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, cons
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) acc[i][j] = multiply_add(acc[i][j], value, values[j]);
     }
-  }
+  };
+  for (int64_t m = ahead.accompany(sums.accompany(0, pixels, step), pixels, step); m < pixels; ++m) step(m);
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < V; ++j)
       store(c + i * ldc + j * kLanes, first ? acc[i][j] : acc[i][j] + load(c + i * ldc + j * kLanes));
 }
@@ -106,7 +123,9 @@ template <int R, int O>
 __attribute__((noinline)) void dots(const float* scratch, const int64_t* base, const float* w, int64_t ldw,
                                     const Run* runs, int count, float* c, int64_t ldc) {
   vec acc[R][O];
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < O; ++j) acc[i][j] = vec{};
   for (int run = 0; run < count; ++run) {
     const float* a = scratch + runs[run].operand;
@@ -123,7 +142,9 @@ __attribute__((noinline)) void dots(const float* scratch, const int64_t* base, c
       }
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < O; ++j) c[i * ldc + j] = total(acc[i][j]);
 }
 

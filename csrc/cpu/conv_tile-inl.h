@@ -35,15 +35,14 @@ struct Prefetch {
     ranges[count++] = range;
     total += range.pixels * range.lines;
   }
-  // The next `lines` lines, for a kernel of `steps` steps that reads `read`: what is beyond a run of as many is asked
-  // for at once.
-  Ahead take(int64_t lines, int64_t steps, const void* read) {
-    if (lines == 0 || current == count) return nothing_ahead(read);
+  // The next `lines` lines, for a kernel of `steps` steps: what is beyond a run of as many is asked for at once.
+  Ahead take(int64_t lines, int64_t steps) {
+    if (lines == 0 || current == count) return kNothingAhead;
     const Ahead run = next(least(lines, steps));
-    for (lines -= run.last + 1; lines > 0 && current < count;) {
+    for (lines -= run.count; lines > 0 && current < count;) {
       const Ahead more = next(lines);
-      for (int64_t i = 0; i <= more.last; ++i) more.ask(i);
-      lines -= more.last + 1;
+      more.accompany(0, more.count, [](int64_t) {});
+      lines -= more.count;
     }
     return run;
   }
@@ -62,7 +61,7 @@ struct Prefetch {
         ++current;
       }
     }
-    return {first, now - 1};
+    return {first, now};
   }
 };
 
@@ -106,7 +105,7 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
       for (int64_t m = 0; m < patches; m += block) {
         kernels().multiply[vectors][least(block, patches - m)](
             transformed + position * step, base + m, weights + position * chunk.width * width, width, chunk.width,
-            product + position * product_step + m * width, width, k == 0, prefetch->take(lines, chunk.width, weights));
+            product + position * product_step + m * width, width, k == 0, prefetch->take(lines, chunk.width));
       }
     }
     if (last && !transform_output(p, tile, product, width, product_step, c + (panel - first_panel) * kPanel, ldc))
@@ -169,7 +168,7 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
           kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m,
                                             weights + (segments[i].row - chunk.row) * width, width, segments[i].depth,
                                             c + m * ldc + (panel - first_panel) * kPanel, ldc, first,
-                                            prefetch.take(lines, segments[i].depth, weights));
+                                            prefetch.take(lines, segments[i].depth));
         }
       }
     }

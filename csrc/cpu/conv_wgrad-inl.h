@@ -64,7 +64,7 @@ void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const flo
         const int64_t rows = least(block, segments[i].depth - k);
         kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, values, gradient_base,
                                        where.pixels, to + (segments[i].row + k) * width, width, fresh,
-                                       prefetch->take(lines, where.pixels, values));
+                                       prefetch->take(lines, where.pixels));
       }
     }
   }
@@ -97,8 +97,7 @@ void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const f
       const int64_t block = even_block(chunk.width, rows_for(vectors));
       for (int64_t k = 0; k < chunk.width; k += block)
         kernels().outer[vectors][least(block, chunk.width - k)](scratch + offset + k, base, values, gradient_base,
-                                                                count, to + k * width, width, fresh,
-                                                                nothing_ahead(values));
+                                                                count, to + k * width, width, fresh, kNothingAhead);
     }
   }
 }
@@ -136,7 +135,7 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
     for (int64_t k = 0; k < chunk.width; k += block) {
       kernels().outer[vectors][least(block, chunk.width - k)](
           transformed + position * step + k, base, gradients + position * gradient_step, gradient_base, patches,
-          to + k * width, width, fresh, prefetch->take(lines, patches, transformed));
+          to + k * width, width, fresh, prefetch->take(lines, patches));
     }
   }
 }
@@ -184,7 +183,7 @@ bool wgrad_few(const Args& a, const Problem& p, bool padded, Parallel parallel) 
           const int64_t vectors = least(kPanel, runs[i].depth - k) / kLanes;
           kernels().outer[vectors][least(block, columns - n)](gradient + n, base, operand + runs[i].operand + k,
                                                               where.base, where.pixels, to + k, dweight.so, true,
-                                                              nothing_ahead(gradient));
+                                                              kNothingAhead);
         }
       }
     }
