@@ -18,7 +18,9 @@ import functools
 import gc
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -45,6 +47,8 @@ from .networks import NETWORKS
 from .progress import progress
 
 MIB = 2**20
+#: what PyTorch and fusedres call an instruction set, and oneDNN's word for it
+CAPABILITIES = {"default": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE"}
 
 
 class NotOffered(Exception):
@@ -468,6 +472,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=default)
     parser.add_argument("--rounds", type=int, help=f"default {Settings.rounds}, with --quick 5")
     parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU")
+    parser.add_argument(
+        "--capability", choices=CAPABILITIES, help="let PyTorch, oneDNN and fusedres use no more of the CPU than this"
+    )
     parser.add_argument("--cuda-graphs", action="store_true", help="time replays of CUDA graphs, of every contender")
     parser.add_argument(
         "--compiler-caches", action="store_true", help="allow them: compile times are then not measured"
@@ -475,6 +482,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few and short rounds, parity on one batch")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     args = parser.parse_args(arguments)
+    if args.capability and os.environ.get("ATEN_CPU_CAPABILITY") != args.capability:
+        limits = {
+            "ATEN_CPU_CAPABILITY": args.capability,
+            "ONEDNN_MAX_CPU_ISA": CAPABILITIES[args.capability],
+            "FUSEDRES_CPU_CAPABILITY": args.capability,
+        }  # read when the libraries are loaded
+        again = [sys.executable, "-m", "bench.models", *(sys.argv[1:] if arguments is None else arguments)]
+        return subprocess.run(again, env=os.environ | limits, check=False).returncode
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -59,13 +59,17 @@ def by_key(records: Sequence[dict], key) -> dict[object, list[dict]]:
 
 def _settings(records: Sequence[dict]) -> dict[object, list[dict]]:
     """The records that may be compared, by their setting in words."""
-    machines = {r["environment"]["device"] for r in records}
+    machines = {_machine(r) for r in records}
 
     def words(record: dict) -> str:
-        machine = f"{record['environment']['device']}: " if len(machines) > 1 else ""
-        return machine + models.setting(record)
+        return (f"{_machine(record)}: " if len(machines) > 1 else "") + models.setting(record)
 
     return by_key(records, words)
+
+
+def _machine(record: dict) -> str:
+    where = record["environment"]
+    return where["device"] if where["cuda"] else f"{where['device']}, {where['cpu_capability']}"
 
 
 def _eager(records: Sequence[dict]) -> dict | None:

@@ -91,6 +91,21 @@ def test_records_hold_measurements(records):
             assert r["parity"]["passed"]
 
 
+def test_a_run_can_be_limited_to_a_part_of_the_cpu(tmp_path):
+    file = tmp_path / "records.json"
+    limited = ["--capability", "default", "--models", "resnet18", "--modes", "infer", "--contenders", "eager", "fused"]
+    assert models.main([*limited, "--batch", "1", "--resolution", "32", "--quick", "--json", str(file)]) == 0
+    where = json.loads(file.read_text())[0]["environment"]
+    assert where["cpu_capability"] == "DEFAULT" and "--capability default" in where["command"]
+
+
+def test_instruction_sets_are_not_compared_with_each_other(records, tmp_path):
+    lesser = [r | {"environment": r["environment"] | {"cpu_capability": "SSE"}} for r in records]
+    page, _ = report.write_report(records + lesser, tmp_path)
+    titles = [line for line in page.read_text().splitlines() if line.startswith("## Training")]
+    assert len(titles) == 2 and ", SSE: " in titles[1]
+
+
 def test_fused_keeps_less_for_backward_than_eager(records):
     kept = {r["contender"]: r["kept_for_backward_bytes"] for r in records if r["mode"] == "train"}
     assert 0 < kept["fused"] < kept["eager"]
