@@ -81,10 +81,10 @@ def test_its_figures_are_the_measured_ones(model, mode, contender):
     assert record["environment"]["date"][:10] in README and record["environment"]["device"] in README
 
 
-def test_its_bfloat16_figures_are_the_measured_ones():
-    records = json.loads((ROOT / "results" / "models-bfloat16.json").read_text())
+@pytest.mark.parametrize("of, words", [("bfloat16", "In bfloat16"), ("avx2", "With AVX2 alone")])
+def test_its_other_figures_are_the_measured_ones(of, words):
+    records = json.loads((ROOT / "results" / f"models-{of}.json").read_text())
     ratio = {(r["model"], r["mode"]): f"{r['ratio_to_eager']:.2f}x" for r in records if r["contender"] == "fused"}
     dense, residual = ([ratio[model, mode] for mode in ("train", "infer")] for model in ("densenet121", "resnet50"))
-    assert (
-        "DenseNet-121 trains at {} and infers at {} eager, ResNet-50 at {} and {}".format(*dense, *residual) in README
-    )
+    said = "DenseNet-121 trains at {} and infers at {} eager, ResNet-50 at {} and {}".format(*dense, *residual)
+    assert f"{words} {said}" in README
