@@ -482,14 +482,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="few and short rounds, parity on one batch")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     args = parser.parse_args(arguments)
-    if args.capability and os.environ.get("ATEN_CPU_CAPABILITY") != args.capability:
+    if args.capability:
         limits = {
             "ATEN_CPU_CAPABILITY": args.capability,
             "ONEDNN_MAX_CPU_ISA": CAPABILITIES[args.capability],
             "FUSEDRES_CPU_CAPABILITY": args.capability,
-        }  # read when the libraries are loaded
-        again = [sys.executable, "-m", "bench.models", *(sys.argv[1:] if arguments is None else arguments)]
-        return subprocess.run(again, env=os.environ | limits, check=False).returncode
+        }
+        if not limits.items() <= os.environ.items():  # the libraries read them when they are loaded
+            again = [sys.executable, "-m", "bench.models", *(sys.argv[1:] if arguments is None else arguments)]
+            return subprocess.run(again, env=os.environ | limits, check=False).returncode
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -64,7 +64,7 @@ _modules = len(sys.modules)
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_teardown() -> Iterator[None]:
-    """Nor of a large library that a test has been the first to import."""
+    """Nor is a large library collected again and again that a test has been the first to import."""
     global _modules
     yield
     if len(sys.modules) > _modules + 200:
