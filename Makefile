@@ -77,9 +77,9 @@ wheel: $(VENV)/installed
 
 bench: $(VENV)/peers
 	$(BIN)/python -m bench.models --json results/models.json --contenders eager compile compile-freezing openvino onnxruntime \
-		fused fused+compile fused-recompute memory_efficient
-	$(BIN)/python -m bench.models --json results/models-bfloat16.json --dtype bfloat16 --contenders eager fused
-	$(BIN)/python -m bench.models --json results/models-avx2.json --capability avx2 --contenders eager fused
+		fused fused-prepacked fused+compile fused-recompute memory_efficient
+	$(BIN)/python -m bench.models --json results/models-bfloat16.json --dtype bfloat16 --contenders eager fused fused-prepacked
+	$(BIN)/python -m bench.models --json results/models-avx2.json --capability avx2 --contenders eager fused fused-prepacked
 	$(BIN)/python -m bench.report results/models.json results/models-avx2.json results/models-bfloat16.json --out results
 
 # why skip connections work: the papers' claims on the fused blocks, seven to ten minutes on two cores; results/studies

@@ -143,6 +143,7 @@ CONTENDERS = {
     ),
     "fused": Contender(fusedres.convert),
     "fused+compile": Contender(lambda model: torch.compile(Apart(fusedres.convert(model))), compiles=True),
+    "fused-prepacked": Contender(lambda model: fusedres.prepack(fusedres.convert(model)), ("infer",)),
     "fused-recompute": Contender(lambda model: fusedres.convert(model, recompute=True), ("train",)),
     "memory_efficient": Contender(memory_efficient, ("train",)),
 }

@@ -31,6 +31,7 @@ COLOURS = {
     "fused": "#0072b2",
     "fused+compile": "#009e73",
     "fused-recompute": "#56b4e9",
+    "fused-prepacked": "#00356b",
     "memory_efficient": "#cc79a7",
     "openvino": "#7f5fa8",
     "onnxruntime": "#b2912f",

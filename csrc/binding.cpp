@@ -6,6 +6,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/capability.h"
+#include "cpu/kept.h"
 #include "tape.h"
 #include "unchanged.h"
 
@@ -61,6 +62,21 @@ PyObject* tape_operators(PyObject*, PyObject*) {
   return names;
 }
 
+template <void (*kRun)(const void*)>
+PyObject* with_address(PyObject*, PyObject* number) {
+  const void* address = PyLong_AsVoidPtr(number);
+  if (address == nullptr && PyErr_Occurred()) return nullptr;
+  try {
+    kRun(address);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_MemoryError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* packed_bytes(PyObject*, PyObject*) { return PyLong_FromLongLong(fusedres::kept_bytes()); }
+
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS,
      "The instruction set of the CPU kernels in this process: 'default', 'avx2', 'avx512' or 'avx512_bf16'; "
@@ -70,6 +86,12 @@ PyMethodDef methods[] = {
     {"tape_operators", tape_operators, METH_NOARGS,
      "The names of the operators that a recorded schedule may hold, each at the place that is its number."},
     {"unchanged", fusedres::unchanged, METH_VARARGS, fusedres::kUnchangedDoc},
+    {"keep_packed", with_address<fusedres::keep_weight>, METH_O,
+     "keep_packed(address)\n\nFrom now on forward convolutions keep the weight that begins there packed, for as long "
+     "as "
+     "its version stays the same. Nothing else may begin there until forget_packed."},
+    {"forget_packed", with_address<fusedres::forget_weight>, METH_O, "forget_packed(address)\n\nEnds keep_packed."},
+    {"packed_bytes", packed_bytes, METH_NOARGS, "Of all weights that are kept packed, as they are now."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -7,6 +7,16 @@ __file__: str
 def activations() -> list[str]:
     """The names of the activations, each at the place that is its number."""
 
+def keep_packed(address: int) -> None:
+    """From now on forward convolutions keep the weight that begins there packed, for as long as its version stays the same. Nothing else
+    may begin there until :func:`forget_packed`."""
+
+def forget_packed(address: int) -> None:
+    """Ends :func:`keep_packed`."""
+
+def packed_bytes() -> int:
+    """Of all weights that are kept packed, as they are now."""
+
 def cpu_capabilities() -> list[str]:
     """The instruction sets that this CPU supports, the best last."""
 

@@ -9,6 +9,7 @@ from .backends.select import backends, use_backend
 from .convert import convert, export_plain, revert
 from .errors import BackendError
 from .graphs import graphed
+from .prepack import prepack
 from .report import Report, report
 from .serving import export_cpp, library_path
 from .tuning import precompile, tune
@@ -29,6 +30,7 @@ __all__ = [
     "nn",
     "ops",
     "precompile",
+    "prepack",
     "report",
     "revert",
     "tune",

@@ -18,6 +18,7 @@
 
 #include "activation.h"
 #include "conv.h"
+#include "kept.h"
 #include "memory.h"
 #include "parallel.h"
 #include "passes.h"

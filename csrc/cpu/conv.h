@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "kept.h"
 #include "parallel.h"
 #include "storage.h"
 
@@ -58,6 +59,8 @@ struct ForwardArgsOf {
   const float* residual_scale;
   const float* residual_shift;
   Activation out_act;
+  KeptWeight* kept;  // the place where the weight stays packed; null: nowhere
+  int64_t version;   // of the weight
 };
 
 template <class Value>

@@ -1,6 +1,7 @@
 // The native convolutions as operators: checks shapes and layouts, and hands the kernels plain pointers.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <vector>
 
 #include "../tape.h"
@@ -179,6 +180,13 @@ struct ScaleShift {
   float *scale, *shift;
 };
 
+// How often it was written into, as torch counts.
+int64_t version_of(const Tensor& t) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_version", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<int64_t>(stack[0]);
+}
+
 void forward(const Tensor& x, const OptionalTensor& scale_shift, const Activation& act, const Tensor& weight,
              const OptionalTensor& bias, const std::vector<int64_t>& geometry, const Tensor& out,
              const OptionalTensor& stats, const ScaleShift& behind, const OptionalTensor& residual,
@@ -205,6 +213,9 @@ void forward(const Tensor& x, const OptionalTensor& scale_shift, const Activatio
     a.residual_scale = row_or_null(residual_scale_shift, 2, 0, channels, "residual_scale_shift");
     a.residual_shift = row_or_null(residual_scale_shift, 2, 1, channels, "residual_scale_shift");
     a.out_act = out_act;
+    const auto kept = groups.count == 1 ? find_kept(weight.data_ptr()) : nullptr;
+    a.kept = kept.get();
+    a.version = kept == nullptr ? 0 : version_of(weight);
     groups.each([&](int64_t in, int64_t to) {
       ForwardArgsOf<Value> of = a;
       of.x = from(a.x, in);

@@ -96,9 +96,13 @@ void conv_forward(const Args& a, Parallel parallel) {
     }
   }
   p.plan(true);
+  KeptUse kept(a.kept, a.version, packed_layout(p, a.weight));
+  const bool is_kept = kept.data() != nullptr;
+  p.packs = p.packs && !is_kept;
   const Tasks tasks(p, a.x);
-  const Factor factor{a.weight, a.weight.si, a.weight.so, packed_weights.get(packed_size(p))};
-  pack_weights(p, factor, parallel);
+  const Factor factor{a.weight, a.weight.si, a.weight.so, is_kept ? kept.data() : packed_weights.get(packed_size(p))};
+  if (!is_kept || kept.fills()) pack_weights(p, factor, parallel);
+  kept.filled();
   float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * kTileStats * p.dst_c);
   const bool in_place = !kPairs && p.dst_c % kLanes == 0;
   const int64_t pixels = p.rows() * p.w.grid;

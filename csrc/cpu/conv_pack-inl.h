@@ -109,6 +109,13 @@ void pack(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, float*
   pack_chunk(p, factor, panel, chunk, dst);
 }
 
+// Of one chunk of channels behind another nothing is to be seen where there is a single tap.
+inline PackedLayout packed_layout(const Problem& p, const Weight& w) {
+  const int64_t chunk = p.taps() == 1 ? p.src_c : p.chunk;
+  return {{p.src_c, p.dst_c, p.h.taps, p.w.taps, chunk, p.winograd + 2 * kPairs, w.so, w.si, w.sh, w.sw},
+          round_up(p.dst_c, kLanes) * p.depth()};
+}
+
 inline float* packed_at(const Problem& p, const Factor& factor, int64_t panel, Chunk chunk) {
   return factor.packed + panel * kPanel * p.depth() + chunk.row * panel_width(p.dst_c, panel);
 }

@@ -73,7 +73,8 @@ class Backend(ABC):
 
     May be left out, with what follows: ``new_reduction`` and ``parameter_grad`` (reductions are tensors, merged where they are made),
     ``routes`` (``report`` shows no plan per convolution), ``tuner`` (``fusedres.tune`` finds nothing to measure), ``run_schedule``
-    (schedules run in Python each time), ``distrusts`` (nothing is found out), ``notes`` (``doctor`` has nothing more to say).
+    (schedules run in Python each time), ``keep_packed`` (weights are read as they are), ``distrusts`` (nothing is found out), ``notes``
+    (``doctor`` has nothing more to say).
     """
 
     #: what the user calls it
@@ -263,6 +264,12 @@ class Backend(ABC):
         keep in ``memo`` how it went for tensors like these and go the same way again."""
         return schedule()
 
+    def keep_packed(self, weight: Tensor) -> Callable[[], None] | None:
+        """Have the forward convolutions of ``weight`` keep it in the order in which they read it, from call to call, until torch counts a
+        change of it, and return what ends that; None where they read it as it is. Who calls this holds the memory of ``weight`` until
+        then."""
+        return None
+
     # ---- shared ------------------------------------------------------------------------------------------------------
 
     def conv_norm_forward(
@@ -319,6 +326,9 @@ class Wrapped(Backend):
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         return self.inner.routes(primitive, *args, **kwargs)
+
+    def keep_packed(self, weight: Tensor) -> Callable[[], None] | None:
+        return self.inner.keep_packed(weight)
 
     def distrusts(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return self.inner.distrusts(device, dtype)

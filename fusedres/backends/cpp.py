@@ -82,9 +82,9 @@ def _code(act: str) -> tuple[int, float]:
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this process has kernels for bfloat16 that are worth having."""
-    return cpu_capability() == "avx512_bf16"
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this process has convolutions of that dtype that are worth having."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_capability() == "avx512_bf16")
 
 
 def _takes_groups(read: int, written: int, taps: int, pixels: int, groups: int) -> bool:
@@ -106,10 +106,9 @@ def _own_conv(
     """``(the shape of the output, the geometry as the operators take it)`` for an input of ``shape``; None where the convolution is the
     library's. Kept, because telling takes as long as a small pass."""
     written = weight[0] // geometry.groups
+    takes = _multiplies(dtype)
     if dtype == torch.bfloat16:  # in pairs of channels
-        takes = written % 2 == weight[1] % 2 == 0 and _multiplies_bfloat16()
-    else:
-        takes = dtype == torch.float32
+        takes = takes and written % 2 == weight[1] % 2 == 0
     if (
         len(weight) != 4
         or not takes
@@ -377,6 +376,13 @@ class CppBackend(Backend):
         if type(maps[0]) is not Tensor and type(maps[0]) is not Parameter:  # somebody traces
             return schedule()
         return tape.run(memo, (which, *map(tape.measures, maps)), (*maps, *tensors), schedule)
+
+    def keep_packed(self, weight: Tensor) -> Callable[[], None] | None:
+        if _C is None or weight.dim() != 4 or weight.device.type != "cpu" or not _multiplies(weight.dtype):
+            return None
+        address = weight.data_ptr()
+        _C.keep_packed(address)
+        return functools.partial(_C.forget_packed, address)
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         if primitive == "conv_forward":
