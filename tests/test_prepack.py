@@ -71,7 +71,7 @@ def assert_same(model: nn.Module, x: Tensor) -> None:
         assert_fused(model, "cpp")
 
 
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "nchw"])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_results_are_those_of_before_to_the_bit(
     batch: int, memory_format: torch.memory_format, bytes_now: Callable[[], int]

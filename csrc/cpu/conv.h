@@ -8,11 +8,12 @@
 #include <cstdint>
 
 #include "activation.h"
-#include "kept.h"
 #include "parallel.h"
 #include "storage.h"
 
 namespace fusedres {
+
+class KeptWeight;
 
 template <class Value>
 struct MapOf {

@@ -7,6 +7,7 @@
 #include "../tape.h"
 #include "capability.h"
 #include "conv.h"
+#include "kept.h"
 #include "norm.h"
 #include "tensors.h"
 

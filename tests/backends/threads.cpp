@@ -9,12 +9,14 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "cpu/capability.h"
 #include "cpu/conv.h"
+#include "cpu/kept.h"
 #include "cpu/passes.h"
 
 namespace fusedres {
@@ -73,12 +75,13 @@ struct Written {
   }
 };
 
-// A convolution with all that may be pending, forward and backward.
+// A convolution with all that may be pending, forward and backward, of a weight that stays packed.
 template <class Value>
 struct Convolution {
   Shape s;
   std::vector<Value> x, grad, raw, residual, weight;
   std::vector<float> vectors;
+  std::shared_ptr<KeptWeight> kept;
 
   explicit Convolution(const Shape& shape)
       : s(shape),
@@ -87,7 +90,11 @@ struct Convolution {
         raw(numbers<Value>(static_cast<int64_t>(grad.size()), 3)),
         residual(numbers<Value>(static_cast<int64_t>(grad.size()), 4)),
         weight(numbers<Value>(s.out_c * s.in_c * s.kernel * s.kernel, 5)),
-        vectors(numbers<float>(8 * (s.in_c + s.out_c), 6)) {}
+        vectors(numbers<float>(8 * (s.in_c + s.out_c), 6)) {
+    keep_weight(weight.data());
+    kept = find_kept(weight.data());
+  }
+  ~Convolution() { forget_weight(weight.data()); }
 
   void run(const ConvKernelsOf<Value>& kernels, Parallel parallel, Written<Value>* to) {
     const int64_t taps = s.kernel * s.kernel, size = s.out_size(), pad = s.kernel / 2;
@@ -110,7 +117,12 @@ struct Convolution {
     forward.m2 = sums + s.out_c;
     forward.residual = {residual.data(), s.out_c};
     forward.out_act = relu;
-    kernels.forward(forward, parallel);
+    forward.kept = kept.get();
+    // packed by this caller or by the other, read, and packed anew while the other may read
+    for (const int64_t version : {0, 0, 1}) {
+      forward.version = version;
+      kernels.forward(forward, parallel);
+    }
 
     DgradArgsOf<Value> dgrad{};
     dgrad.g = g;
