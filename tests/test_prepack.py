@@ -154,6 +154,18 @@ def test_training_steps_are_those_of_before_to_the_bit() -> None:
         assert torch.equal(packed.state_dict()[name], expected), name
 
 
+def test_compiled_models_read_what_is_packed(bytes_now: Callable[[], int]) -> None:
+    model, x = fusedres.prepack(network()), images(2)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+        assert torch.equal(compiled(x), expected)
+        assert bytes_now() > 0
+        in_place(model)
+        assert torch.equal(compiled(x), copy.deepcopy(model)(x))
+        assert not torch.equal(compiled(x), expected)
+
+
 def test_threads_share_a_prepacked_model() -> None:
     model = fusedres.prepack(network())
     plain = copy.deepcopy(model)
