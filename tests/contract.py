@@ -116,7 +116,9 @@ class Table:
             missing = set.union(*values.values())
             while missing:
                 # what was used least, of what brings anything new
-                best = min((o for o in others if values[o] & missing), key=lambda o: (used[o], -len(values[o] & missing)))
+                best = min(
+                    (o for o in others if values[o] & missing), key=lambda o: (used[o], -len(values[o] & missing))
+                )
                 missing -= values[best]
                 used[best] += 1
                 quick.add(f"{name}: {best}")
@@ -160,7 +162,9 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         return
     # a case's dtypes and backends side by side: what they are given and compared with is made once (support.Draw, _Reference)
     rows = [
-        pytest.param(config, table.cases[name], id=f"{config}-{name}", marks=[pytest.mark.slow] * waits(config, table, name))
+        pytest.param(
+            config, table.cases[name], id=f"{config}-{name}", marks=[pytest.mark.slow] * waits(config, table, name)
+        )
         for name in table.cases
         for dtype in dtypes
         for config in found

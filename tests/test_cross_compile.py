@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytest.importorskip("triton")
@@ -93,10 +94,7 @@ for kind, fails in (("silu", False), ("swish", True)):
 
 def test_an_activation_without_device_code_does_not_compile(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", UNKNOWN], cwd=ROOT, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = forked.python(["-c", UNKNOWN], cwd=ROOT, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytest.importorskip("triton")
@@ -59,9 +60,8 @@ def test_what_is_cut_off_leaves_the_rest(tmp_path):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forked.python(["-m", "bench.gpu", "--out", str(tmp_path)], cwd=ROOT, env=environment)
     assert done.returncode == 2 and "--dry-run" in done.stderr
 
 
