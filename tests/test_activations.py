@@ -31,6 +31,7 @@ from fusedres.swap import FusedBlock
 from fusedres.testing import assert_parity, compare
 
 pytestmark = [
+    pytest.mark.usefixtures("proven_once"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.usefixtures("uninitialised_memory_is_nan"),
 ]

@@ -23,6 +23,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck  # noqa: E402
 
 # masked lanes of Triton's interpreter may compute inf - inf, which NumPy reports
 pytestmark = [
+    pytest.mark.usefixtures("proven_once"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.usefixtures("uninitialised_memory_is_nan"),
 ]

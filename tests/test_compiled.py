@@ -24,7 +24,7 @@ pytest.importorskip("torchvision")
 from compiling import NEEDS_CPP, assert_close, assert_equal, block, compiled, maps, operators, projected, step, twins  # noqa: E402
 from torchvision.models.resnet import BasicBlock  # noqa: E402
 
-pytestmark = NEEDS_CPP
+pytestmark = [NEEDS_CPP, pytest.mark.usefixtures("proven_once")]
 
 
 class LeftSum(nn.Module):

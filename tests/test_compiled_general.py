@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fusedres.blocks import parts_of
 from fusedres.swap import FusedBlock
 
-pytestmark = NEEDS_CPP
+pytestmark = [NEEDS_CPP, pytest.mark.usefixtures("proven_once")]
 
 
 def maps(batch: int = 3) -> Tensor:

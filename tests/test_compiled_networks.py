@@ -20,7 +20,7 @@ from torchvision.models.regnet import BlockParams, RegNet  # noqa: E402
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
 
 COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="needs a C++ compiler")
-pytestmark = NEEDS_CPP
+pytestmark = [NEEDS_CPP, pytest.mark.usefixtures("proven_once")]
 
 
 def timm_model(name: str, **arguments):

@@ -22,6 +22,8 @@ from fusedres.testing import assert_parity, compare, randomize, run_training
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 FUSED = "eager" if fusedres.backends()["cpp"] != "available" else "cpp"
 
 

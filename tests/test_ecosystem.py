@@ -18,7 +18,11 @@ from fusedres.backends import select
 from fusedres.swap import FusedBlock
 from fusedres.testing import assert_fused, assert_parity, compare, randomize
 
-pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("proven_once"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 
 class Output(nn.Module):

@@ -27,6 +27,8 @@ from fusedres.blocks.handover import suggests_channels_last
 from fusedres.swap import FusedBlock, state_of
 from fusedres.testing import assert_fused, assert_parity
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 
 @pytest.fixture(autouse=True)
 def fused_backend() -> Iterator[None]:
