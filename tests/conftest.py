@@ -63,7 +63,7 @@ def pytest_collection() -> Iterator[None]:
     gc.freeze()
     gc.enable()
     # tests make many objects that live as long as the test does: less often, a collection finds more of them dead
-    gc.set_threshold(20_000, 10, 10)
+    gc.set_threshold(50_000, 10, 20)
 
 
 _modules = len(sys.modules)

@@ -136,7 +136,7 @@ def each_network(*quick: str) -> pytest.MarkDecorator:
     )
 
 
-@each_network("basic-training", "bottleneck-inference", "preactivation-training", "deep-stem-inference")
+@each_network("basic-training", "preactivation-training")
 def test_a_network_is_one_graph_of_operators_that_equals_eager_to_the_bit(name, training):
     assert_runs_as_eager(name, SMALL[name], training, "aot_eager", (4,))
 

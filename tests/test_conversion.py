@@ -417,7 +417,9 @@ def test_double_backward_equals_autograd_on_every_backend(block, training, backe
             torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(True, id="training"), pytest.param(False, id="eval", marks=pytest.mark.slow)]
+)
 def test_torch_compile_traces_the_original_modules(training):
     plain, model = (m.train(training) for m in pair(torch.float64))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
