@@ -359,7 +359,7 @@ def test_blocks_that_are_fused_from_the_start_run_compiled(name):
     model = nn.Sequential(BLOCKS[name]())
     randomize(model)
     twin = copy.deepcopy(model)
-    program, counter = compiled(model)
+    program, counter = compiled(model, "eager")
     assert_equal(step(program, maps(), True), step(twin, maps(), True))
     assert sum(operators(counter).values()) == 1
 
