@@ -102,6 +102,11 @@ class Table:
         """The same where an interpreter sees only these."""
         return replace(self, interpreted=names)
 
+    def turn(self, mine: int, of: int = 2) -> Table:
+        """The same for one of so many tests that take turns: quick are the few, and its part of the other cases."""
+        names = [name for name in self.cases if name not in self.few]
+        return replace(self, quick=frozenset((*self.few, *names[mine::of])))
+
     def crossed(self, others: Mapping[str, Any], interpreted: Iterable[str]) -> Table:
         """Every case with every one of ``others``, as pairs; an interpreter sees of these only ``interpreted``. Quick are as many as bring
         each case together with each value that ``others`` have anywhere, and each of ``others`` with some case."""
@@ -478,7 +483,7 @@ POOLED = {
 
 @functools.cache
 def poolings() -> Table:
-    """Every pool of every map; the interpreter sees two of the maps, and the mean of a whole one."""
+    """Every pool of every map, half of them slow; the interpreter sees two of the maps, and the mean of a whole one."""
     cases = {
         f"{name} {of}": Pooling(maps.shape, pool, maps.pad)
         for name, pool in POOLS.items()
@@ -488,4 +493,6 @@ def poolings() -> Table:
     few = tuple(name for name in cases if name.endswith(("odd", "slices")))
     shared = ("stem", "plain", "apart", "mixed", "transition")
     interpreted = tuple(f"{name} {of}" for name in shared for of in ("five of thirteen", "sixteen of many"))
-    return Table({**cases, "head": head}, few, (*interpreted, "head"))
+    # every other map of a pool, and the other ones of the next
+    turns = (f"{name} {of}" for i, name in enumerate(POOLS) for j, of in enumerate(POOLED) if (i + j) % 2 == 0)
+    return Table({**cases, "head": head}, few, (*interpreted, "head"), frozenset((*turns, *few, "head")))

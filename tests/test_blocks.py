@@ -249,10 +249,8 @@ RECOMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 # every backend in the dtypes that it is tested in, and in both modes; those of one list take turns, case by case: the others are slow
 BOTH_MODES = [
-    [("eager", torch.float64, True)],
-    [("eager", torch.float64, False)],
-    [("cpp", torch.float64, True)],
-    [("cpp", torch.float64, False)],
+    [("eager", torch.float64, True), ("cpp", torch.float64, True)],
+    [("cpp", torch.float64, False), ("eager", torch.float64, False)],
     [("cpp", torch.float32, True)],
     [("cpp", torch.float32, False)],
     [
@@ -270,8 +268,7 @@ BOTH_MODES = [
     ],
 ]
 TRAINING = [
-    [("eager", torch.float64)],
-    [("cpp", torch.float64)],
+    [("eager", torch.float64), ("cpp", torch.float64)],
     [("cpp", torch.float32), ("cpp", torch.bfloat16)],
 ]
 # the interpreter takes seconds where a GPU takes microseconds

@@ -477,8 +477,15 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("where", ["basic.conv2", "bottleneck.conv3", "dense.denselayer2.conv1", "dense.denselayer1"])
+@pytest.mark.parametrize(
+    ("where", "hook"),
+    [
+        # each place with two kinds of hook, and each kind in two places
+        pytest.param(where, hook, marks=[] if (i + j) % 2 == 0 else [pytest.mark.slow])
+        for i, where in enumerate(("basic.conv2", "bottleneck.conv3", "dense.denselayer2.conv1", "dense.denselayer1"))
+        for j, hook in enumerate(HOOKS)
+    ],
+)
 def test_hooks_on_inner_modules_fire_with_the_right_tensors(where, hook):
     plain, model = pair(torch.float64)
     seen: list[list] = [[], []]

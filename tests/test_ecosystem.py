@@ -274,7 +274,7 @@ SAMPLE = (
 
 
 #: whose many blocks are of the kinds that others have, or that the tests of general blocks see
-LONG = ("inception_v3", "selecsls42", "xception41")
+LONG = ("inception_v3", "legacy_xception", "mixnet_s", "selecsls42", "tresnet_m", "xception41")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in SAMPLE])
