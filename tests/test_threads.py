@@ -156,5 +156,5 @@ def test_a_process_forked_after_use_computes_the_same() -> None:
     assert_same(differentiate(model, x), wanted)
     sys.exit(os.waitstatus_to_exitcode(status))
     """
-    done = forked.python(["-c", textwrap.dedent(code)], timeout=120)
+    done = forked.python(["-c", textwrap.dedent(code)])
     assert done.returncode == 0, done.stderr

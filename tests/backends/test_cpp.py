@@ -43,7 +43,7 @@ def weight_of(k: int, c: int, size: int = 3) -> Tensor:
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``code`` in a process of its own."""
-    return forked.python(["-c", textwrap.dedent(code)], env={**os.environ, **environment}, timeout=300)
+    return forked.python(["-c", textwrap.dedent(code)], env={**os.environ, **environment})
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
