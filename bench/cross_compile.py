@@ -362,7 +362,11 @@ class Row:
 def compile_all(
     jobs: Sequence[tuple[str, Variant]], workers: int | None = None
 ) -> Iterator[tuple[str, Variant, Figures]]:
-    """Compile each (architecture, variant), in parallel processes, in the order in which they finish."""
+    """Compile each (architecture, variant), in parallel processes, in the order in which they finish; by one worker here."""
+    if workers == 1:
+        for arch, variant in jobs:
+            yield arch, variant, compile_variant(variant, ARCHITECTURES[arch])
+        return
     # spawned: a forked child of a process in which torch has started threads may hang
     context = get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
@@ -383,11 +387,13 @@ def representatives(found: dict[Variant, Use]) -> dict[Variant, Use]:
     return {variant: found[variant] for variant in best.values()}
 
 
-def sweep(architectures: Sequence[str], only: str, quick: bool, workers: int | None, console: Console) -> list[Row]:
+def sweep(
+    architectures: Sequence[str], models: Sequence[str], only: str, quick: bool, workers: int | None, console: Console
+) -> list[Row]:
     """The rows of all architectures, sorted by kernel."""
     uses = {}
     for arch in architectures:
-        found = variants(ARCHITECTURES[arch].arch)
+        found = variants(ARCHITECTURES[arch].arch, models)
         found = representatives(found) if quick else found
         uses |= {(arch, variant): use for variant, use in found.items() if only in variant.title}
     rows = []
@@ -400,7 +406,7 @@ def sweep(architectures: Sequence[str], only: str, quick: bool, workers: int | N
     return sorted(rows, key=lambda row: (order.index(row.architecture), row.variant.title, row.use.first))
 
 
-def markdown(rows: Sequence[Row], where: dict, quick: bool) -> str:
+def markdown(rows: Sequence[Row], where: dict, models: Sequence[str], quick: bool) -> str:
     """The rows as a page for readers: a summary, then a table for every architecture. ``quick``: they are representatives."""
     lines = [
         "# How the kernels compile",
@@ -413,7 +419,7 @@ def markdown(rows: Sequence[Row], where: dict, quick: bool) -> str:
             if quick
             else "Every launch"
         )
-        + f" of {' and '.join(MODELS)} (training and inference, bfloat16, {RESOLUTION} pixels, batches "
+        + f" of {' and '.join(models)} (training and inference, bfloat16, {RESOLUTION} pixels, batches "
         f"{' and '.join(map(str, BATCHES))}; all convolutions fused, and the default plans), each distinct one compiled once. "
         "Matrix: static counts of matrix instructions. Narrowest: the narrowest load from and store to a feature map or a weight, in bits."
         " It is too narrow where a load is below 128 bits, or a store is, except on AMD, where it is as the matrix "
@@ -458,25 +464,26 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 1 where something is wrong with a variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--only", default="", help="variants whose title contains this")
     parser.add_argument("--quick", action="store_true", help="of each kernel and filter size only one variant")
-    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core; 1: this one)")
     parser.add_argument("--out", type=Path, help="write cross-compile.json and cross-compile.md to this folder")
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("interpreted kernels do not compile: unset TRITON_INTERPRET")
     console = Console(width=None if sys.stdout.isatty() else 140)
     where = environment.describe(torch.device("cpu"), environment.command("bench.cross_compile", arguments))
-    rows = sweep(args.arch, args.only, args.quick, args.workers, console)
+    rows = sweep(args.arch, args.models, args.only, args.quick, args.workers, console)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         # a row a line: readable, and a difference between two of them too
         records = ",\n".join(json.dumps(row.record()) for row in rows)
         text = f'{{"environment": {json.dumps(where)}, "rows": [\n{records}\n]}}\n'
         (args.out / "cross-compile.json").write_text(text)
-        (args.out / "cross-compile.md").write_text(markdown(rows, where, args.quick))
+        (args.out / "cross-compile.md").write_text(markdown(rows, where, args.models, args.quick))
     else:
-        console.print(markdown(rows, where, args.quick), markup=False, highlight=False, soft_wrap=True)
+        console.print(markdown(rows, where, args.models, args.quick), markup=False, highlight=False, soft_wrap=True)
     wrong = [row for row in rows if row.faults]
     for row in wrong:
         remark = f"{row.architecture} {row.variant.title} ({row.use.first}): {'; '.join(row.faults)}"

@@ -4,11 +4,13 @@ the CUDA C++ kernels on the host as a backend of its own, and the option ``--bac
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,11 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 # the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
 _spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "__init__.py")
 sys.modules.setdefault("bench", importlib.util.module_from_spec(_spec))
+
+if not torch.cuda.is_available():
+    # torch.manual_seed notes the stack for devices that are not there, for each kind of them, which takes longer than to seed
+    for devices in (torch.cuda, torch.xpu):
+        devices.manual_seed_all = lambda seed: None
 
 import host_kernels  # noqa: E402  # after what torch and Triton read when they are imported
 
@@ -56,7 +63,7 @@ def pytest_collection() -> Iterator[None]:
     gc.freeze()
     gc.enable()
     # tests make many objects that live as long as the test does: less often, a collection finds more of them dead
-    gc.set_threshold(20_000, 10, 10)
+    gc.set_threshold(50_000, 10, 20)
 
 
 _modules = len(sys.modules)
@@ -80,6 +87,27 @@ def interpreter_remembers_builtins() -> None:
         from interpreter import remember_builtins
 
         remember_builtins()
+
+
+#: structures whose proof has held in this process
+_held: set[tuple[object, ...]] = set()
+
+
+@pytest.fixture
+def proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been proven when it was converted in one test is not proven again in another. For tests that compare what is converted with
+    its modules themselves, and that plant no fault for a proof to find."""
+    verify = importlib.import_module("fusedres.verify")
+    disprove = verify.disprove
+
+    def once(claim: Any) -> str | None:
+        what = claim.structure, repr(claim.form), claim.asks
+        reason = None if what in _held else disprove(claim)
+        if reason is None:
+            _held.add(what)
+        return reason
+
+    monkeypatch.setattr(verify, "disprove", once)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ whose interpreter is slow enough for few cases.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
@@ -83,11 +84,13 @@ def configs(only: Iterable[str] | None = None, *, eager: bool = False) -> list[C
 
 @dataclass(frozen=True)
 class Table:
-    """Cases by name. ``few``: what a dtype sees that shares its kernels' paths with another. ``interpreted``: what an interpreter sees."""
+    """Cases by name. ``few``: what a dtype sees that shares its kernels' paths with another. ``interpreted``: what an interpreter sees.
+    ``quick``: what is not slow, where that is not all of them; an interpreter takes turns instead."""
 
     cases: Mapping[str, Any]
     few: tuple[str, ...]
     interpreted: tuple[str, ...]
+    quick: frozenset[str] | None = None
 
     def of(self, config: Config) -> tuple[str, ...]:
         """The names of the cases for a backend in a dtype."""
@@ -99,14 +102,33 @@ class Table:
         """The same where an interpreter sees only these."""
         return replace(self, interpreted=names)
 
+    def turn(self, mine: int, of: int = 2) -> Table:
+        """The same for one of so many tests that take turns: quick are the few, and its part of the other cases."""
+        names = [name for name in self.cases if name not in self.few]
+        return replace(self, quick=frozenset((*self.few, *names[mine::of])))
+
     def crossed(self, others: Mapping[str, Any], interpreted: Iterable[str]) -> Table:
-        """Every case with every one of ``others``, as pairs; an interpreter sees of these only ``interpreted``."""
+        """Every case with every one of ``others``, as pairs; an interpreter sees of these only ``interpreted``. Quick are as many as bring
+        each case together with each value that ``others`` have anywhere, and each of ``others`` with some case."""
 
         def pairs(names: Iterable[str], of: Iterable[str]) -> dict[str, Any]:
             return {f"{name}: {other}": (self.cases[name], others[other]) for name in names for other in of}
 
+        values = {name: {*enumerate(of if isinstance(of, tuple) else (of,))} for name, of in others.items()}
+        quick, used = set[str](), collections.Counter[str]()
+        # the few first, which are to see all of the others by themselves
+        for name in dict.fromkeys((*self.few, *self.cases)):
+            missing = set.union(*values.values())
+            while missing:
+                # what was used least, of what brings anything new
+                best = min(
+                    (o for o in others if values[o] & missing), key=lambda o: (used[o], -len(values[o] & missing))
+                )
+                missing -= values[best]
+                used[best] += 1
+                quick.add(f"{name}: {best}")
         seen = pairs(self.interpreted, interpreted)
-        return Table(pairs(self.cases, others), tuple(pairs(self.few, others)), tuple(seen))
+        return Table(pairs(self.cases, others), tuple(pairs(self.few, others)), tuple(seen), frozenset(quick))
 
 
 @contextlib.contextmanager
@@ -145,12 +167,13 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         return
     # a case's dtypes and backends side by side: what they are given and compared with is made once (support.Draw, _Reference)
     rows = [
-        pytest.param(config, table.cases[name], id=f"{config}-{name}", marks=[pytest.mark.slow] * waits(config, turn))
+        pytest.param(
+            config, table.cases[name], id=f"{config}-{name}", marks=[pytest.mark.slow] * waits(config, table, name)
+        )
         for name in table.cases
         for dtype in dtypes
         for config in found
-        if config.dtype == dtype and name in (names := table.of(config))
-        for turn in (names.index(name),)
+        if config.dtype == dtype and name in table.of(config)
     ]
     metafunc.parametrize(("config", "case"), rows)
 
@@ -159,9 +182,12 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 TURNS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def waits(config: Config, turn: int) -> bool:
-    """Whether it is another dtype's turn."""
-    return config.interpreted and config.dtype in TURNS and TURNS.index(config.dtype) != turn % len(TURNS)
+def waits(config: Config, table: Table, name: str) -> bool:
+    """Whether a case is slow: it is another dtype's turn, or others bring together what it does."""
+    if config.interpreted:
+        turn = table.of(config).index(name) % len(TURNS)
+        return config.dtype in TURNS and TURNS.index(config.dtype) != turn
+    return table.quick is not None and name not in table.quick
 
 
 Step = Callable[[Backend, Draw], dict[str, Tensor | None]]
@@ -457,7 +483,7 @@ POOLED = {
 
 @functools.cache
 def poolings() -> Table:
-    """Every pool of every map; the interpreter sees two of the maps, and the mean of a whole one."""
+    """Every pool of every map, half of them slow; the interpreter sees two of the maps, and the mean of a whole one."""
     cases = {
         f"{name} {of}": Pooling(maps.shape, pool, maps.pad)
         for name, pool in POOLS.items()
@@ -467,4 +493,6 @@ def poolings() -> Table:
     few = tuple(name for name in cases if name.endswith(("odd", "slices")))
     shared = ("stem", "plain", "apart", "mixed", "transition")
     interpreted = tuple(f"{name} {of}" for name in shared for of in ("five of thirteen", "sixteen of many"))
-    return Table({**cases, "head": head}, few, (*interpreted, "head"))
+    # every other map of a pool, and the other ones of the next
+    turns = (f"{name} {of}" for i, name in enumerate(POOLS) for j, of in enumerate(POOLED) if (i + j) % 2 == 0)
+    return Table({**cases, "head": head}, few, (*interpreted, "head"), frozenset((*turns, *few, "head")))

@@ -8,12 +8,11 @@ import copy
 import functools
 import importlib.util
 import os
-import subprocess
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from fusedres.swap import FusedBlock
 from fusedres.testing import assert_parity, compare
 
 pytestmark = [
+    pytest.mark.usefixtures("proven_once"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.usefixtures("uninitialised_memory_is_nan"),
 ]
@@ -314,7 +314,8 @@ def test_values_and_derivatives_are_exact_to_roundings_on_every_instruction_set(
     """
     out = tmp_path / "values.pt"
     environment = {**os.environ, "FUSEDRES_CPU_CAPABILITY": capability}
-    subprocess.run([sys.executable, "-P", "-c", code, str(out), *MODULES], env=environment, check=True)
+    done = forked.python(["-P", "-c", code, str(out), *MODULES], env=environment)
+    assert done.returncode == 0, done.stderr
     x, found = torch.load(out)
     x, eps = x.double(), torch.finfo(torch.float32).eps
     for act, (y, dy) in found.items():

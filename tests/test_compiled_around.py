@@ -20,7 +20,7 @@ from fusedres.testing import assert_fused
 pytest.importorskip("torchvision")
 from compiling import NEEDS_CPP, assert_equal, block, calls, compiled, maps, operators  # noqa: E402
 
-pytestmark = NEEDS_CPP
+pytestmark = [NEEDS_CPP, pytest.mark.usefixtures("proven_once")]
 
 
 def test_functional_call_takes_the_weights_that_it_is_given():

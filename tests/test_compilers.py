@@ -22,6 +22,8 @@ pytest.importorskip("torchvision")
 from torchvision.models import DenseNet  # noqa: E402
 from torchvision.models.resnet import BasicBlock, resnet18  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 MODELS = {
     "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1]),
     "densenet": lambda: DenseNet(8, (2, 2), 8, bn_size=2, num_classes=5),

@@ -22,6 +22,8 @@ from fusedres.testing import assert_parity, compare, randomize, run_training
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 FUSED = "eager" if fusedres.backends()["cpp"] != "available" else "cpp"
 
 
@@ -415,7 +417,9 @@ def test_double_backward_equals_autograd_on_every_backend(block, training, backe
             torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(True, id="training"), pytest.param(False, id="eval", marks=pytest.mark.slow)]
+)
 def test_torch_compile_traces_the_original_modules(training):
     plain, model = (m.train(training) for m in pair(torch.float64))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -473,8 +477,15 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("where", ["basic.conv2", "bottleneck.conv3", "dense.denselayer2.conv1", "dense.denselayer1"])
+@pytest.mark.parametrize(
+    ("where", "hook"),
+    [
+        # each place with two kinds of hook, and each kind in two places
+        pytest.param(where, hook, marks=[] if (i + j) % 2 == 0 else [pytest.mark.slow])
+        for i, where in enumerate(("basic.conv2", "bottleneck.conv3", "dense.denselayer2.conv1", "dense.denselayer1"))
+        for j, hook in enumerate(HOOKS)
+    ],
+)
 def test_hooks_on_inner_modules_fire_with_the_right_tensors(where, hook):
     plain, model = pair(torch.float64)
     seen: list[list] = [[], []]

@@ -17,7 +17,8 @@ from rich.console import Console
 from bench import demo, models
 from bench import progress as progressing
 
-QUICK = ("--models", "resnet18", "--batch", "2", "--resolution", "32", "--rounds", "2")
+TOY = ("--models", "resnet18", "--batch", "2", "--resolution", "32", "--rounds", "2")
+QUICK = (*TOY, "--contenders", "eager", "fused")
 
 
 def test_without_a_terminal_there_is_a_line_at_the_beginning_and_one_whenever_time_has_passed(monkeypatch):
@@ -42,8 +43,11 @@ def test_no_line_is_written_behind_the_end(monkeypatch):
     assert log.getvalue() == written
 
 
-def test_the_demo_proves_measures_and_reports(tmp_path):
-    assert demo.main([*QUICK, "--compile", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(QUICK, id="two contenders"), pytest.param(TOY, id="all", marks=pytest.mark.slow)]
+)
+def test_the_demo_proves_measures_and_reports(arguments, tmp_path):
+    assert demo.main([*arguments, "--compile", "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "records.json").read_text())
     assert {(r["mode"], r["contender"]) for r in records} >= {
         ("train", "fused"),

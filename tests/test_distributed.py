@@ -23,9 +23,9 @@ TWO = [f"{block}/uneven" for block in distributed.SYNCHRONISED] + [
     "bottleneck/uneven/cumulative",
 ]  # fmt: skip
 FOUR = [f"{block}/four" for block in distributed.SYNCHRONISED] + ["basic/four/hook-in-one", "dense/four/recompute"]
-COMPILED = ["bottleneck/uneven", "dense/empty", "split/even", "bottleneck/uneven/groups"]
+COMPILED = ["dense/empty", "bottleneck/uneven/groups"]
 SLOW_COMPILED = [f"{block}/uneven" for block in distributed.SYNCHRONISED if f"{block}/uneven" not in COMPILED] + [
-    "bottleneck/uneven/cumulative", "dense/uneven/recompute", "basic/uneven/inductor", "dense/uneven/inductor",
+    "split/even", "bottleneck/uneven/cumulative", "dense/uneven/recompute", "basic/uneven/inductor", "dense/uneven/inductor",
 ]  # fmt: skip
 # one whole model and one block by block, one of either wrapper
 WRAPPED_COMPILED = ["ddp", "fsdp-parts"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from support import ran
@@ -23,8 +22,8 @@ WITHOUT_EXTENSION = (
 def run(arguments: list[str], folder, **environment: str) -> dict:
     """The JSON that a new process in ``folder`` prints."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FUSEDRES_", "TRITON_"))}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder, env=clean | environment, capture_output=True, text=True, check=True)
+    done = forked.python(arguments, cwd=folder, env=clean | environment)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 

@@ -18,7 +18,11 @@ from fusedres.backends import select
 from fusedres.swap import FusedBlock
 from fusedres.testing import assert_fused, assert_parity, compare, randomize
 
-pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("proven_once"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 
 class Output(nn.Module):
@@ -270,7 +274,7 @@ SAMPLE = (
 
 
 #: whose many blocks are of the kinds that others have, or that the tests of general blocks see
-LONG = ("inception_v3", "selecsls42", "xception41")
+LONG = ("inception_v3", "legacy_xception", "mixnet_s", "selecsls42", "tresnet_m", "xception41")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in SAMPLE])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -132,8 +133,7 @@ assert all(torch.equal(a, b.cpu()) for a, b in zip(plain.parameters(), trainer.m
 def test_a_callback_of_lightning_converts(tmp_path):
     """In a process of its own: what lightning does when it is imported changes what other tests see of torch.compile."""
     quick = ["--fake", "--model", "resnet18", "--size", "32", "--batch", "16", "--epochs", "2", "--out", str(tmp_path)]
-    command = [sys.executable, "-c", LIGHTNING, str(EXAMPLES), *quick]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = forked.python(["-c", LIGHTNING, str(EXAMPLES), *quick])
     assert done.returncode == 0, done.stderr
     assert_all_fused(done.stdout)
 

@@ -27,6 +27,7 @@ from torchvision.models.densenet import _DenseBlock  # noqa: E402
 from torchvision.models.resnet import BasicBlock  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("proven_once"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.usefixtures("uninitialised_memory_is_nan"),
 ]

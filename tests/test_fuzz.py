@@ -70,9 +70,7 @@ def assert_equal(description: Case | Session) -> set[str]:
 # ---- converting changes nothing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "part", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
 def test_random_networks_compute_the_same_converted(part: int) -> None:
     campaign = Campaign(seed=100 + part, most_faults=1, quiet=True)
     campaign.run_networks(count=35)

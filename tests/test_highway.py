@@ -21,6 +21,7 @@ from fusedres.operands import LazyMap
 from fusedres.testing import assert_fused, compare
 
 pytestmark = [
+    pytest.mark.usefixtures("proven_once"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.usefixtures("uninitialised_memory_is_nan"),
 ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import graphlib
 import importlib
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +60,7 @@ def test_the_folder_of_the_kernels_can_be_imported_as_it_lies(tmp_path):
         "    importlib.import_module('kernels' if path.stem == '__init__' else f'kernels.{path.stem}')\n"
         "print(sorted(name for name in sys.modules if name.split('.')[0] == 'fusedres'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = forked.python(["-c", code], cwd=tmp_path)
     assert done.stdout.strip() == "[]", done.stderr
 
 

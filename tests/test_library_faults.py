@@ -33,12 +33,11 @@ def _has_avx2() -> bool:
 
 
 @pytest.mark.skipif(not _has_avx2(), reason="needs the C++ extension on a CPU with AVX2")
-@pytest.mark.parametrize(("channels", "stride"), [(3, 2), (7, 3)])
-def test_narrow_strided_pointwise_convolutions_train_off_the_librarys_faulty_weight_gradient(channels, stride):
+def test_narrow_strided_pointwise_convolutions_train_off_the_librarys_faulty_weight_gradient():
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "FUSEDRES_CPU_CAPABILITY": "avx2"}
-    program = STEPS.format(channels=channels, stride=stride)
+    program = "".join(STEPS.format(channels=channels, stride=stride) for channels, stride in ((3, 2), (7, 3)))
     found = subprocess.run(
         [sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True, timeout=300
     )
     assert found.returncode == 0, found.stderr
-    assert found.stdout.strip() == "survived True"
+    assert found.stdout.splitlines() == ["survived True"] * 2

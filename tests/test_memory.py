@@ -18,7 +18,10 @@ from fusedres.testing import randomize, run_training
 torchvision = pytest.importorskip("torchvision")
 from torchvision.models import densenet, resnet  # noqa: E402
 
-pytestmark = pytest.mark.skipif(fusedres.backends()["cpp"] != "available", reason="needs the C++ extension")
+pytestmark = [
+    pytest.mark.skipif(fusedres.backends()["cpp"] != "available", reason="needs the C++ extension"),
+    pytest.mark.usefixtures("proven_once"),
+]
 
 
 def shortcut() -> nn.Sequential:

@@ -114,7 +114,7 @@ def checks(names: Iterable[str], others: Iterable[str], quick: set[tuple[str, st
     checks(
         ("bottleneck", "dense", "transition"),
         LAYOUTS,
-        {("transition", "sliced"), ("transition", "expanded")},
+        {("transition", "sliced")},
     ),
 )
 def test_operators_keep_their_promises_for_every_layout(name, layout, traced):
@@ -127,8 +127,8 @@ def test_operators_keep_their_promises_for_every_layout(name, layout, traced):
     checks(
         SPECS,
         ("training", "frozen"),
-        # one of each family, and of each kind of norm; networks of every structure are traced in test_compiled*.py
-        {("bottleneck", "training"), ("dense", "training"), ("head", "frozen"), ("preactivation", "frozen")},
+        # two families, and each kind of norm; the third by its layouts, and networks of every structure are traced in test_compiled*.py
+        {("dense", "training"), ("preactivation", "frozen")},
     ),
 )
 def test_operators_keep_their_promises_for_every_structure(name, mode, traced):

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import forked
 import pytest
 
 import fusedres
@@ -25,7 +26,7 @@ def run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProces
 def test_no_top_level_kernels(tmp_path):
     # PyPI has a package of that name
     code = "import importlib.util as u, fusedres; print(u.find_spec('kernels'), u.find_spec('fusedres.kernels') is not None)"
-    assert run([sys.executable, "-c", code], tmp_path).stdout.split() == ["None", "True"]
+    assert forked.python(["-c", code], cwd=tmp_path).stdout.split() == ["None", "True"]
 
 
 def test_kernels_import_as_a_subpackage():
@@ -53,7 +54,7 @@ def test_without_the_extension_the_backend_says_what_to_type(tmp_path):
         "from fusedres.backends import cpp\n"
         "print(cpp.BACKEND.supports(torch.device('cpu'), torch.float32))"
     )
-    said = run([sys.executable, "-c", code], tmp_path).stdout
+    said = forked.python(["-c", code], cwd=tmp_path).stdout
     assert "FUSEDRES_BUILD=cpu pip install" in said
 
 

@@ -91,8 +91,12 @@ def test_a_dense_block_without_gradients_holds_its_buffer_and_one_bottleneck(tra
 
 @pytest.mark.parametrize(
     ("name", "recompute", "most"),
-    [("densenet121", False, 29), ("densenet121", True, 12), ("resnet50", False, 65), ("resnet50", True, 34)],
-    ids=["densenet121", "densenet121-recompute", "resnet50", "resnet50-recompute"],
+    [
+        pytest.param("densenet121", False, 29, id="densenet121", marks=pytest.mark.slow),
+        pytest.param("densenet121", True, 12, id="densenet121-recompute"),
+        pytest.param("resnet50", False, 65, id="resnet50"),
+        pytest.param("resnet50", True, 34, id="resnet50-recompute", marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_whole_model_keeps_for_backward_per_image(name, recompute, most):
     """In MiB, float32, 224 pixels; eager keeps 124.3 of a densenet121 and 81.9 of a resnet50."""

@@ -52,7 +52,9 @@ def test_an_engine_that_is_not_installed_is_a_failure_that_says_what_to_install(
     assert "pip install 'fusedres[bench-peers]'" in shown.getvalue()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "openvino")) for name in ENGINES]
+)
 def test_an_engine_is_measured_beside_eager_and_as_right(name):
     needed = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}[name]
     if any(importlib.util.find_spec(module) is None for module in needed):

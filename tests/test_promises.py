@@ -24,6 +24,8 @@ from torchvision.models import densenet, resnet  # noqa: E402
 from torchvision.models._utils import IntermediateLayerGetter  # noqa: E402
 from torchvision.models.feature_extraction import create_feature_extractor  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 FUSED = "eager" if fusedres.backends()["cpp"] != "available" else "cpp"
 #: large enough for every BatchNorm of the models to see more than a handful of values
 IMAGE = (3, 3, 48, 48)

@@ -74,10 +74,17 @@ PROBLEMS = {
 
 
 @each_op
-@pytest.mark.parametrize("changes", PROBLEMS.values(), ids=PROBLEMS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_right_kernels_pass(op, changes, dtype):
-    asked = problem(op, dtype, **changes)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        # dtypes take turns
+        pytest.param(name, dtype, marks=[] if turn % 2 == i else [pytest.mark.slow])
+        for turn, name in enumerate(PROBLEMS)
+        for i, dtype in enumerate(("float32", "bfloat16"))
+    ],
+)
+def test_right_kernels_pass(op, name, dtype):
+    asked = problem(op, dtype, **PROBLEMS[name])
     with corrected() if INTERPRETED else torch.no_grad():
         assert selfcheck.passes(TritonBackend(), asked, config_of(asked), DEVICE)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import general_blocks
 import pytest
 import torch
@@ -238,7 +239,7 @@ def test_without_the_extension_both_say_what_to_type():
         "    try: call()\n"
         "    except fusedres.BackendError as error: print(error)\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()
+    said = forked.python(["-c", code]).stdout.splitlines()
     assert len(said) == 2 and all("FUSEDRES_BUILD=cpu pip install" in line for line in said)
 
 

@@ -91,7 +91,7 @@ def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
         torch.manual_seed(seed)
         fused = build()
         eager = copy.deepcopy(fusedres.export_plain(fused))
-        batches = list(images.batches(32, torch.Generator().manual_seed(seed)))[:3]
+        batches = list(images.batches(32, torch.Generator().manual_seed(seed)))[:2]
         found["truth"].append(logits_and_parameters(copy.deepcopy(eager), batches, torch.float64))
         found["eager"].append(logits_and_parameters(eager, batches, torch.float32))
         found["fused"].append(logits_and_parameters(fused, batches, torch.float32))
@@ -105,8 +105,9 @@ def test_no_network_of_a_study_is_left_out():
     assert sorted(builders("dense")) == sorted(DENSE)
 
 
-#: which of them are run whole by default, the others are slow: their networks and closed forms have tests of their own
-RUN = ("degradation", "refinement", "lesions", "dense")
+#: which of them are run whole by default, the others are slow: their networks and closed forms have tests of their own, "degradation" is
+#: run by the command, and "lesions" on larger images
+RUN = ("refinement", "dense")
 
 
 @pytest.mark.parametrize(

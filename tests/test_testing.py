@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
+import forked
 import pytest
 import torch
 from support import served
@@ -142,7 +141,7 @@ def test_original_modules_have_no_primitives():
 
 def test_the_package_does_not_import_it():
     code = "import sys, fusedres; sys.exit('fusedres.testing' in sys.modules)"
-    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+    assert forked.python(["-P", "-c", code]).returncode == 0
 
 
 def test_errors_are_relative_and_what_is_not_finite_never_passes():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
 
+import forked
 import pytest
 import torch
 from support import served
@@ -157,7 +156,5 @@ def test_a_process_forked_after_use_computes_the_same() -> None:
     assert_same(differentiate(model, x), wanted)
     sys.exit(os.waitstatus_to_exitcode(status))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = forked.python(["-c", textwrap.dedent(code)])
     assert done.returncode == 0, done.stderr

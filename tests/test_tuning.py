@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -132,21 +131,27 @@ def test_other_versions_are_stale(cache, which):
     assert plans.read(path, plans.device_name(DEVICE), plans.versions()) == {other: FUSED}
 
 
-WRITER = """
+#: two of them
+WRITERS = """
+import os
 import sys
 from pathlib import Path
 from fusedres.tuning import plans
+writer = os.fork() and 1
 problem = plans.Problem("forward", "float32", (1, 8, 6, 6), 8, 8, (8, 8, 3, 3), (1, 1), (1, 1), (1, 1), 1, ())
 for i in range(40):
-    table = {problem._replace(x=(i, int(sys.argv[2]), 6, 6)): plans.FUSED}
+    table = {problem._replace(x=(i, writer, 6, 6)): plans.FUSED}
     plans.write(Path(sys.argv[1]), "cpu", table)
+if writer:
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_two_processes_lose_nothing(cache):
     path = cache / "cpu.json"
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(i)]) for i in range(2)]
-    assert [w.wait() for w in writers] == [0, 0]
+    done = forked.python(["-c", WRITERS, str(path)])
+    assert done.returncode == 0, done.stderr
     found = plans.read(path, "cpu", plans.versions())
     assert {p.x[:2] for p in found} == {(i, writer) for i in range(40) for writer in range(2)}
 

@@ -47,13 +47,18 @@ def assert_penalised_as_eager(build: Callable[[], nn.Module], training: bool, of
 
 
 @pytest.mark.parametrize(
-    ("training", "of_weights"),
-    [(True, False), (True, True), (False, False)],
-    ids=["training", "training-weights", "eval"],
+    ("kind", "training", "of_weights"),
+    [
+        # the penalty on the gradients of weights and that in evaluation take turns
+        pytest.param(kind, *mode, id=f"{kind}-{name}", marks=[] if i in (0, 1 + turn % 2) else [pytest.mark.slow])
+        for turn, kind in enumerate(
+            kind for kind in KINDS if kind != "split"
+        )  # whose sum stands alone, as ordinary code
+        for i, (name, mode) in enumerate(
+            {"training": (True, False), "training-weights": (True, True), "eval": (False, False)}.items()
+        )
+    ],
 )
-@pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind != "split"]
-)  # whose sum stands alone, as ordinary code
 def test_a_gradient_penalty_is_that_of_eager(kind, training, of_weights):
     assert_penalised_as_eager(KINDS[kind], training, of_weights)
 

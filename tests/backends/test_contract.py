@@ -49,7 +49,7 @@ def as_promised() -> Iterator[None]:
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
-@each(CONVOLUTIONS)
+@each(CONVOLUTIONS.turn(0))
 def test_conv_forward_in_training(config, case):
     """Pending BatchNorm and ReLU, a bias, statistics, into a slice."""
 
@@ -76,7 +76,7 @@ def _epilogue(draw, case, out=False, stats=False, normalised=False, residual=Non
     )
 
 
-@each(CONVOLUTIONS.interpreting("1x1", "3x3 odd", "groups"))
+@each(CONVOLUTIONS.turn(1).interpreting("1x1", "3x3 odd", "groups"))
 def test_conv_forward_in_inference(config, case):
     """Everything in the epilogue: BatchNorm, a normalised residual, ReLU."""
 
@@ -142,13 +142,13 @@ def _backward(
     return {"dx": found, "dw": dw, **sums_of(room)}
 
 
-@each(CONVOLUTIONS.interpreting("1x1", "3x3 odd", "3x3 stride 2"))
+@each(CONVOLUTIONS.turn(0).interpreting("1x1", "3x3 odd", "3x3 stride 2"))
 def test_conv_backward_of_a_chain(config, case):
     """Both operands pending, sums, into a slice."""
     conforms(config, lambda b, d: _backward(b, d, case, into="slice"), values=case.values)
 
 
-@each(CONVOLUTIONS)
+@each(CONVOLUTIONS.turn(1))
 def test_conv_backward_of_a_dense_layer(config, case):
     """Both operands pending, sums, scaled and accumulated into a slice."""
     conforms(config, lambda b, d: _backward(b, d, case, into="accumulate", scaled=True), values=case.values)
@@ -391,10 +391,9 @@ def test_highway(config, case):
     conforms(config, step, values=shape[0] * shape[1] * shape[2] * shape[3])
 
 
-@each()
-@pytest.mark.parametrize("act", ACTIVATIONS)
-def test_every_activation_in_every_place(config, act):
-    shape, pool, weight_shape = (2, 12, 5, 7), Pool("max", (3, 3), (2, 2), (1, 1)), (12, 12, 1, 1)
+@each(Table({act: act for act in ACTIVATIONS}, tuple(ACTIVATIONS), tuple(ACTIVATIONS)))
+def test_every_activation_in_every_place(config, case):
+    act, shape, pool, weight_shape = case, (2, 12, 5, 7), Pool("max", (3, 3), (2, 2), (1, 1)), (12, 12, 1, 1)
 
     def step(backend, draw):
         x, residual, grad = draw.lazy(*shape, act=act), draw.lazy(*shape), draw.map(*shape)

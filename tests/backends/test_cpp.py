@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,13 +43,7 @@ def weight_of(k: int, c: int, size: int = 3) -> Tensor:
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``code`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return forked.python(["-c", textwrap.dedent(code)], env={**os.environ, **environment})
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
@@ -349,8 +344,7 @@ def test_too_little_memory_raises(call: str) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
 def test_a_model_runs_on_after_there_was_too_little_memory() -> None:
     """In a kernel, and in front of one; the very bits of a model to which nothing has happened."""
-    done = run_python(
-        """
+    code = """
         import copy
         import gc
         import resource
@@ -395,10 +389,15 @@ def test_a_model_runs_on_after_there_was_too_little_memory() -> None:
         for ours, wanted in zip(model.buffers(), untouched.buffers(), strict=True):
             assert torch.equal(ours, wanted)
         assert_fused(model, "cpp")
-        """,
-        # what is freed goes back at once, so that none of it is there for the calls that are to find none
-        MALLOC_MMAP_THRESHOLD_="65536",
-        MALLOC_TRIM_THRESHOLD_="65536",
+        """
+    # what is freed goes back at once, so that none of it is there for the calls that are to find none
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **allocator},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("raised:") == 3, done.stdout

@@ -3,11 +3,10 @@ bits, weights in any layout, the convolutions that it takes itself, and argument
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 
+import forked
 import pytest
 import torch
 from contract import CONVOLUTIONS, LARGER, Config, Convolution, configs
@@ -279,7 +278,6 @@ def test_the_capability_is_chosen_by_the_environment():
         sys.exit(status != 0)
         """
     names = [*cpp._C.cpu_capabilities(), "sse9"]
-    command = [sys.executable, "-c", textwrap.dedent(code), *names]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.python(["-c", textwrap.dedent(code), *names])
     assert done.stdout.split() == names[:-1]
     assert done.returncode == 1 and "expected default, avx2, avx512 or avx512_bf16" in done.stderr

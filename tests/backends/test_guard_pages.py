@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 _C = pytest.importorskip("fusedres._C")
@@ -17,13 +18,8 @@ each_side = pytest.mark.parametrize("side", ["before", "behind"])
 
 def run(side: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """``guarded.py`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("guarded.py")), side, *options],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    program = str(Path(__file__).with_name("guarded.py"))
+    return forked.python([program, side, *options], env={**os.environ, **environment})
 
 
 def assert_stays_inside(done: subprocess.CompletedProcess[str]) -> None:

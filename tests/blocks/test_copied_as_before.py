@@ -39,6 +39,8 @@ from fusedres.blocks import kind_key
 from fusedres.swap import FusedBlock, is_converted, original_class, state_of
 from fusedres.testing import assert_fused
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 
 @pytest.fixture(autouse=True)
 def fused_backend() -> Iterator[None]:

@@ -18,6 +18,8 @@ from fusedres.report import why_not_fused
 from fusedres.swap import FusedBlock, state_of
 from fusedres.testing import assert_fused, compare, randomize
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 
 @pytest.fixture(autouse=True)
 def plain_primitives() -> Iterator[None]:

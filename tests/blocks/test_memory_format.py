@@ -27,6 +27,8 @@ from fusedres.blocks.handover import suggests_channels_last
 from fusedres.swap import FusedBlock, state_of
 from fusedres.testing import assert_fused, assert_parity
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 
 @pytest.fixture(autouse=True)
 def fused_backend() -> Iterator[None]:
@@ -265,6 +267,21 @@ def test_a_part_of_a_map_has_the_strides_of_the_map(part, formats):
         assert ours.stride() == theirs.stride()
         assert_parity(ours, theirs, theirs)
     assert_fused(model, FUSED)
+
+
+@pytest.mark.parametrize(
+    ("part", "formats"),
+    [
+        # formats take turns
+        pytest.param(part, formats, marks=[] if i == turn % len(FORMATS) else [pytest.mark.slow])
+        for turn, part in enumerate(PARTS)
+        for i, formats in enumerate(FORMATS)
+    ],
+)
+def test_a_part_of_a_compiled_map_has_the_strides_of_the_map(part, formats):
+    x_format, weight_format = FORMATS[formats]
+    plain, model = (m.to(memory_format=weight_format) for m in pair(lambda: Parts(PARTS[part])))
+    x = draw().contiguous(memory_format=x_format)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")(x)
     assert [y.stride() for y in compiled] == [y.stride() for y in plain(x)]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import fusedres
 
+pytestmark = pytest.mark.usefixtures("proven_once")
+
 C = 12
 
 
