@@ -78,10 +78,18 @@ def test_nothing_is_fused_that_the_model_says_loses(family):
 
 @pytest.mark.parametrize("family", SPEEDS)
 def test_one_kernel_for_both_gradients_is_estimated_faster_than_two(family):
-    """It reads less and computes as much; whatever the library does beside."""
-    for size in ((64, 256, 56), (256, 64, 56), (512, 128, 28), (1000, 128, 7)):
+    """It reads less and computes as much, where it has outputs enough for its instructions and few tiles of columns."""
+    for size in ((64, 256, 56), (512, 128, 28), (1000, 128, 7)):
         two = sum(seconds(problem(op, *size), arch(family)).fused for op in ("dgrad", "wgrad"))
         assert seconds(problem("backward", *size), arch(family)).fused < two
+
+
+def test_the_gradient_is_read_again_for_many_columns():
+    """From a cache, which at some number of them takes longer than memory does."""
+    few, many = (problem("backward", channels, 256, 14) for channels in (64, 1024))
+    moved = costs(many).fused.bytes / SPEEDS["sm_90"].bandwidth
+    assert seconds(few, arch("sm_90")).fused < 2 * costs(few).fused.bytes / SPEEDS["sm_90"].bandwidth
+    assert not is_fused(many, arch("sm_90")) and seconds(many, arch("sm_90")).fused > 2 * moved
 
 
 def test_a_gradient_alone_pays_its_correction_alone():

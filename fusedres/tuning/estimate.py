@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 from ..activations import KINDS
-from ..kernels.tiles import DEFAULT_ARCH, Arch
+from ..kernels.tiles import DEFAULT_ARCH, GATHERED, Arch, cdiv
 from .plans import Problem
 
 
@@ -48,7 +48,11 @@ SPEEDS = {
 LIBRARY_SHARE, FUSED_SHARE = 0.7, 0.5
 # what the kernels' loops can reach on sm_90, by the instructions that they issue for one matrix instruction; matrix units that are slower
 # in relation to the issue of instructions leave more time for these
-ISSUE_SHARES = {"forward": 0.5, "dgrad": 0.27, "wgrad": 0.27, "backward": 0.27}
+ISSUE_SHARES = {"forward": 0.5, "dgrad": 0.27, "wgrad": 0.27, "backward": 0.38}
+#: outputs below which the kernel of both gradients reaches less: what it issues for a pixel's input is the same for few outputs
+FEW_OUTPUTS = 128
+#: how much faster than memory a cache is, from which that kernel reads the gradient again for each tile of columns
+CACHE = 1.6
 ISSUED_BESIDE = SPEEDS["sm_90"].per_cycle
 #: how much of the shorter one of loads and products is not hidden behind the longer one, in a fused kernel
 EXPOSED = 0.5
@@ -100,7 +104,7 @@ def costs(problem: Problem) -> Costs:
         behind = 2 * y + added if not has.isdisjoint(_EPILOGUES) else y if "stats" in has else 0
         library = Cost(x + y, materialised + behind, 1 + (materialised > 0) + (behind > 0))
         return Costs(Cost(x + y + added, 0, 1), library, 0)
-    read = y * (2 if "raw" in has else 1)
+    read = _gradient(problem, y)
     correction = read + y if "coeff" in has else 0
     weight = Cost(y + x, materialised, 1 + (materialised > 0))
     if problem.op == "wgrad":
@@ -115,14 +119,31 @@ def costs(problem: Problem) -> Costs:
     return Costs(Cost(read + x + below + old, 0, 1), library, correction)
 
 
+def _gradient(problem: Problem, y: int) -> int:
+    """The bytes of a convolution's gradient, whose output's are ``y``."""
+    return y * (2 if "raw" in problem.features else 1)
+
+
+def _asked(problem: Problem, fused: Cost) -> int:
+    """The bytes that programs ask for, from memory or from a cache."""
+    if problem.op != "backward":
+        return fused.bytes
+    outputs, channels, *_ = problem.weight
+    columns = cdiv(channels, GATHERED // max(FEW_OUTPUTS, outputs))
+    y = 2 * problem.x[0] * outputs * math.prod(problem.out_size)
+    return fused.bytes + (columns - 1) * _gradient(problem, y)
+
+
 def seconds(problem: Problem, arch: Arch) -> Seconds:
     """How long each way takes. A family that is not in :data:`SPEEDS` counts as the default one."""
     speed = SPEEDS.get(arch.family, SPEEDS[DEFAULT_ARCH.family])
     fused, library, correction = costs(problem)
     rows = problem.x[0] * math.prod(problem.out_size)
     flops = (4 if problem.op == "backward" else 2) * rows * math.prod(problem.weight)
-    share = min(FUSED_SHARE, ISSUE_SHARES[problem.op] * ISSUED_BESIDE / speed.per_cycle)
-    loads, products = fused.bytes / speed.bandwidth, flops / (share * speed.products)
+    narrow = min(1.0, problem.weight[0] / FEW_OUTPUTS) if problem.op == "backward" else 1.0
+    share = min(FUSED_SHARE, narrow * ISSUE_SHARES[problem.op] * ISSUED_BESIDE / speed.per_cycle)
+    loads = max(fused.bytes, _asked(problem, fused) / CACHE) / speed.bandwidth
+    products = flops / (share * speed.products)
     convolution = max(library.bytes / speed.bandwidth, flops / (LIBRARY_SHARE * speed.products))
     return Seconds(
         max(loads, products) + EXPOSED * min(loads, products) + LAUNCH * fused.kernels,

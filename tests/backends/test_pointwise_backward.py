@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from contract import SMALL, Config, Convolution, conforms, fresh, sums_of  # noqa: E402
 from interpreter import corrected, watched  # noqa: E402
 from support import Draw, dtype_name  # noqa: E402
+from torch import nn  # noqa: E402
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 from fusedres import activations  # noqa: E402
@@ -27,6 +28,7 @@ from fusedres.kernels.launch import INTERPRETED, record  # noqa: E402
 from fusedres.kernels.tiles import Arch, ConvConfig  # noqa: E402
 from fusedres.operands import GradTarget, LazyGrad  # noqa: E402
 from fusedres.specs import Geometry  # noqa: E402
+from fusedres.testing import compare  # noqa: E402
 from fusedres.tuning import plans  # noqa: E402
 from fusedres.tuning.plans import FUSED, LIBRARY, Plan  # noqa: E402
 
@@ -181,6 +183,49 @@ def test_an_empty_batch_has_a_gradient_of_zeros():
         dx, dw = BACKEND.conv_backward(*given)
     assert dx.shape == (0, 8, 4, 4) and dw.shape == (16, 8, 1, 1)
     assert not dw.any() and not sums.any()
+
+
+torchvision = pytest.importorskip("torchvision")
+resnet, densenet = torchvision.models.resnet, torchvision.models.densenet
+BLOCKS = {
+    "bottleneck": (lambda: resnet.Bottleneck(16, 4), (2, 16, 5, 6)),
+    "projection": (
+        lambda: resnet.Bottleneck(8, 4, downsample=nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))),
+        (2, 8, 5, 6),
+    ),
+    "dense block": (lambda: densenet._DenseBlock(2, 8, 2, 4, 0.0), (2, 8, 5, 6)),
+    "pre-activation": (lambda: PreActivation(16), (2, 16, 5, 6)),
+}
+
+
+class PreActivation(nn.Module):
+    """BatchNorm and ReLU in front of two 1x1 convolutions, and an identity shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(4)
+        self.conv1, self.conv2 = nn.Conv2d(channels, 4, 1, bias=False), nn.Conv2d(4, channels, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="every access is watched")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_no_block_writes_a_gradient_where_another_program_reads(name):
+    """Of what autograd passes as gradients, bases and places: whatever they share is no other program's. And the block is right."""
+    build, shape = BLOCKS[name]
+    launched = set()
+    original = launch.Prepared.__call__
+
+    def noted(self, *tensors, **late):
+        launched.add(self.kernel.__name__)
+        return original(self, *tensors, **late)
+
+    with pytest.MonkeyPatch.context() as patch, use_plan("fused"), corrected(order="shuffle"), watched() as watch:
+        patch.setattr(launch.Prepared, "__call__", noted)
+        compare(build, shape, torch.float32, "triton")
+    assert "conv_pointwise_backward_kernel" in launched and watch.launches > 8
 
 
 # ---- where it runs ---------------------------------------------------------------------------------------------------
