@@ -101,7 +101,8 @@ class ConvSize(NamedTuple):
 
 class Row(NamedTuple):
     """The tile of a kernel: ``block_m`` x ``block_n`` at most, ``few_n`` columns where there are few rows (FEW_ROWS), ``pending_n`` where
-    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most."""
+    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most.
+    Without a ``block_m`` there is no such kernel."""
 
     kernel: str
     taps: str
