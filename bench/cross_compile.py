@@ -35,13 +35,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fusedres
-from fusedres import kernels
 from fusedres.backends import select
 from fusedres.backends.triton import BACKEND, use_plan
 from fusedres.kernels.launch import Launch, record
 from fusedres.kernels.tiles import Arch
 
 from . import environment
+from .assembly import access_widths, count, longest_loop
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 MODELS = ("resnet50", "densenet121")
@@ -122,8 +122,8 @@ class Variant:
     def title(self) -> str:
         """What tells it apart from the other variants, for readers."""
         parts = [self.kernel.removesuffix("_kernel")]
-        if self.is_product:
-            geometry = self.constant("GEOMETRY")
+        geometry = self.constant("GEOMETRY")
+        if geometry is not None:
             parts.append(f"{self.constant('R')}x{self.constant('S')}")
             parts += [f"stride {geometry.stride[0]}"] if geometry.stride[0] > 1 else []
         tile = [self.constant(f"BLOCK_{axis}") for axis in "MNKTC"]
@@ -215,7 +215,7 @@ def variants(arch: Arch, models: Sequence[str] = MODELS) -> dict[Variant, Use]:
 @dataclass
 class Figures:
     """How a variant compiled: counts of instructions, bytes of shared memory, and the narrowest load from and store to
-    each tensor in global memory, in bits."""
+    each tensor in global memory, in bits. ``loop``: the instructions of the longest innermost loop, 0 where nobody looked."""
 
     registers: int
     spills: int
@@ -223,56 +223,12 @@ class Figures:
     matrix: dict[str, int] = field(default_factory=dict)
     loads: dict[str, int] = field(default_factory=dict)
     stores: dict[str, int] = field(default_factory=dict)
+    loop: int = 0
 
 
 def tool(name: str) -> str:
     """Triton's own copy of a CUDA binary tool."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b|\bcp\.async\.c[ag]\.\S+ .*, 0x([0-9a-f]+)")
-AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(dword|ushort|short|sshort|ubyte|byte|sbyte)(?:x(\d))?")
-AMD_BITS = {"dword": 32, "ushort": 16, "short": 16, "sshort": 16, "ubyte": 8, "byte": 8, "sbyte": 8}
-PLACE = re.compile(r"(?://|;) (\w+\.py):(\d+):(\d+)")
-OPERAND = re.compile(r"tl\.(?:load|store)\((\w+)")
-
-
-@functools.cache
-def _lines(file: str) -> list[str]:
-    path = Path(kernels.__path__[0]) / file
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def access_widths(assembly: str) -> tuple[dict[str, int], dict[str, int]]:
-    """The narrowest load from and store to every tensor in bits, by the name in the source line of the access."""
-    loads: dict[str, int] = {}
-    stores: dict[str, int] = {}
-    operand, inline = "?", False
-    for line in assembly.splitlines():
-        if " inline asm" in line:
-            inline = "begin" in line
-        elif ".loc" in line and not inline:  # inside, the compiler counts the lines of the assembly as the source's
-            place = PLACE.search(line)
-            if place:
-                lines, number, column = _lines(place[1]), int(place[2]), int(place[3])
-                call = OPERAND.match(lines[number - 1], column - 1) if 0 < number <= len(lines) else None
-                operand = call[1] if call else "?"
-        if access := PTX_ACCESS.search(line):
-            kind, vector, size, copied = access.groups()
-            bits = int(copied, 16) * 8 if copied else int(vector or 1) * int(size)
-        elif access := AMD_ACCESS.search(line):
-            kind, unit, count = access.groups()
-            bits = AMD_BITS[unit] * int(count or 1)
-        else:
-            continue
-        widths = stores if kind in ("st", "store") else loads
-        widths[operand] = min(bits, widths.get(operand, bits))
-    return loads, stores
-
-
-def _count(names: str, text: str) -> dict[str, int]:
-    counts = {name: len(re.findall(rf"\b{name}\b", text)) for name in names.split()}
-    return {name: count for name, count in counts.items() if count}
 
 
 def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
@@ -305,11 +261,12 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
     loads, stores = access_widths(compiled.asm["ptx"])
     return Figures(
         registers=int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
-        spills=sum(_count("STL LDL", listing.stdout).values()),
+        spills=sum(count("STL LDL", listing.stdout).values()),
         shared=shared,
-        matrix=_count("HGMMA HMMA UTCHMMA", listing.stdout),
+        matrix=count("HGMMA HMMA UTCHMMA", listing.stdout),
         loads=loads,
         stores=stores,
+        loop=longest_loop(listing.stdout),
     )
 
 
@@ -369,7 +326,7 @@ def compile_all(
         return
     # spawned: a forked child of a process in which torch has started threads may hang
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(workers or os.cpucount(), mp_context=context) as pool:
         waiting = {
             pool.submit(compile_variant, variant, ARCHITECTURES[arch]): (arch, variant) for arch, variant in jobs
         }
@@ -378,10 +335,10 @@ def compile_all(
 
 
 def representatives(found: dict[Variant, Use]) -> dict[Variant, Use]:
-    """For each kernel and filter size the variant with the most operands."""
+    """For each kernel and filter size the variant with the most operands; of the kernel that holds all outputs for each number of them."""
     best: dict[tuple, Variant] = {}
     for variant in found:
-        key = (variant.kernel, variant.constant("R"))
+        key = (variant.kernel, variant.constant("R") or variant.constant("BLOCK_K"))
         if key not in best or len(variant.operands) > len(best[key].operands):
             best[key] = variant
     return {variant: found[variant] for variant in best.values()}
@@ -415,13 +372,15 @@ def markdown(rows: Sequence[Row], where: dict, models: Sequence[str], quick: boo
         "Nothing here was run: these are the compilers' results.",
         "",
         (
-            "Of each kernel and filter size one variant, that with the most operands, of every launch"
+            "Of each kernel and filter size (of conv_pointwise_backward, of each number of outputs) one variant, that with the most "
+            "operands, of every launch"
             if quick
             else "Every launch"
         )
         + f" of {' and '.join(models)} (training and inference, bfloat16, {RESOLUTION} pixels, batches "
         f"{' and '.join(map(str, BATCHES))}; all convolutions fused, and the default plans), each distinct one compiled once. "
-        "Matrix: static counts of matrix instructions. Narrowest: the narrowest load from and store to a feature map or a weight, in bits."
+        "Loop: instructions of the longest innermost loop (NVIDIA). Matrix: static counts of matrix instructions. "
+        "Narrowest: the narrowest load from and store to a feature map or a weight, in bits."
         " It is too narrow where a load is below 128 bits, or a store is, except on AMD, where it is as the matrix "
         "instructions leave the result; the stem (unaligned channels), whose 3 channels allow no more, is the library's by default.",
         "",
@@ -441,8 +400,9 @@ def markdown(rows: Sequence[Row], where: dict, models: Sequence[str], quick: boo
         if group:
             lines += [
                 "", f"## {arch}", "",
-                "| kernel and tile | warps, stages | first launched by | registers | spills | shared | matrix | narrowest | remark |",
-                "|---|---|---|---:|---:|---:|---|---:|---|",
+                "| kernel and tile | warps, stages | first launched by | registers | spills | shared | loop | matrix | narrowest "
+                "| remark |",
+                "|---|---|---|---:|---:|---:|---:|---|---:|---|",
             ]  # fmt: skip
         for row in group:
             options, figures = dict(row.variant.options), row.figures
@@ -453,7 +413,7 @@ def markdown(rows: Sequence[Row], where: dict, models: Sequence[str], quick: boo
             remark = "; ".join(row.faults) or ("unaligned channels" if row.variant.is_unaligned else "")
             lines.append(
                 f"| {row.variant.title} | {options['num_warps']}, {options.get('num_stages', '-')} | {row.use.first} | "
-                f"{figures.registers} | {figures.spills} | {figures.shared} | "
+                f"{figures.registers} | {figures.spills} | {figures.shared} | {figures.loop or '-'} | "
                 f"{' '.join(f'{name} {count}' for name, count in figures.matrix.items()) or '-'} | "
                 f"{widths[0]}, {widths[1]} | {remark} |"
             )

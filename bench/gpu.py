@@ -146,6 +146,15 @@ def primitives(model: str, mode: str) -> Stage:
     return Stage(f"primitives-{model}-{mode}", command, most=60.0)
 
 
+def one_kernel(run: Run) -> list[str]:
+    """Both gradients of every 1x1 by one kernel, beside two, the library, and the floor."""
+    sizes = ["--batch", "256"]
+    if run.dry:
+        sizes = ["--model", "densenet121", "--batch", "2", "--resolution", "32", "--dtype", "float32", "--repeats", "1"]
+        sizes += ["--most", "1"]
+    return ["-m", "bench.pointwise", "--device", run.device, *sizes, "--json", str(run.out / "pointwise.json")]
+
+
 STAGES = (
     Stage("environment", own("environment"), least=0.0, most=60.0),
     Stage("tests", tests("test_gpu.py", "same_bits"), least=30.0, most=150.0),
@@ -156,6 +165,7 @@ STAGES = (
     whole_models("eager fused", 256, graphs=False, name="models-256"),
     whole_models("eager fused", 256, graphs=True, name="models-256-graphs"),
     *(primitives(model, mode) for model in MODELS for mode in ("train", "infer")),
+    Stage("pointwise", one_kernel, most=60.0),
     # the sanitizer's kernels are among these, compiled when its turn comes
     Stage("kernel-tests", tests("backends", "test_apply_grad_coeff and float32", "--backend", "triton"), most=120.0),
     Stage("cuda-blocks", tests("test_gpu_cuda.py", "as_right"), most=60.0),
@@ -331,6 +341,18 @@ def _load(path: Path) -> object:
         return None
 
 
+def pointwise_table(records: list[dict]) -> list[str]:
+    """The lines of what the stage of that name has left."""
+    head = ["model", "input", "outputs", "calls", "floor us", "one kernel us", "two kernels us", "library us"]
+    lines = ["", "## pointwise: both gradients of a 1x1", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for r in records:
+        times = [r["floor_seconds"], *(r["seconds"][way] for way in ("one kernel", "two kernels", "library"))]
+        shown = ["failed" if spent is None else f"{spent * 1e6:.0f}" for spent in times]
+        cells = [r["model"], "x".join(map(str, r["problem"]["x"])), r["problem"]["weight"][0], r["calls"], *shown]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines if records else []
+
+
 def markdown(outcomes: list[Outcome], run: Run) -> str:
     """What the folder holds, for readers."""
     where = _load(run.out / "environment.json") or {}
@@ -374,6 +396,7 @@ def markdown(outcomes: list[Outcome], run: Run) -> str:
                 lines.append(
                     f"| {label} | {p['calls']} | {p['seconds'] * 1e3:.2f} | {p['floor_seconds'] * 1e3:.2f} | {share} |"
                 )
+    lines += pointwise_table(_load(run.out / "pointwise.json") or [])
     lines += ["", "| stage | outcome | s | remark |", "|---|---|---:|---|"]
     lines += [f"| {o.stage} | {o.status} | {o.seconds:.0f} | {o.remark.replace('|', '/')} |" for o in outcomes]
     return "\n".join(lines) + "\n"

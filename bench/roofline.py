@@ -5,12 +5,12 @@
     python -m bench.roofline --model resnet50 --batch 256 --resolution 224 --dtype bfloat16 --device cuda    (on a GPU)
 
 Bytes and FLOPs are those of the calls that the blocks really make, recorded at the backend's boundary; a convolution's two gradients count
-as two kernels. Measured runs compare each primitive with a floor: its bytes over the bandwidth of a large copy or its FLOPs over the rate
-of a well-shaped convolution of the library, whichever is larger, both taken in the same run. Counted runs compare the feature-map traffic
-with eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once, its backward reads four times and writes
-once, ReLU works in place. They also count what the triton backend launches in the step, with every convolution fused and by the plans that
-hold where nothing was measured, which leave some convolutions to the library and pay for it with passes: its kernels, and PyTorch's
-operators. And what the cuda backend does, whose convolutions are all the library's.
+as two kernels, but where the backend makes them by one. Measured runs compare each primitive with a floor: its bytes over the bandwidth
+of a large copy or its FLOPs over the rate of a well-shaped convolution of the library, whichever is larger, both taken in the same run.
+Counted runs compare the feature-map traffic with eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once,
+its backward reads four times and writes once, ReLU works in place. They also count what the triton backend launches in the step, with every
+convolution fused and by the plans that hold where nothing was measured, which leave some convolutions to the library and pay for it with
+passes: its kernels, and PyTorch's operators. And what the cuda backend does, whose convolutions are all the library's.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ class Call:
     kernels: int
 
 
-def account(primitive: str, a: Mapping[str, Any], result: Any) -> tuple[str, int, int, int, int]:
+def account(
+    primitive: str, a: Mapping[str, Any], result: Any, one_kernel: bool = False
+) -> tuple[str, int, int, int, int]:
     """``(label, bytes read, bytes written, FLOPs, kernels)`` of a call of ``primitive`` with the arguments ``a``, by their names in the
-    contract."""
+    contract. ``one_kernel``: whether that makes both gradients of a convolution."""
     maps = [value for name in ("x", "residual", "gate") if (value := a.get(name)) is not None]
     read = bytes_of(*(m.raw if isinstance(m, LazyMap) else m for m in maps))
     written = bytes_of(*(result if isinstance(result, tuple) else (result,)))
@@ -66,7 +68,7 @@ def account(primitive: str, a: Mapping[str, Any], result: Any) -> tuple[str, int
         case "conv_forward":
             return _account_forward(a["x"], a["weight"], a["geometry"], a["epilogue"], result)
         case "conv_backward":
-            return _account_backward(**a)
+            return _account_backward(**a, one_kernel=one_kernel)
         case "add_act_forward":
             copied = "copy with statistics" if a["x"].scale_shift is None else "normalise"
             return copied if a["residual"] is None else "addition", read, written, 0, 1
@@ -102,18 +104,33 @@ def _account_forward(
 
 
 def _account_backward(
-    grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, target: GradTarget | None, need_dw: bool
+    grad: LazyGrad,
+    x: LazyMap,
+    weight: Tensor,
+    geometry: Geometry,
+    target: GradTarget | None,
+    need_dw: bool,
+    one_kernel: bool,
 ) -> tuple[str, int, int, int, int]:
     g = bytes_of(grad.grad, None if grad.coeff is None else grad.raw)
     read = written = kernels = 0
+    label, flops = f"{_label(weight, geometry)} backward", 2 * grad.grad.numel() * weight[0].numel()
+    if target is not None and one_kernel:
+        old = target.accumulate or target.base is not None
+        return label, g + (1 + old) * bytes_of(x.raw), bytes_of(x.raw), 2 * flops, 1
     if target is not None:
         below = x.scale_shift is not None or target.sums is not None
         old = target.accumulate or target.base is not None
         read, written, kernels = g + (below + old) * bytes_of(x.raw), bytes_of(x.raw), 1
     if need_dw:
         read, kernels = read + g + met(x.raw, weight.shape[2:], geometry.stride), kernels + 1
-    flops = 2 * grad.grad.numel() * weight[0].numel()
-    return f"{_label(weight, geometry)} backward", read, written, flops * kernels, kernels
+    return label, read, written, flops * kernels, kernels
+
+
+def makes_both(backend: Backend, arguments: Mapping[str, Any]) -> bool:
+    """Whether ``backend`` makes both gradients of such a call of ``conv_backward`` by one kernel."""
+    plans = getattr(backend, "backward_plans", None)
+    return plans is not None and "backward" in plans(**arguments)
 
 
 @functools.cache
@@ -161,10 +178,11 @@ class Recorder(Wrapped):
         """Run the primitive, timed, and account for it."""
         bound = _signature(primitive).bind(self, *args, **kwargs)
         bound.apply_defaults()
+        one_kernel = primitive == "conv_backward" and makes_both(self.inner, _arguments(bound))
         start = self._clock.now()
         result = super().call(primitive, *args, **kwargs)
         moments = (start, self._clock.now())
-        label, read, written, flops, kernels = account(primitive, _arguments(bound), result)
+        label, read, written, flops, kernels = account(primitive, _arguments(bound), result, one_kernel)
         self._calls.append(Call(label, read, written, flops, moments, kernels))
         return result
 

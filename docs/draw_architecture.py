@@ -72,7 +72,14 @@ LAYERS = (
             Room("cuda", ("backends.cuda", "backends.cuda_check", "backends.cuda_launch", "backends.nvrtc")),
             Room(
                 "triton",
-                ("backends.triton", "tuning.convolutions", "tuning.estimate", "tuning.plans", "tuning.selfcheck"),
+                (
+                    "backends.triton",
+                    "tuning.convolutions",
+                    "tuning.estimate",
+                    "tuning.override",
+                    "tuning.plans",
+                    "tuning.selfcheck",
+                ),
             ),
         ),
     ),

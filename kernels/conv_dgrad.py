@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .activations import gradient
 from .device import normalize, vector
+from .gradients import pending_gradient, store_gradient
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import (
     Form,
@@ -103,22 +104,19 @@ def conv_dgrad_kernel(
         inside = valid & (i_h + dh >= 0) & (i_h + dh < HO) & (i_w + dw >= 0) & (i_w + dw < WO)
         mask = inside[:, None] & in_k[None, :]
         from_pixel = pixel + (dh * WO + dw)
-        g = tl.load(grad + offsets(from_pixel, grad_pitch, first_k + k, ALIGN_K, WIDE), mask=mask, other=0.0)
-        if p is not None:
-            z = normalize(g, vector(p, first_k + k, in_k, 1.0), vector(r, first_k + k, in_k, 0.0))
-            if raw is not None:
-                y = tl.load(raw + offsets(from_pixel, raw_pitch, first_k + k, ALIGN_K, WIDE), mask=mask, other=0.0)
-                z += y.to(tl.float32) * vector(q, first_k + k, in_k, 0.0)[None, :]
-            # r must not leak into pixels that do not exist
-            g = tl.where(mask, z, 0.0).to(grad.dtype.element_ty)
-        b_at = ((first_k + k) * (R * S) + tap_r * S + tap_s)[:, None] * C + c[None, :]
+        ks = first_k + k
+        ps, qs, rs = vector(p, ks, in_k, 1.0), vector(q, ks, in_k, 0.0), vector(r, ks, in_k, 0.0)
+        g = pending_gradient(
+            grad, raw, p, ps, qs, rs, from_pixel, ks, inside, mask, grad_pitch, raw_pitch, ALIGN_K, WIDE
+        )
+        b_at = (ks * (R * S) + tap_r * S + tap_s)[:, None] * C + c[None, :]
         b = tl.load(weight + b_at, mask=in_k[:, None] & in_c[None, :], other=0.0)
         acc = tl.dot(g, b, acc, input_precision=PRECISION)
     c += tl.program_id(1) * C
     mask = valid[:, None] & in_c[None, :]
+    scales = vector(scale, c, in_c, 1.0)
     if x is not None:
         values = tl.load(x + offsets(row, x_pitch, c, ALIGN_C, WIDE), mask=mask, other=0.0).to(tl.float32)
-        scales = vector(scale, c, in_c, 1.0)
         acc = gradient(acc, normalize(values, scales, vector(shift, c, in_c, 0.0)), ACT)
         if partials is not None:
             acc = tl.where(valid[:, None], acc, 0.0)
@@ -129,11 +127,7 @@ def conv_dgrad_kernel(
             all_c = C * tl.num_programs(1)
             tl.store(partials + part * all_c + c, tl.sum(acc, 0), mask=in_c)
             tl.store(partials + (parts + part) * all_c + c, tl.sum(acc * xhat, 0), mask=in_c)
-    if SCALED:
-        acc *= vector(scale, c, in_c, 1.0)[None, :]
-    if base is not None:
-        acc += tl.load(base + offsets(row, base_pitch, c, ALIGN_C, WIDE), mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx + offsets(row, dx_pitch, c, ALIGN_C, WIDE), acc.to(dx.dtype.element_ty), mask=mask)
+    store_gradient(dx, base, acc, scales, row, c, mask, dx_pitch, base_pitch, SCALED, ALIGN_C, WIDE)
 
 
 @prepare

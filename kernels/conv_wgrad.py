@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
-from .device import normalize, vector
+from .device import vector
+from .gradients import activated, pending_gradient
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import Form, align, aligned, form, form_of, is_wide, offsets, partials_form, pitch_or_zero
 from .operands import Activation, Geometry, LazyGrad, LazyMap
@@ -60,13 +60,9 @@ def conv_wgrad_kernel(
         m = start + tl.arange(0, BLOCK_K)
         valid = m < last
         g_mask = valid[:, None] & in_k[None, :]
-        g = tl.load(grad + offsets(m, grad_pitch, first_k + k, ALIGN_K, WIDE), mask=g_mask, other=0.0)
-        if p is not None:
-            z = normalize(g, ps, rs)
-            if raw is not None:
-                y = tl.load(raw + offsets(m, raw_pitch, first_k + k, ALIGN_K, WIDE), mask=g_mask, other=0.0)
-                z += y.to(tl.float32) * qs[None, :]
-            g = tl.where(valid[:, None], z, 0.0).to(grad.dtype.element_ty)
+        g = pending_gradient(
+            grad, raw, p, ps, qs, rs, m, first_k + k, valid, g_mask, grad_pitch, raw_pitch, ALIGN_K, WIDE
+        )
         pixel, inside = m, valid
         if not POINTWISE:
             h = m // WO % HO * STRIDE_H + dh
@@ -75,10 +71,7 @@ def conv_wgrad_kernel(
             inside = valid & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         a_mask = inside[:, None] & in_c[None, :]
         a = tl.load(x + offsets(pixel, x_pitch, first_c + c, ALIGN_C, WIDE), mask=a_mask, other=0.0)
-        if ACT.kind != "none" or scale is not None:
-            z = activate(normalize(a, scales, shifts), ACT)
-            # the padding's zeros come after scale and shift
-            a = tl.where(inside[:, None], z, 0.0).to(x.dtype.element_ty)
+        a = activated(a, scale, scales, shifts, inside, ACT)
         acc = tl.dot(tl.trans(a), g, acc, input_precision=PRECISION)
     size = tl.num_programs(2).to(tl.int64) * K * C * (R * S)
     at = ((first_k + k) * (R * S) + tap)[None, :] * C + c[:, None]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import driver
+from triton.runtime import build, driver
 
 from . import requests
 from .layout import Form
@@ -122,6 +122,30 @@ def product_precision(dtype: torch.dtype) -> str:
         dtype == torch.float32 and torch.version.hip is None and torch.backends.cudnn.conv.fp32_precision == "tf32"
     )
     return "tf32" if allowed else "ieee"
+
+
+# ---- what a machine lacks --------------------------------------------------------------------------------------------
+
+_PROBE = """
+#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "launcherprobe", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_launcherprobe(void) { return PyModule_Create(&module); }
+"""
+
+
+@functools.cache
+def build_fault() -> str | None:
+    """Why Triton cannot build on this machine the C module through which it launches kernels, None where it can.
+
+    Tried once in a process, as Triton does it, so that its first kernel does not fail inside a user's forward. Needs no GPU; Triton keeps
+    the result in its cache.
+    """
+    try:
+        build.compile_module_from_src(_PROBE, "launcherprobe")
+    # no compiler is a RuntimeError, no Python.h the compiler's CalledProcessError, an unwritable cache an OSError
+    except Exception as error:
+        return f"Triton cannot build its launcher here (it needs a C compiler and Python's headers): {error}"
+    return None
 
 
 # ---- prepared launches -----------------------------------------------------------------------------------------------

@@ -101,7 +101,8 @@ class ConvSize(NamedTuple):
 
 class Row(NamedTuple):
     """The tile of a kernel: ``block_m`` x ``block_n`` at most, ``few_n`` columns where there are few rows (FEW_ROWS), ``pending_n`` where
-    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most."""
+    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most.
+    Without a ``block_m`` there is no such kernel."""
 
     kernel: str
     taps: str
@@ -134,11 +135,23 @@ ROWS = (
     # BLOCK_M of C by BLOCK_N of K, at one tap: the matrix instructions of sm_90 and sm_100 want 64 rows at least, and a growth rate is
     # narrower than that; a pending gradient is two maps, for which 128 columns leave no registers
     Row("wgrad", "any", "any", 128, 128, 128, 64, eight_from=64 * 128),
+    # both gradients of a 1x1: BLOCK_M pixels a step, BLOCK_N of C, all of K. gfx1100 has no registers for two accumulators; where operands
+    # of a matrix instruction are registers, those of the weight stay in them
+    Row("backward", "one", "gfx1100", 0, 0, 0, 0, eight_from=0),
+    Row("backward", "one", "sm_90", 32, 128, 128, 128, eight_from=0),
+    Row("backward", "one", "sm_100", 32, 128, 128, 128, eight_from=0),
+    Row("backward", "one", "sm_103", 32, 128, 128, 128, eight_from=0),
+    Row("backward", "one", "any", 32, 64, 64, 64, eight_from=0),
 )
+
+#: of the kernel of both gradients: the values of a weight's gradient that a program gathers in registers, and the most outputs of which it
+#: holds a step; fewer where products are float32's own, whose operands are all registers
+GATHERED = 128 * 128
+MOST_OUTPUTS, MOST_EXACT_OUTPUTS = 256, 64
 
 
 def row(kernel: str, taps: int, arch: Arch) -> Row:
-    """The row of :data:`ROWS` for a kernel (forward, dgrad, wgrad) with so many taps. ValueError for another kernel."""
+    """The row of :data:`ROWS` for a kernel with so many taps: forward, dgrad, wgrad, or backward (of one tap). ValueError for another."""
     for found in ROWS:
         if (
             found.kernel == kernel
@@ -146,7 +159,9 @@ def row(kernel: str, taps: int, arch: Arch) -> Row:
             and found.family in ("any", arch.family)
         ):
             return found
-    raise ValueError(f"no tile for kernel {kernel!r}, {taps} taps on {arch.family}: expected forward, dgrad or wgrad")
+    raise ValueError(
+        f"no tile for kernel {kernel!r}, {taps} taps on {arch.family}: expected forward, dgrad, wgrad, or backward of one tap"
+    )
 
 
 def stages(bytes_per_stage: int, arch: Arch) -> int:
@@ -176,8 +191,33 @@ def _product(kernel: str, size: ConvSize) -> _Product:
     return _Product(size.channels, size.outputs, size.rows, (1, gradients), 0)
 
 
+def has_both(outputs: int, exact: bool, arch: Arch) -> bool:
+    """Whether one kernel makes both gradients of a 1x1 convolution of so many ``outputs``, all of which a program holds. ``exact``: whether
+    float32 is multiplied as it is."""
+    return outputs <= (MOST_EXACT_OUTPUTS if exact else MOST_OUTPUTS) and row("backward", 1, arch).block_m > 0
+
+
+def backward_config(size: ConvSize, arch: Arch) -> ConvConfig:
+    """The default tile of both gradients of a 1x1 convolution in one kernel."""
+    found, block_k = row("backward", 1, arch), block(size.outputs, 16, MOST_OUTPUTS)
+    block_m, block_n = found.block_m, min(found.block_n, GATHERED // block_k)
+    if size.itemsize > 2:  # which fills registers and shared memory twice
+        block_m, block_n = block_m // 2, min(32, block_n)
+    return _backward_tile(block_m, block(size.channels, 16, block_n), block_k, found.max_warps, size, arch)
+
+
+def _backward_tile(block_m: int, block_n: int, block_k: int, warps: int, size: ConvSize, arch: Arch) -> ConvConfig:
+    """With as many stages as fit beside the weight, and beside what is multiplied, which is stored once more, in float32 in two orders."""
+    orders = 2 if size.itemsize > 2 else 1
+    kept = (block_k * block_n + orders * block_m * (block_k + block_n)) * size.itemsize
+    step = ((2 if size.pending else 1) * block_k + block_n) * block_m * size.itemsize + 3 * 4 * block_k
+    return ConvConfig(block_m, block_n, block_k, warps, max(1, min(3, 1 + (arch.shared - kept) // step)))
+
+
 def conv_config(kernel: str, size: ConvSize, arch: Arch) -> ConvConfig:
-    """The default tile of a convolution's kernel: forward, dgrad or wgrad."""
+    """The default tile of a convolution's kernel: forward, dgrad, wgrad, or backward of one tap."""
+    if kernel == "backward":
+        return backward_config(size, arch)
     found, product = row(kernel, size.taps, arch), _product(kernel, size)
     largest_n = found.few_n if size.rows < FEW_ROWS else found.block_n
     largest_n = min(largest_n, found.pending_n) if size.pending else largest_n
@@ -218,6 +258,33 @@ def smaller(config: ConvConfig) -> list[ConvConfig]:
     return [*staged, replace(config, BLOCK_N=config.BLOCK_N // 2, num_stages=min(2, config.num_stages))]
 
 
+# of both gradients: BLOCK_M, BLOCK_N, warps
+BACKWARD_CANDIDATES = (
+    (16, 64, 8),
+    (32, 32, 4),
+    (32, 32, 8),
+    (32, 64, 4),
+    (32, 64, 8),
+    (32, 128, 8),
+    (64, 32, 8),
+    (64, 64, 8),
+)
+
+
+def _backward_candidates(size: ConvSize, arch: Arch) -> list[ConvConfig]:
+    """As :func:`conv_candidates`."""
+    block_k, maps, found = block(size.outputs, 16, MOST_OUTPUTS), 2 if size.pending else 1, list[ConvConfig]()
+    for block_m, block_n, warps in BACKWARD_CANDIDATES:
+        # the weight's gradient, two sums and a product; in the storage's type a step's maps
+        registers = (
+            block_k * block_n + 4 * block_m * block_n + block_m * (maps * block_k + block_n) * size.itemsize // 4
+        )
+        if registers // (32 * warps) <= REGISTERS and block_n < 2 * size.channels:
+            tile = _backward_tile(block_m, block_n, block_k, warps, size, arch)
+            found += [tile] if tile.num_stages > 1 or arch.warp == 64 else []
+    return found
+
+
 def check(kernel: str, taps: int, arch: Arch, config: ConvConfig) -> ConvConfig:
     """``config`` itself; ValueError where its warps are more than the kernel's row allows."""
     most = row(kernel, taps, arch).max_warps
@@ -239,6 +306,8 @@ def conv_candidates(kernel: str, size: ConvSize, arch: Arch) -> list[ConvConfig]
     Left out is what needs more registers or shared memory than there are, or more warps than its row allows, and what computes a quarter
     more outside the result than the best.
     """
+    if kernel == "backward":
+        return _backward_candidates(size, arch)
     product, most = _product(kernel, size), row(kernel, size.taps, arch).max_warps
 
     def waste(config: ConvConfig) -> float:

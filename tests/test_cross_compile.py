@@ -43,9 +43,12 @@ def check(rows: list[dict], architectures: dict[str, str]) -> None:
         # the stem's 3 channels: the default plan leaves it to the library
         if row["kernel"].startswith("conv_") and " C=3 " not in row["first"]:
             assert row["matrix"].get(architectures[row["architecture"]], 0) > 0, what
-            operands = (
-                ["grad", "x"] if "wgrad" in row["kernel"] else ["grad" if "dgrad" in row["kernel"] else "x", "weight"]
-            )
+            operands = {
+                "conv_wgrad_kernel": ["grad", "x"],
+                "conv_dgrad_kernel": ["grad", "weight"],
+                "conv_forward_kernel": ["x", "weight"],
+                "conv_pointwise_backward_kernel": ["grad", "x", "weight"],
+            }[row["kernel"]]
             assert all(row["loads"][operand] == 128 for operand in operands), what
 
 
@@ -57,10 +60,12 @@ def test_representative_variants_compile_well(tmp_path):
         "conv_forward",
         "conv_dgrad",
         "conv_wgrad",
+        "conv_pointwise_backward",
         "add_act_forward",
         "add_act_backward",
         "pool_backward",
     } <= kernels
+    assert all(row["loop"] > 100 for row in rows if row["kernel"].startswith("conv_"))
     assert "## sm_90" in (tmp_path / "cross-compile.md").read_text()
 
 

@@ -45,6 +45,9 @@ X, Y = 2 * 256 * 64 * 8 * 8, 2 * 256 * 32 * 8 * 8
         ("dgrad", ("accumulate",), Cost(2 * X + Y, 0, 1), Cost(X + Y, 3 * X, 2), 0),
         ("wgrad", BACKWARD, Cost(X + 2 * Y, 0, 1), Cost(X + Y, 2 * X, 2), 3 * Y),
         ("wgrad", ("coeff",), Cost(X + Y, 0, 1), Cost(X + Y, 0, 1), 2 * Y),
+        # both by one kernel: each map once, where the library is two convolutions
+        ("backward", BACKWARD, Cost(2 * X + 2 * Y, 0, 1), Cost(2 * X + 2 * Y, 5 * X, 4), 3 * Y),
+        ("backward", ("accumulate",), Cost(3 * X + Y, 0, 1), Cost(2 * X + 2 * Y, 3 * X, 3), 0),
     ],
 )
 def test_what_each_way_moves(op, features, fused, library, correction):
@@ -68,6 +71,25 @@ def test_nothing_is_fused_that_the_model_says_loses(family):
             }
             taken = tuple(is_fused(problem(op, *sizes), arch(family)) for op in ("dgrad", "wgrad"))
             assert ways[taken] == pytest.approx(min(ways.values()))
+            one = problem("backward", *sizes)
+            by_one = margin * seconds(one, arch(family)).fused
+            assert is_fused(one, arch(family)) == (by_one < min(ways.values()))
+
+
+@pytest.mark.parametrize("family", SPEEDS)
+def test_one_kernel_for_both_gradients_is_estimated_faster_than_two(family):
+    """It reads less and computes as much, where it has outputs enough for its instructions and few tiles of columns."""
+    for size in ((64, 256, 56), (512, 128, 28), (1000, 128, 7)):
+        two = sum(seconds(problem(op, *size), arch(family)).fused for op in ("dgrad", "wgrad"))
+        assert seconds(problem("backward", *size), arch(family)).fused < two
+
+
+def test_the_gradient_is_read_again_for_many_columns():
+    """From a cache, which at some number of them takes longer than memory does."""
+    few, many = (problem("backward", channels, 256, 14) for channels in (64, 1024))
+    moved = costs(many).fused.bytes / SPEEDS["sm_90"].bandwidth
+    assert seconds(few, arch("sm_90")).fused < 2 * costs(few).fused.bytes / SPEEDS["sm_90"].bandwidth
+    assert not is_fused(many, arch("sm_90")) and seconds(many, arch("sm_90")).fused > 2 * moved
 
 
 def test_a_gradient_alone_pays_its_correction_alone():

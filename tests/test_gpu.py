@@ -15,7 +15,17 @@ torchvision = pytest.importorskip("torchvision")
 import fusedres  # noqa: E402
 from fusedres.backends import tape  # noqa: E402
 from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
-from fusedres.kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, launch, pool, reduce  # noqa: E402
+from fusedres.kernels import (  # noqa: E402
+    batchnorm,
+    conv_dgrad,
+    conv_forward,
+    conv_pointwise_backward,
+    conv_wgrad,
+    elementwise,
+    launch,
+    pool,
+    reduce,
+)
 from fusedres.kernels.launch import INTERPRETED  # noqa: E402
 from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap  # noqa: E402
 from fusedres.specs import Geometry  # noqa: E402
@@ -68,10 +78,12 @@ BLOCKS = {
 
 @each_dtype
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("plan", ["fused", "auto"])
+@pytest.mark.parametrize("plan", ["fused", "apart", "auto"])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_parity(kind, plan, training, dtype):
-    """Every kind of block, with every convolution fused and with the default plans."""
+    """Every kind of block, with every convolution fused, both gradients of a 1x1 by one kernel or by two, and with the default plans."""
+    if plan == "apart" and not (training and kind.startswith(("bottleneck", "dense block", "densenet"))):
+        pytest.skip("has no 1x1 whose gradients one kernel makes")
     build, shape = BLOCKS[kind]
     # eager's own float32 without TF32: the rule compares IEEE float32
     with use_plan(plan), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -199,7 +211,8 @@ def test_precompile():
 
 def _compiled() -> int:
     """How many variants of all kernels this process holds."""
-    modules = (batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, pool, reduce)
+    convolutions = (conv_dgrad, conv_forward, conv_pointwise_backward, conv_wgrad)
+    modules = (batchnorm, *convolutions, elementwise, pool, reduce)
     kernels = [v for module in modules for v in vars(module).values() if isinstance(v, triton.JITFunction)]
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
@@ -207,7 +220,7 @@ def _compiled() -> int:
 HUGE = 2**31
 
 
-@pytest.mark.parametrize("what", ["addition", "convolution 1x1", "convolution 3x3"])
+@pytest.mark.parametrize("what", ["addition", "convolution 1x1", "convolution 1x1 apart", "convolution 3x3"])
 def test_more_than_two_to_the_31_elements(what):
     """The last images of a map whose offsets need 64 bits are those of the same images alone."""
     channels, size = 256, 64
@@ -229,15 +242,15 @@ def test_more_than_two_to_the_31_elements(what):
         # the mean of all the images: of as many independent values, nearly that of a few
         torch.testing.assert_close(stats[0], y[-8:].float().mean((0, 2, 3)), rtol=0.1, atol=0.1)
         return
-    kernel = int(what[-1])
+    kernel = 3 if "3x3" in what else 1
     geometry = Geometry((1, 1), (kernel // 2,) * 2, (1, 1), 1)
     weight = torch.randn(channels, channels, kernel, kernel, dtype=torch.bfloat16, device="cuda") / 16
     x, few = x._replace(act="relu"), few._replace(act="relu")
-    with use_plan("fused"):
+    with use_plan("apart" if "apart" in what else "fused"):
         y = BACKEND.conv_forward(x, weight, None, geometry, Epilogue(stats=stats))
         torch.testing.assert_close(y[-8:], BACKEND.conv_forward(few, weight, None, geometry))
         dx, dw = BACKEND.conv_backward(LazyGrad(y, y, coeff), x, weight, geometry, GradTarget(sums=sums))
         last = LazyGrad(y[-8:], y[-8:], coeff)
-        small, _ = BACKEND.conv_backward(last, few, weight, geometry, GradTarget(sums=sums.clone()), False)
+        small, _ = BACKEND.conv_backward(last, few, weight, geometry, GradTarget(sums=sums.clone()))
     torch.testing.assert_close(dx[-8:], small)
     assert dw.isfinite().all()

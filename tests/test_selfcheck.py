@@ -20,7 +20,7 @@ from triton.runtime.errors import PTXASError  # noqa: E402
 from fusedres import first_use  # noqa: E402
 from fusedres.__main__ import main  # noqa: E402
 from fusedres.backends.triton import TritonBackend  # noqa: E402
-from fusedres.kernels import conv_dgrad, conv_forward, conv_wgrad, tiles  # noqa: E402
+from fusedres.kernels import conv_dgrad, conv_forward, conv_pointwise_backward, conv_wgrad, tiles  # noqa: E402
 from fusedres.kernels.launch import INTERPRETED  # noqa: E402
 from fusedres.tuning import plans, selfcheck  # noqa: E402
 from fusedres.tuning.convolutions import Draw  # noqa: E402
@@ -31,11 +31,13 @@ KERNELS = {
     "forward": (conv_forward, "conv_forward"),
     "dgrad": (conv_dgrad, "conv_dgrad"),
     "wgrad": (conv_wgrad, "conv_wgrad"),
+    "backward": (conv_pointwise_backward, "conv_pointwise_backward"),
 }
 FEATURES = {
     "forward": ("scale_shift", "relu", "stats"),
     "dgrad": ("coeff", "raw", "scale_shift", "relu", "scaled", "sums"),
     "wgrad": ("coeff", "raw", "scale_shift", "relu"),
+    "backward": ("both", "coeff", "raw", "scale_shift", "relu", "scaled", "sums"),
 }
 each_op = pytest.mark.parametrize("op", KERNELS)
 
@@ -43,6 +45,8 @@ each_op = pytest.mark.parametrize("op", KERNELS)
 def problem(op: str, dtype: str = "float32", **changes) -> Problem:
     geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
     values = {"x": (2, 8, 7, 6), "x_pitch": 8, "y_pitch": 16, "weight": (16, 8, 3, 3), "features": FEATURES[op]}
+    if op == "backward":
+        values["weight"], geometry["padding"] = (16, 8, 1, 1), (0, 0)
     return Problem(op, dtype, **(values | geometry | changes))
 
 
@@ -73,14 +77,15 @@ PROBLEMS = {
 }
 
 
-@each_op
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("op", "name", "dtype"),
     [
         # dtypes take turns
-        pytest.param(name, dtype, marks=[] if turn % 2 == i else [pytest.mark.slow])
+        pytest.param(op, name, dtype, marks=[] if turn % 2 == i else [pytest.mark.slow])
+        for op in KERNELS
         for turn, name in enumerate(PROBLEMS)
         for i, dtype in enumerate(("float32", "bfloat16"))
+        if op != "backward" or name in ("1x1", "slices")
     ],
 )
 def test_right_kernels_pass(op, name, dtype):
@@ -105,6 +110,8 @@ OTHERS = {
     ("dgrad", "adds"): ("coeff", "raw", "scale_shift", "relu", "base", "sums"),
     ("dgrad", "plain"): (),
     ("wgrad", "plain"): (),
+    ("backward", "accumulates"): ("both", "coeff", "raw", "scale_shift", "relu", "accumulate", "scaled", "sums"),
+    ("backward", "plain"): ("both",),
 }
 
 
@@ -115,8 +122,9 @@ def test_right_kernels_pass_whatever_they_are_asked_for(op, features):
 
 
 def wrong_result(found):
-    """A single channel is off."""
-    found[:, 3] *= 1.25
+    """A single channel is off; of two gradients that of the weight."""
+    wrong = found[1] if isinstance(found, tuple) else found
+    wrong[:, 3] *= 1.25
     return found
 
 
@@ -128,7 +136,7 @@ def test_a_kernel_whose_result_is_wrong_does_not_pass(op, monkeypatch):
     assert not selfcheck.passes(TritonBackend(), problem(op), config_of(problem(op)), DEVICE)
 
 
-@pytest.mark.parametrize("op, place", [("forward", 4), ("dgrad", 4)])
+@pytest.mark.parametrize("op, place", [("forward", 4), ("dgrad", 4), ("backward", 3)])
 def test_a_kernel_whose_sums_are_wrong_does_not_pass(op, place, monkeypatch):
     module, name = KERNELS[op]
     original = getattr(module, name)
@@ -156,17 +164,21 @@ def call(backend: TritonBackend, op: str) -> tuple[torch.Tensor | None, ...]:
     draw = Draw(asked, DEVICE)
     if op == "forward":
         return (backend.conv_forward(*draw.forward()),)
+    return backend.conv_backward(*gradients(draw, op))
+
+
+def gradients(draw: Draw, op: str) -> tuple:
+    """The arguments of the conv_backward that asks for ``op``."""
     grad, x, weight, geometry, target = draw.backward()
-    return backend.conv_backward(grad, x, weight, geometry, target if op == "dgrad" else None, op == "wgrad")
+    return grad, x, weight, geometry, None if op == "wgrad" else target, op != "dgrad"
 
 
 def routes(backend: TritonBackend, op: str) -> str:
     draw = Draw(problem(op), DEVICE)
     if op == "forward":
         return backend.routes("conv_forward", *draw.forward())[op]
-    grad, x, weight, geometry, target = draw.backward()
-    given = (grad, x, weight, geometry, target if op == "dgrad" else None, op == "wgrad")
-    return backend.routes("conv_backward", *given)[op]
+    chosen = backend.backward_plans(*gradients(draw, op))
+    return "fused" if op in chosen and chosen[op].fused else "library"
 
 
 @each_op

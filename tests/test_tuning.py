@@ -266,6 +266,36 @@ def test_tune(cache):
         assert [row.problem.op for row in fusedres.tune(model.eval(), x, measure=measure)] == ["forward"]
 
 
+@pytest.mark.parametrize("spent", [4.0, 5.0], ids=["faster", "slower"])
+def test_one_kernel_for_both_gradients_is_measured_against_the_best_of_two(spent):
+    """Which are 2.5 of the library's dgrad and 2 of our wgrad here; what was found is what runs."""
+    seconds = {"conv_forward": 1.0, "conv_dgrad": 3.0, "conv_wgrad": 2.0, "conv_pointwise_backward": spent}
+
+    def measure(call) -> float:
+        ours = [seconds[name] for name in kernels_of(call) if name in seconds]
+        # by the library both are one call, too slow to be taken together
+        return sum(ours) or (9.0 if len(results_of(call)) > 1 else 2.5)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    model = fusedres.convert(model.to(DEVICE)).train()
+    x = torch.randn(2, 8, 6, 6, device=DEVICE, requires_grad=True)
+    with fusedres.use_backend("triton"):
+        rows = {row.problem.op: row for row in fusedres.tune(model, x, measure=measure)}
+        assert {op: row.plan.fused for op, row in rows.items()} == {
+            "forward": True, "dgrad": False, "wgrad": True, "backward": spent < 4.5,
+        }  # fmt: skip
+        assert rows["backward"].library_seconds == 4.5 and rows["backward"].seconds == min(spent, 4.5)
+        found = kernels_of(lambda: run_step(model, (x,), {}))
+    assert ("conv_pointwise_backward" in found, "conv_wgrad" in found) == (spent < 4.5, spent > 4.5)
+
+
+def results_of(call) -> list[torch.Tensor]:
+    """The gradients that a call of conv_backward gives."""
+    found = call()
+    return [t for t in found if t is not None] if isinstance(found, tuple) else [found]
+
+
 def test_a_configuration_that_fails_is_not_chosen():
     def failing(call) -> float:
         found = kernels_of(call)

@@ -13,82 +13,56 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from triton.compiler.errors import CompilationError
-from triton.runtime import build
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import first_use
 from ..activations import parse
-from ..kernels import batchnorm, conv_dgrad, conv_forward, conv_wgrad, elementwise, highway, launch, requests, tiles
+from ..kernels import (
+    batchnorm,
+    conv_dgrad,
+    conv_forward,
+    conv_pointwise_backward,
+    conv_wgrad,
+    elementwise,
+    highway,
+    launch,
+    requests,
+    tiles,
+)
 from ..kernels import pool as pooling
-from ..kernels.launch import INTERPRETED, arch_of, target_device
+from ..kernels.launch import INTERPRETED, arch_of, build_fault, target_device
 from ..kernels.reduce import Reduction
 from ..kernels.tiles import ConvConfig
 from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
 from ..tuning import estimate, plans, selfcheck
-from ..tuning.convolutions import TritonTuner, backward_problem, forward_problem, has_fused_form, operands
+from ..tuning.convolutions import (
+    BOTH,
+    TritonTuner,
+    backward_problem,
+    forward_problem,
+    has_fused_form,
+    has_one_kernel,
+    operands,
+)
+from ..tuning.override import chosen_plan
+from ..tuning.override import use_plan as use_plan  # where a user finds it
 from ..tuning.plans import FUSED, LIBRARY, Plan, Problem
 from . import library_conv, tape
 from .contract import Backend, without_activation
 
 #: where a primitive reduces to
 Room = Tensor | Reduction
-
-PLANS = {"fused": FUSED, "library": LIBRARY, "auto": None}
-_override: Plan | None = None
+T = TypeVar("T")
 
 #: what Triton raises where a kernel cannot be built, or does not fit this GPU
 BUILD_ERRORS = (CompilationError, OutOfResources, PTXASError)
-
-
-class use_plan:
-    """Choose how convolutions run inside a ``with``: ``"fused"``, ``"library"``, ``"auto"`` (measured plans, else
-    :mod:`fusedres.tuning.estimate`), or one :class:`~fusedres.tuning.plans.Plan` for all. ValueError for another word.
-
-    For the whole process, as use_backend: autograd runs the backward of CUDA tensors on threads of its own, which a context variable or a
-    thread's own would not reach. Tuning does not use it, so that it changes nothing for a model that trains beside it.
-    """
-
-    def __init__(self, plan: str | Plan) -> None:
-        if isinstance(plan, str) and plan not in PLANS:
-            raise ValueError(f"unknown plan {plan!r}: expected one of {', '.join(PLANS)}, or a Plan")
-        self._chosen = PLANS[plan] if isinstance(plan, str) else plan
-
-    def __enter__(self) -> None:
-        global _override
-        self._previous, _override = _override, self._chosen
-
-    def __exit__(self, *exc: object) -> None:
-        global _override
-        _override = self._previous
-
-
-_PROBE = """
-#include <Python.h>
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "launcherprobe", NULL, -1, NULL};
-PyMODINIT_FUNC PyInit_launcherprobe(void) { return PyModule_Create(&module); }
-"""
-
-
-@functools.cache
-def build_fault() -> str | None:
-    """Why Triton cannot build on this machine the C module through which it launches kernels, None where it can.
-
-    Tried once in a process, as Triton does it, so that its first kernel does not fail inside a user's forward. Needs no GPU; Triton keeps
-    the result in its cache.
-    """
-    try:
-        build.compile_module_from_src(_PROBE, "launcherprobe")
-    # no compiler is a RuntimeError, no Python.h the compiler's CalledProcessError, an unwritable cache an OSError
-    except Exception as error:
-        return f"Triton cannot build its launcher here (it needs a C compiler and Python's headers): {error}"
-    return None
 
 
 def _reason(error: BaseException) -> str:
@@ -106,6 +80,11 @@ def _parsed(x: LazyMap) -> Any:
 def _parsed_epilogue(epilogue: Epilogue) -> Any:
     """As :func:`_parsed`."""
     return epilogue._replace(act=parse(epilogue.act))
+
+
+def _otherwise(problem: Problem) -> str:
+    """How it runs where not by its kernel."""
+    return "gradient by gradient" if problem.op == "backward" else "by the library"
 
 
 def _launcher() -> tape.Launcher:
@@ -144,10 +123,8 @@ class TritonBackend(Backend):
     # ---- convolutions ------------------------------------------------------------------------------------------------
 
     def _plan(self, problem: Callable[[], Problem], device: torch.device) -> Plan:
-        """The plan for a problem: overridden, else what has taken a failed kernel's place, else measured, else estimated. Under
+        """The plan for a problem where none is overridden: what has taken a failed kernel's place, else measured, else estimated. Under
         interpretation the fused kernel where nothing else is said, since that is what is to be tested."""
-        if _override is not None:
-            return _override
         measured = plans.table(target_device(device))
         if INTERPRETED and not measured and not self._fallen:
             return FUSED
@@ -171,7 +148,7 @@ class TritonBackend(Backend):
         if found == selfcheck.RIGHT:
             return True
         self._fallen[problem] = LIBRARY
-        self._say(problem, f"{found} on this GPU", "which runs by the library")
+        self._say(problem, f"{found} on this GPU", f"which runs {_otherwise(problem)}")
         return False
 
     def checks(self, device: torch.device) -> bool:
@@ -195,26 +172,37 @@ class TritonBackend(Backend):
         self, x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue
     ) -> Plan:
         """How such a call of :meth:`conv_forward` runs. ValueError where :class:`use_plan` gives a tile to what has no fused form."""
+        override = chosen_plan()
         if not has_fused_form(epilogue):
-            if _override is not None and _override.config is not None:
+            if override is not None and override.plan.config is not None:
                 raise ValueError(
                     "use_plan gives a tile to a convolution that runs by the library: statistics of a sum have no kernel"
                 )
             return LIBRARY
+        if override is not None:
+            return override.plan
         return self._plan(lambda: forward_problem(x, weight, bias, geometry, epilogue), x.raw.device)
 
     def backward_plans(
         self, grad: LazyGrad, x: LazyMap, weight: Tensor, geometry: Geometry, target: GradTarget | None, need_dw: bool
     ) -> dict[str, Plan]:
-        """How such a call of :meth:`conv_backward` runs: by ``"dgrad"`` and ``"wgrad"``, those that are needed."""
-        needed = (("dgrad", target is not None), ("wgrad", need_dw))
-        return {
-            op: self._plan(
-                functools.partial(backward_problem, op, grad, x, weight, geometry, target, need_dw), x.raw.device
+        """How such a call of :meth:`conv_backward` runs: by ``"dgrad"`` and ``"wgrad"``, those that are needed; or by ``"backward"`` alone,
+        which is both by one kernel."""
+        device, override = x.raw.device, chosen_plan()
+
+        def plan(op: str) -> Plan:
+            if override is not None:
+                return override.both if op == "backward" else override.plan
+            return self._plan(
+                functools.partial(backward_problem, op, grad, x, weight, geometry, target, need_dw), device
             )
-            for op, need in needed
-            if need
-        }
+
+        if has_one_kernel(x, weight, geometry, target, need_dw, arch_of(device)):
+            both = plan("backward")
+            if both.fused:
+                return {"backward": both}
+        needed = (("dgrad", target is not None), ("wgrad", need_dw))
+        return {op: plan(op) for op, need in needed if need}
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         """See the contract."""
@@ -222,6 +210,8 @@ class TritonBackend(Backend):
             chosen = {"forward": self.forward_plan(**operands(primitive, *args, **kwargs))}
         elif primitive == "conv_backward":
             chosen = self.backward_plans(**operands(primitive, *args, **kwargs))
+            if "backward" in chosen:
+                chosen = dict.fromkeys(BOTH, chosen["backward"])
         else:
             chosen = {}
         return {op: "fused" if plan.fused else "library" for op, plan in chosen.items()}
@@ -231,7 +221,7 @@ class TritonBackend(Backend):
     ) -> Tensor:
         """See the contract."""
         plan = self.forward_plan(x, weight, bias, geometry, epilogue)
-        return self.forward_by(plan, x, weight, bias, geometry, epilogue, strict=_override is not None)
+        return self.forward_by(plan, x, weight, bias, geometry, epilogue, strict=chosen_plan() is not None)
 
     def forward_by(
         self,
@@ -271,7 +261,7 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None]:
         """See the contract."""
         chosen = self.backward_plans(grad, x, weight, geometry, target, need_dw)
-        return self.backward_by(chosen, grad, x, weight, geometry, target, need_dw, strict=_override is not None)
+        return self.backward_by(chosen, grad, x, weight, geometry, target, need_dw, strict=chosen_plan() is not None)
 
     def backward_by(
         self,
@@ -285,14 +275,26 @@ class TritonBackend(Backend):
         *,
         strict: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """:meth:`conv_backward` by the plans of ``"dgrad"`` and ``"wgrad"``, of those that are needed. A kernel that cannot be built raises
-        if ``strict``, else a smaller tile or the library takes its place."""
+        """:meth:`conv_backward` by the plans of ``"dgrad"`` and ``"wgrad"``, of those that are needed, or of ``"backward"`` alone. A kernel
+        that cannot be built raises if ``strict``, else a smaller tile or the library takes its place, and of one for both gradients the
+        plans of each."""
 
         def problem(op: str) -> Callable[[], Problem]:
             return functools.partial(backward_problem, op, grad, x, weight, geometry, target, need_dw)
 
         dx = dweight = None
         parsed = _parsed(x)
+        if target is not None and "backward" in chosen:
+            both = self._attempt(
+                strict,
+                x.raw.device,
+                chosen["backward"].config,
+                lambda config: conv_pointwise_backward.conv_pointwise_backward(grad, parsed, weight, target, config),
+                problem("backward"),
+            )
+            if both is not None:
+                return both
+            chosen = self.backward_plans(grad, x, weight, geometry, target, need_dw)
         if need_dw and chosen["wgrad"].fused:
             dweight = self._attempt(
                 strict,
@@ -326,11 +328,11 @@ class TritonBackend(Backend):
         strict: bool,
         device: torch.device,
         config: ConvConfig | None,
-        run: Callable[[ConvConfig | None], Tensor],
+        run: Callable[[ConvConfig | None], T],
         problem: Callable[[], Problem],
-    ) -> Tensor | None:
+    ) -> T | None:
         """``run(config)``. Where that kernel cannot be built, and unless ``strict``, the result of the nearest smaller tile that fits this
-        GPU, or None where the library is to take its place: that is remembered and said once."""
+        GPU, or None where something else is to take its place: that is remembered and said once."""
         try:
             return run(config)
         except BUILD_ERRORS as error:
@@ -350,7 +352,7 @@ class TritonBackend(Backend):
         self._fallen[failed] = plan
         if not plan.fused and self.checks(device):
             self._checker.note(failed, Plan(True, config), device, f"cannot be built: {_reason(reason)}")
-        instead = "by the library" if plan.config is None else f"in a tile of {plan.config}"
+        instead = _otherwise(failed) if plan.config is None else f"in a tile of {plan.config}"
         self._say(failed, "cannot be built here", f"which runs {instead}", _reason(reason))
         return result
 
@@ -468,7 +470,7 @@ class TritonBackend(Backend):
             return schedule()
         # everything that decides how the maps' convolutions run
         settings = (
-            self.name, x.device, _override, plans.edition, launch.edition, len(self._fallen), launch.product_precision(x.dtype)
+            self.name, x.device, chosen_plan(), plans.edition, launch.edition, len(self._fallen), launch.product_precision(x.dtype)
         )  # fmt: skip
         return tape.run(
             memo, (which, settings, *map(tape.measures, maps)), (*maps, *tensors), schedule, _launcher(), stream

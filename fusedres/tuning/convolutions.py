@@ -78,6 +78,21 @@ def has_fused_form(epilogue: Epilogue) -> bool:
     return epilogue.stats is None or epilogue.residual is None
 
 
+def has_one_kernel(
+    x: LazyMap, weight: Tensor, geometry: Geometry, target: GradTarget | None, need_dw: bool, arch: tiles.Arch
+) -> bool:
+    """Whether one kernel can make what a call of ``conv_backward`` asks for: both gradients of a dense 1x1 of stride 1."""
+    dtype = x.raw.dtype
+    return (
+        target is not None
+        and need_dw
+        and weight.shape[0] * x.raw.shape[1] == weight.numel()  # one tap, one group
+        and max(geometry.stride) == 1
+        and not any(geometry.padding)
+        and tiles.has_both(weight.shape[0], dtype == torch.float32 and product_precision(dtype) == "ieee", arch)
+    )
+
+
 def forward_problem(x: LazyMap, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Epilogue) -> Problem:
     """A call of ``conv_forward`` as a key of plans."""
     raw, residual = x.raw, epilogue.residual
@@ -100,7 +115,7 @@ def backward_problem(
     target: GradTarget | None,
     need_dw: bool,
 ) -> Problem:
-    """The ``op`` (dgrad or wgrad) of a call of ``conv_backward`` as a key of plans."""
+    """The ``op`` (dgrad, wgrad or backward) of a call of ``conv_backward`` as a key of plans."""
     raw, goal = x.raw, FRESH if target is None else target
     features = (
         ("both", target is not None and need_dw), ("coeff", grad.coeff is not None),
@@ -127,7 +142,11 @@ class TritonTuner:
             return []
         given = operands(primitive, *args, **kwargs)
         if primitive == "conv_backward":
-            needed = (("dgrad", given["target"] is not None), ("wgrad", given["need_dw"]))
+            x, weight, geometry, target, need_dw = (
+                given[name] for name in ("x", "weight", "geometry", "target", "need_dw")
+            )
+            one = has_one_kernel(x, weight, geometry, target, need_dw, arch_of(x.raw.device))
+            needed = (("dgrad", target is not None), ("wgrad", need_dw), ("backward", one))
             return [backward_problem(op, **given) for op, need in needed if need]
         return [forward_problem(**given)] if has_fused_form(given["epilogue"]) else []
 
@@ -154,14 +173,24 @@ class TritonTuner:
 
     def call(self, problem: Problem, needed: Collection[str], plan: Plan, device: torch.device) -> Callable[[], object]:
         """A call that solves the problem by ``plan``, on random operands of its sizes and pitches on ``device``; of a convolution's two
-        gradients those that are ``needed`` (dgrad, wgrad). It raises where a kernel cannot be built."""
+        gradients those that are ``needed`` (dgrad, wgrad; backward is both). It raises where a kernel cannot be built."""
         draw = Draw(problem, device)
         if problem.op == "forward":
             arguments = draw.forward()
             return lambda: self._backend.forward_by(plan, *arguments)
         grad, x, weight, geometry, target = draw.backward()
-        goal, need_dw, chosen = target if "dgrad" in needed else None, "wgrad" in needed, dict.fromkeys(needed, plan)
+        gradients = BOTH if "backward" in needed else needed
+        goal, need_dw, chosen = target if "dgrad" in gradients else None, "wgrad" in gradients, by(plan, needed)
         return lambda: self._backend.backward_by(chosen, grad, x, weight, geometry, goal, need_dw)
+
+
+#: the two gradients of a convolution
+BOTH = ("dgrad", "wgrad")
+
+
+def by(plan: Plan, needed: Collection[str]) -> dict[str, Plan]:
+    """The plans that make of ``needed`` what ``plan`` says: of backward both gradients, where that is not one kernel."""
+    return dict.fromkeys(BOTH if "backward" in needed and not plan.fused else needed, plan)
 
 
 def _activation(features: Collection[str], prefix: str = "") -> str:

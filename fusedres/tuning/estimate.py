@@ -2,8 +2,9 @@
 
 A convolution by the library is surrounded by passes, whose bytes and launches the fused kernel saves; the fused kernel's product is slower,
 because it issues more instructions between two matrix instructions. Both times follow from the bytes and FLOPs of the problem, what the
-GPU's vendor says of its memory and its matrix units, and three shares that were read from the loops of compiled kernels. It prefers not to
-lose: fused only where that is faster by a margin. Measured plans (:func:`fusedres.tune`) take its place.
+GPU's vendor says of its memory and its matrix units, and shares that were read from the loops of compiled kernels. It prefers not to
+lose: fused only where that is faster by a margin. One kernel for both gradients of a 1x1 reads once what two read twice, and is taken
+where it is faster than the best of all other ways. Measured plans (:func:`fusedres.tune`) take its place.
 """
 
 # fusedres.kernels is the folder kernels/, which setup.py says and a type checker does not see
@@ -16,7 +17,7 @@ import math
 from typing import NamedTuple
 
 from ..activations import KINDS
-from ..kernels.tiles import DEFAULT_ARCH, Arch
+from ..kernels.tiles import DEFAULT_ARCH, GATHERED, Arch, cdiv
 from .plans import Problem
 
 
@@ -47,7 +48,11 @@ SPEEDS = {
 LIBRARY_SHARE, FUSED_SHARE = 0.7, 0.5
 # what the kernels' loops can reach on sm_90, by the instructions that they issue for one matrix instruction; matrix units that are slower
 # in relation to the issue of instructions leave more time for these
-ISSUE_SHARES = {"forward": 0.5, "dgrad": 0.27, "wgrad": 0.27}
+ISSUE_SHARES = {"forward": 0.5, "dgrad": 0.27, "wgrad": 0.27, "backward": 0.38}
+#: outputs below which the kernel of both gradients reaches less: what it issues for a pixel's input is the same for few outputs
+FEW_OUTPUTS = 128
+#: how much faster than memory a cache is, from which that kernel reads the gradient again for each tile of columns
+CACHE = 1.6
 ISSUED_BESIDE = SPEEDS["sm_90"].per_cycle
 #: how much of the shorter one of loads and products is not hidden behind the longer one, in a fused kernel
 EXPOSED = 0.5
@@ -99,14 +104,34 @@ def costs(problem: Problem) -> Costs:
         behind = 2 * y + added if not has.isdisjoint(_EPILOGUES) else y if "stats" in has else 0
         library = Cost(x + y, materialised + behind, 1 + (materialised > 0) + (behind > 0))
         return Costs(Cost(x + y + added, 0, 1), library, 0)
-    read = y * (2 if "raw" in has else 1)
+    read = _gradient(problem, y)
     correction = read + y if "coeff" in has else 0
+    weight = Cost(y + x, materialised, 1 + (materialised > 0))
     if problem.op == "wgrad":
-        return Costs(Cost(read + x, 0, 1), Cost(y + x, materialised, 1 + (materialised > 0)), correction)
+        return Costs(Cost(read + x, 0, 1), weight, correction)
     below = x if pending or "sums" in has else 0
     old = x if has & {"base", "accumulate"} else 0
     behind = 2 * x + below + old if below or old or "scaled" in has else 0
-    return Costs(Cost(read + x + below + old, 0, 1), Cost(y + x, behind, 1 + (behind > 0)), correction)
+    library = Cost(y + x, behind, 1 + (behind > 0))
+    if problem.op == "backward":
+        library = Cost(*map(sum, zip(weight, library, strict=True)))
+        return Costs(Cost(read + x + x + old, 0, 1), library, correction)
+    return Costs(Cost(read + x + below + old, 0, 1), library, correction)
+
+
+def _gradient(problem: Problem, y: int) -> int:
+    """The bytes of a convolution's gradient, whose output's are ``y``."""
+    return y * (2 if "raw" in problem.features else 1)
+
+
+def _asked(problem: Problem, fused: Cost) -> int:
+    """The bytes that programs ask for, from memory or from a cache."""
+    if problem.op != "backward":
+        return fused.bytes
+    outputs, channels, *_ = problem.weight
+    columns = cdiv(channels, GATHERED // max(FEW_OUTPUTS, outputs))
+    y = 2 * problem.x[0] * outputs * math.prod(problem.out_size)
+    return fused.bytes + (columns - 1) * _gradient(problem, y)
 
 
 def seconds(problem: Problem, arch: Arch) -> Seconds:
@@ -114,9 +139,11 @@ def seconds(problem: Problem, arch: Arch) -> Seconds:
     speed = SPEEDS.get(arch.family, SPEEDS[DEFAULT_ARCH.family])
     fused, library, correction = costs(problem)
     rows = problem.x[0] * math.prod(problem.out_size)
-    flops = 2 * rows * math.prod(problem.weight)
-    share = min(FUSED_SHARE, ISSUE_SHARES[problem.op] * ISSUED_BESIDE / speed.per_cycle)
-    loads, products = fused.bytes / speed.bandwidth, flops / (share * speed.products)
+    flops = (4 if problem.op == "backward" else 2) * rows * math.prod(problem.weight)
+    narrow = min(1.0, problem.weight[0] / FEW_OUTPUTS) if problem.op == "backward" else 1.0
+    share = min(FUSED_SHARE, narrow * ISSUE_SHARES[problem.op] * ISSUED_BESIDE / speed.per_cycle)
+    loads = max(fused.bytes, _asked(problem, fused) / CACHE) / speed.bandwidth
+    products = flops / (share * speed.products)
     convolution = max(library.bytes / speed.bandwidth, flops / (LIBRARY_SHARE * speed.products))
     return Seconds(
         max(loads, products) + EXPOSED * min(loads, products) + LAUNCH * fused.kernels,
@@ -137,19 +164,21 @@ def has_wide_accesses(problem: Problem) -> bool:
     )
 
 
-def _fastest(gradients: tuple[Seconds, ...]) -> tuple[bool, ...]:
-    """Which of these are fused where all of them together take least: the library's share one correction."""
+def _fastest(gradients: tuple[Seconds, ...]) -> tuple[tuple[bool, ...], float]:
+    """Which of these are fused where all of them together take least, and how long that is: the library's share one correction."""
 
     def total(fused: tuple[bool, ...]) -> float:
         each = [MARGIN * g.fused if f else g.library for g, f in zip(gradients, fused, strict=True)]
         return sum(each) + (0.0 if all(fused) else max(g.correction for g in gradients))
 
-    return min(itertools.product((False, True), repeat=len(gradients)), key=total)
+    best = min(itertools.product((False, True), repeat=len(gradients)), key=total)
+    return best, total(best)
 
 
 @functools.lru_cache(4096)
 def is_fused(problem: Problem, arch: Arch) -> bool:
-    """Whether the fused kernel is the default; of a convolution's two gradients (feature ``both``) in view of the other one.
+    """Whether the fused kernel is the default; of a convolution's two gradients (feature ``both``) in view of the other one, and of one
+    kernel for both in view of two.
 
     Convolutions of several taps, strided, grouped, unaligned and float32 ones are the library's, whatever the model says: their loops are
     further from what it assumes.
@@ -158,6 +187,8 @@ def is_fused(problem: Problem, arch: Arch) -> bool:
         return False
     if "both" in problem.features:
         ops = ("dgrad", "wgrad")
-        chosen = _fastest(tuple(seconds(problem._replace(op=op), arch) for op in ops))
+        chosen, total = _fastest(tuple(seconds(problem._replace(op=op), arch) for op in ops))
+        if problem.op == "backward":
+            return MARGIN * seconds(problem, arch).fused < total
         return chosen[ops.index(problem.op)]
-    return _fastest((seconds(problem, arch),))[0]
+    return _fastest((seconds(problem, arch),))[0][0]

@@ -35,11 +35,12 @@ except ImportError:  # on Windows, where of two processes that write at once the
     fcntl = None
 
 #: of the files: raised with every change of what they hold
-FORMAT = 2
+FORMAT = 3
 
 
 class Problem(NamedTuple):
-    """One convolution as far as its speed goes: ``op`` is forward, dgrad or wgrad; ``features`` names what is fused."""
+    """One convolution as far as its speed goes: ``op`` is forward, dgrad, wgrad, or backward, which is both gradients by one kernel;
+    ``features`` names what is fused."""
 
     op: str
     dtype: str
@@ -83,7 +84,8 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The fused kernel, in tiles of ``config`` or its default ones, or the library's convolution between passes.
+    """The fused kernel, in tiles of ``config`` or its default ones, or the library's convolution between passes; in the place of both
+    gradients by one kernel, each by a plan of its own.
 
     ValueError for a tile of what the library runs: there it would change nothing.
     """

@@ -28,7 +28,7 @@ from ..kernels.tiles import ConvConfig, conv_config
 from ..operands import Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry
 from . import plans
-from .convolutions import Draw
+from .convolutions import BOTH, Draw, by
 from .plans import LIBRARY, Plan, Problem
 
 if TYPE_CHECKING:
@@ -94,16 +94,17 @@ def _forward(backend: TritonBackend, plan: Plan | None, arguments: Forward) -> l
 
 
 def _backward(backend: TritonBackend, plan: Plan | None, op: str, arguments: Backward) -> list[Tensor]:
-    """As :func:`_forward`, of one gradient."""
+    """As :func:`_forward`, of one gradient, or of both by one kernel."""
     if plan is None:
         arguments = tree_map_only(Tensor, Tensor.double, arguments)
     grad, x, weight, geometry, target = arguments
-    goal, need_dw = (target, False) if op == "dgrad" else (None, True)
+    needed = BOTH if op == "backward" else (op,)
+    goal, need_dw = target if "dgrad" in needed else None, "wgrad" in needed
     if plan is None:
         dx, dweight = EAGER.conv_backward(grad, x, weight, geometry, goal, need_dw)
     else:
-        dx, dweight = backend.backward_by({op: plan}, grad, x, weight, geometry, goal, need_dw)
-    sums = target.sums if op == "dgrad" else None
+        dx, dweight = backend.backward_by(by(plan, (op,)), grad, x, weight, geometry, goal, need_dw)
+    sums = None if goal is None else target.sums
     return [t for t in (dx, dweight, sums) if isinstance(t, Tensor)]
 
 

@@ -22,7 +22,8 @@ Measure = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """One convolution: the chosen plan, its seconds, and those of the library's convolution with its passes."""
+    """One convolution: the chosen plan, its seconds, and those of the library's convolution with its passes. Of one kernel for both
+    gradients: those of its own, or of the two plans of one each."""
 
     problem: Problem
     plan: Plan
@@ -155,23 +156,29 @@ def _groups(problems: Iterable[Problem]) -> list[list[Problem]]:
 
 
 def _tune_group(group: list[Problem], tuner: Tuner, device: torch.device, measure: Measure) -> list[Tuned]:
-    """The faster way for each problem; two gradients that both go to the library share a call and its passes."""
+    """The faster way for each problem; two gradients that both go to the library share a call and its passes. One kernel for both gradients
+    is compared with the faster way of all others."""
 
     def seconds(problem: Problem, plan: Plan, needed: Iterable[Problem]) -> float:
         return _seconds(tuner, problem, {p.op for p in needed}, plan, device, measure)
 
-    library = {p: seconds(p, LIBRARY, [p]) for p in group}
-    best: dict[Problem, tuple[Plan, float]] = {}
-    for problem in group:
+    def faster(problem: Problem, otherwise: float) -> tuple[Plan, float]:
         tried = {plan: seconds(problem, plan, [problem]) for plan in tuner.candidates(problem, device)}
-        best[problem] = min(tried.items(), key=lambda item: item[1])
-    chosen = {p: best[p] if best[p][1] < library[p] else (LIBRARY, library[p]) for p in group}
-    if len(group) > 1:
-        together = seconds(group[0], LIBRARY, group)
+        plan, spent = min(tried.items(), key=lambda item: item[1])
+        return (plan, spent) if spent < otherwise else (LIBRARY, otherwise)
+
+    one, alone = ([p for p in group if (p.op == "backward") == both] for both in (True, False))
+    library = {p: seconds(p, LIBRARY, [p]) for p in alone}
+    chosen = {p: faster(p, library[p]) for p in alone}
+    if len(alone) > 1:
+        together = seconds(alone[0], LIBRARY, alone)
         if together <= sum(spent for _, spent in chosen.values()):
             share = together / sum(library.values())
             library = {p: spent * share for p, spent in library.items()}
-            chosen = {p: (LIBRARY, library[p]) for p in group}
+            chosen = {p: (LIBRARY, library[p]) for p in alone}
+    for problem in one:
+        library[problem] = sum(spent for _, spent in chosen.values())
+        chosen[problem] = faster(problem, library[problem])
     return [Tuned(p, *chosen[p], library[p]) for p in group]
 
 

@@ -32,8 +32,8 @@ from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
 from fusedres.kernels import elementwise, launch, requests  # noqa: E402
 from fusedres.kernels.launch import Prepared, forget  # noqa: E402
 from fusedres.kernels.layout import form_of  # noqa: E402
-from fusedres.operands import LazyMap  # noqa: E402
-from fusedres.specs import Norm  # noqa: E402
+from fusedres.operands import GradTarget, LazyMap  # noqa: E402
+from fusedres.specs import Geometry, Norm  # noqa: E402
 
 seen: list[tuple] = []
 
@@ -87,6 +87,10 @@ def everything(backend, draw: Draw) -> None:
         0.1,
         1e-5,
         "relu",
+    )
+    point, target = Geometry((1, 1), (0, 0), (1, 1), 1), GradTarget(sums=draw.room(2, 8))
+    backend.conv_backward(
+        draw.gradient(2, 16, 5, 4), draw.lazy(2, 8, 5, 4, act="relu"), draw.weight(16, 8, 1, 1), point, target
     )
     stats, sums, x = backend.new_reduction(8, draw.map(2, 8, 3, 3)), draw.room(2, 8), draw.map(2, 8, 3, 3)
     backend.statistics(x, stats)

@@ -69,8 +69,26 @@ def test_what_is_no_tile_is_refused(values):
 
 
 def test_an_unknown_kernel_has_no_tiles():
-    with pytest.raises(ValueError, match="forward, dgrad or wgrad"):
+    with pytest.raises(ValueError, match="forward, dgrad, wgrad, or backward of one tap"):
+        tiles.row("sideways", 1, H100)
+    with pytest.raises(ValueError, match="backward of one tap"):
         tiles.row("backward", 9, H100)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.family)
+def test_a_tile_of_both_gradients_holds_all_outputs_and_fits(arch):
+    """In registers and in shared memory, whatever it holds; of more outputs than that, and where there are too few registers, none."""
+    for outputs in (6, 64, 96, 128, 256):
+        assert tiles.has_both(outputs, False, arch) and tiles.has_both(outputs, True, arch) == (outputs <= 64)
+        for size in (ConvSize(10**6, c, outputs, 1, itemsize, True) for c in (5, 64, 1000) for itemsize in (2, 4)):
+            default = tiles.conv_config("backward", size, arch)
+            for tile in (default, *tiles.conv_candidates("backward", size, arch)):
+                assert tiles.check("backward", 1, arch, tile) is tile and tile.BLOCK_K >= outputs
+                assert tile.BLOCK_N * tile.BLOCK_K <= 32 * tile.num_warps * tiles.REGISTERS
+                step = (2 * tile.BLOCK_K + tile.BLOCK_N) * tile.BLOCK_M * size.itemsize
+                assert (tile.num_stages - 1) * step <= arch.shared
+            assert default.BLOCK_N * default.BLOCK_K <= tiles.GATHERED
+    assert not tiles.has_both(257, False, arch) and not tiles.has_both(64, False, Arch("gfx1100", 64 * 1024, 32))
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,8 @@ def test_a_row_for_a_gpu_is_what_its_launches_use(monkeypatch):
 
 
 @quick_in(torch.float32)
-def test_many_pixels_are_split(dtype):
+@pytest.mark.parametrize("plan", ["fused", "apart"])
+def test_many_pixels_are_split(plan, dtype):
     """Enough pixels for several tiles of statistics and several splits of the weight's gradient."""
     shape = (2, 5, 18, 19)
 
@@ -146,10 +147,11 @@ def test_many_pixels_are_split(dtype):
         dx, dw = backend.conv_backward(draw.gradient(2, 6, 18, 19), x, weight, POINT, GradTarget(sums=sums))
         return {"y": y, "dx": dx, "dw": dw, **moments(stats, y.numel()), **sums_of(sums)}
 
-    with use_plan("fused"):
+    with use_plan(plan):
         with record() as launches:
             step(BACKEND, config(dtype).draw())
-        wgrad = next(launch for launch in launches if launch.kernel.__name__ == "conv_wgrad_kernel")
+        name = "conv_wgrad_kernel" if plan == "apart" else "conv_pointwise_backward_kernel"
+        wgrad = next(launch for launch in launches if launch.kernel.__name__ == name)
         assert wgrad.grid[1] > 1
         conforms_in_the_median(config(dtype), step)
 
@@ -287,10 +289,17 @@ def test_statistics_of_a_sum_run_by_the_library():
 
 
 @pytest.mark.parametrize(
-    "family, fused", [("sm_80", "forward dgrad wgrad"), ("sm_90", "forward dgrad wgrad"), ("sm_100", "forward")]
+    "family, fused",
+    [
+        ("sm_80", "forward dgrad wgrad"),
+        ("sm_90", "forward dgrad wgrad"),
+        ("sm_100", "forward dgrad wgrad"),
+        ("gfx1100", "forward"),
+    ],
 )
 def test_what_is_not_measured_is_estimated_for_the_gpu(family, fused, monkeypatch):
-    """By :mod:`fusedres.tuning.estimate`: of the calls that a bottleneck's first stage makes; a 3x3 is the library's."""
+    """By :mod:`fusedres.tuning.estimate`: of the calls that a bottleneck's first stage makes, whose gradients may be one kernel's; a 3x3
+    is the library's."""
     monkeypatch.setattr(module, "INTERPRETED", False)
 
     def estimated(kernel: int = 1, geometry: Geometry = POINT) -> str:
@@ -380,8 +389,8 @@ def test_what_is_no_map_is_refused():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU has its own test of this, in test_gpu.py")
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_offsets_beyond_two_to_the_31(kernel, monkeypatch):
+@pytest.mark.parametrize("kernel, plan", [(1, "fused"), (1, "apart"), (3, "fused")])
+def test_offsets_beyond_two_to_the_31(kernel, plan, monkeypatch):
     """Maps whose pixels are 2^22 values apart: untouched pages cost nothing."""
     from triton.runtime import interpreter
 
@@ -405,7 +414,7 @@ def test_offsets_beyond_two_to_the_31(kernel, monkeypatch):
     lazy = LazyMap(x, draw.scale_shift(c), "relu", draw.mean_invstd(c))
     small, small_grad = lazy._replace(raw=compact(x)), LazyGrad(compact(grad), compact(raw), coeff)
     stats, sums, expected_stats, expected_sums = (torch.empty(2, c) for _ in range(4))
-    with use_plan("fused"):
+    with use_plan(plan):
         BACKEND.conv_forward(lazy, weight, None, geometry, Epilogue(out, stats))
         dx, dw = BACKEND.conv_backward(
             LazyGrad(grad, raw, coeff), lazy, weight, geometry, GradTarget(wide(), sums=sums)
