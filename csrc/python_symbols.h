@@ -12,11 +12,15 @@
 #pragma weak PyDict_Next
 #pragma weak PyDict_Size
 #pragma weak PyErr_Clear
+#pragma weak PyErr_Occurred
 #pragma weak PyErr_SetString
+#pragma weak PyExc_MemoryError
 #pragma weak PyExc_TypeError
 #pragma weak PyExc_ValueError
 #pragma weak PyList_Append
 #pragma weak PyList_New
+#pragma weak PyLong_AsVoidPtr
+#pragma weak PyLong_FromLongLong
 #pragma weak PyModule_Create2
 #pragma weak PyObject_GenericGetDict
 #pragma weak PyTuple_GetItem
@@ -25,3 +29,4 @@
 #pragma weak PyType_GetFlags
 #pragma weak PyUnicode_FromString
 #pragma weak _Py_Dealloc
+#pragma weak _Py_NoneStruct

@@ -54,7 +54,7 @@ LAYERS = (
             Room("nn", ("nn",)),
             Room("concat", ("concat",)),
             Room("functional", ("functional",)),
-            Room("serving", ("serving",)),
+            Room("serving", ("serving", "prepack")),
             Room("graphs", ("graphs",)),
             Room("tuning", ("tuning", "tuning.tune", "tuning.precompile", "tuning.step")),
         ),
