@@ -315,7 +315,7 @@ def test_a_block_equals_its_plain_modules(build, shape, backend, dtype, training
 @each(
     INTERPRETED,
     [[("triton", torch.float32), ("triton", torch.float16)]],
-    ("basic", "bottleneck", "conv3x3", "no-gradient-of-norms", "constant-input-basic"),
+    ("basic", "bottleneck", "bottleneck-dilated", "conv3x3", "no-gradient-of-norms", "constant-input-basic"),
 )
 def test_a_block_trains_as_its_plain_modules_on_triton(build, shape, backend, dtype):
     served(backend, dtype)

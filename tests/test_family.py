@@ -308,7 +308,16 @@ def test_the_family_trains_in_other_dtypes(name, dtype):
     compare(*ALL[name], dtype, "cpp")
 
 
-@pytest.mark.parametrize("name", ["basic", "basic-projection", "basic-pooled-projection", "option-a", "row-mixed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "basic",
+        "basic-projection",
+        "basic-pooled-projection",
+        "option-a",
+        pytest.param("row-mixed", marks=pytest.mark.slow),
+    ],
+)
 def test_the_family_trains_on_triton(name):
     served("triton", torch.float32)
     build, (_, channels, *_) = ALL[name]

@@ -211,7 +211,10 @@ class PreActivation(nn.Module):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="every access is watched")
-@pytest.mark.parametrize("name", BLOCKS)
+# a projection's block has everything of the bottleneck
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "bottleneck" else []) for name in BLOCKS]
+)
 def test_no_block_writes_a_gradient_where_another_program_reads(name):
     """Of what autograd passes as gradients, bases and places: whatever they share is no other program's. And the block is right."""
     build, shape = BLOCKS[name]
