@@ -67,16 +67,29 @@ def pytest_collection() -> Iterator[None]:
 
 
 _modules = len(sys.modules)
+#: whether a full collection has run since what there was has last been set aside
+_collected = False
+
+
+def _note_collection(phase: str, info: dict[str, int]) -> None:
+    global _collected
+    _collected = _collected or (phase == "stop" and info["generation"] == 2)
+
+
+gc.callbacks.append(_note_collection)
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_teardown() -> Iterator[None]:
-    """Nor is a large library collected again and again that a test has been the first to import."""
-    global _modules
+    """Nor is what has outlived a full collection, between two tests, gone through again and again: a large library that a test has been
+    the first to import, what compilers keep."""
+    global _modules, _collected
     yield
     if len(sys.modules) > _modules + 200:
         _modules = len(sys.modules)
         gc.collect()
+    if _collected:
+        _collected = False
         gc.freeze()
 
 

@@ -287,7 +287,7 @@ def test_training_steps_do_not_grow_memory():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process' memory from /proc")
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "inference"])
 def test_hundreds_of_steps_do_not_grow_the_process(training):
     model, x = fusedres.convert(small()).train(training), torch.randn(SHAPE)
 
