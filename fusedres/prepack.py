@@ -41,9 +41,9 @@ def prepack(model: Model, keep: bool = True) -> Model:
     Results are the same to the bit. Nothing happens where kernels read weights as they are, as on a GPU.
 
     A change that PyTorch counts (an operation in place, an optimizer's step, ``load_state_dict``) is noticed at the next call, which
-    packs anew. **A write that it does not count is not noticed**: through ``weight.data``, NumPy or another process. Prepack again after
-    one, and after moves that give parameters other memory (``model.to``, ``weight.data = ...``), which end it. A copy of the model is not
-    prepacked.
+    packs anew, as is one of all values, since some of them are looked at. **Another write that it does not count is not noticed**: of a few
+    values through ``weight.data``, NumPy or another process. Prepack again after one, and after moves that give parameters other memory
+    (``model.to``, ``weight.data = ...``), which end it. A copy of the model is not prepacked.
 
     Raises TypeError where ``model`` is no ``nn.Module``, ValueError where nothing in it is converted, or where a weight was made under
     ``torch.inference_mode()``, whose changes PyTorch does not count.

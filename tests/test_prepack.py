@@ -125,13 +125,27 @@ def replaced(model: nn.Module) -> None:
         weight.data = torch.randn_like(weight)
 
 
+def written_uncounted(model: nn.Module) -> None:
+    """As optimizers and averages of weights of long ago do: every value, but in no way that torch counts."""
+    for weight in model.parameters():
+        weight.data.mul_(1.5)
+
+
 def cast_and_back(model: nn.Module) -> None:
     model.double().float()
     in_place(model)
 
 
-@pytest.mark.parametrize("change", [in_place, loaded, trained, replaced, cast_and_back])
-def test_a_change_that_torch_counts_is_noticed(change: Callable[[nn.Module], None]) -> None:
+def written_once_and_prepacked(model: nn.Module) -> None:
+    for weight in model.parameters():
+        weight.data.select(0, 0).fill_(7.0)
+    fusedres.prepack(model)
+
+
+@pytest.mark.parametrize(
+    "change", [in_place, loaded, trained, replaced, cast_and_back, written_uncounted, written_once_and_prepacked]
+)
+def test_a_change_of_weights_is_noticed(change: Callable[[nn.Module], None]) -> None:
     model, x = fusedres.prepack(network()), images(2)
     with torch.no_grad():
         before = model(x)

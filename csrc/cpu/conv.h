@@ -61,7 +61,7 @@ struct ForwardArgsOf {
   const float* residual_shift;
   Activation out_act;
   KeptWeight* kept;  // the place where the weight stays packed; null: nowhere
-  int64_t version;   // of the weight
+  int64_t version;   // of the weight: another one where its values may be others
 };
 
 template <class Value>
