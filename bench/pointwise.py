@@ -67,6 +67,10 @@ def measured(problem: Problem, device: torch.device, repeats: int) -> dict[str, 
     return found
 
 
+def _microseconds(spent: float | None) -> str:
+    return "failed" if spent is None else f"{spent * 1e6:.0f}"
+
+
 def _ratio(a: float | None, b: float | None) -> str:
     return "" if a is None or b is None else f"{a / b:.2f}x"
 
@@ -102,8 +106,8 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(
                 {
                     "model": model, "input": "x".join(map(str, problem.x)), "outputs": str(problem.weight[0]),
-                    "calls": str(found[problem]), **{f"{way}, us": f"{(spent or 0) * 1e6:.0f}" for way, spent in seconds.items()},
-                    "floor, us": f"{floor * 1e6:.0f}", "floor to one kernel": _ratio(floor, seconds["one kernel"]),
+                    "calls": str(found[problem]), **{f"{way}, us": _microseconds(spent) for way, spent in seconds.items()},
+                    "floor, us": _microseconds(floor), "floor to one kernel": _ratio(floor, seconds["one kernel"]),
                     "two kernels to one": _ratio(seconds["two kernels"], seconds["one kernel"]),
                     "library to one": _ratio(seconds["library"], seconds["one kernel"]),
                 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +20,20 @@ def right_and_watched(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with corrected(order="shuffle"), watched():
         yield
+
+
+@pytest.fixture
+def exact_and_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the backend ``triton`` no measured plans, nothing failed before, and no TF32: the rule compares IEEE float32."""
+    from fusedres.backends.triton import BACKEND
+    from fusedres.kernels import launch
+    from fusedres.tuning import plans
+
+    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(BACKEND, "_fallen", {})
+    plans.forget()
+    launch.forget()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    plans.forget()
+    launch.forget()

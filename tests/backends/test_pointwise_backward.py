@@ -42,19 +42,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
 
 
-@pytest.fixture
-def exact_and_unmeasured(tmp_path, monkeypatch):
-    """No measured plans, nothing failed before, and no TF32: the rule compares IEEE float32."""
-    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(BACKEND, "_fallen", {})
-    plans.forget()
-    launch.forget()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-    plans.forget()
-    launch.forget()
-
-
 def conv(n: int, c: int, h: int, w: int, k: int) -> Convolution:
     return Convolution((n, c, h, w), k, (1, 1), POINT)
 
@@ -340,6 +327,7 @@ def test_where_it_cannot_be_built_each_gradient_has_its_kernel(error, monkeypatc
     assert len(said) == 1 and tried[0] is None and (len(tried) > 1) == (error is OutOfResources)
     for results in (found, again):
         for ours, theirs in zip(results, expected, strict=True):
+            # that it is the same gradient; how right it is, the contract's cases say
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     with use_plan("fused"), pytest.raises(error):
         call()

@@ -22,18 +22,20 @@ from fusedres.activations import Activation, parse  # noqa: E402
 from fusedres.backends import eager  # noqa: E402
 from fusedres.backends import triton as module  # noqa: E402
 from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
-from fusedres.kernels import conv_dgrad, conv_forward, conv_wgrad, elementwise, launch, passes, reduce, tiles  # noqa: E402
+from fusedres.kernels import conv_dgrad, conv_forward, conv_wgrad, elementwise, passes, reduce, tiles  # noqa: E402
 from fusedres.kernels.launch import INTERPRETED, record, target_device  # noqa: E402
 from fusedres.kernels.tiles import Arch, ConvConfig, PassConfig  # noqa: E402
 from fusedres.operands import Epilogue, GradTarget, LazyGrad, LazyMap  # noqa: E402
 from fusedres.specs import Geometry, Norm, Pool  # noqa: E402
 from fusedres.testing import assert_parity  # noqa: E402
-from fusedres.tuning import plans  # noqa: E402
 from fusedres.tuning.plans import Plan  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # masked lanes may compute inf - inf, which NumPy reports
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    pytest.mark.usefixtures("exact_and_unmeasured"),
+]
 each_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16], ids=lambda d: str(d).removeprefix("torch.")
 )
@@ -54,19 +56,6 @@ def quick_in(quick: torch.dtype) -> pytest.MarkDecorator:
 
 POINT, THREE = Geometry((1, 1), (0, 0), (1, 1), 1), Geometry((1, 1), (1, 1), (1, 1), 1)
 TILE = ConvConfig(32, 16, 16, 2, 2)
-
-
-@pytest.fixture(autouse=True)
-def exact_and_unmeasured(tmp_path, monkeypatch):
-    """No measured plans, nothing failed before, and no TF32: the rule compares IEEE float32."""
-    monkeypatch.setenv("FUSEDRES_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(BACKEND, "_fallen", {})
-    plans.forget()
-    launch.forget()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-    plans.forget()
-    launch.forget()
 
 
 def config(dtype: torch.dtype = torch.float32) -> Config:
