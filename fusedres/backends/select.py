@@ -128,6 +128,11 @@ class observe:
         _observers.remove(self._wrap)
 
 
+def is_observed() -> bool:
+    """Whether somebody looks at what every block runs on."""
+    return bool(_observers)
+
+
 def load(name: str) -> Backend | str:
     """The backend, or a sentence that says why it cannot be imported. Raises KeyError for an unknown name."""
     if name not in _loaded:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +45,9 @@ MOST_SCHEDULES = 64
 ALIGNMENT = 16
 
 Tensors = Sequence[Tensor | None]
+
+#: of a thread: whether it records
+_recording = threading.local()
 
 
 class Launch(Protocol):
@@ -100,7 +104,11 @@ def record(
     """``(the results of the schedule, how it went)``, None where that is more than a tape holds. ``given``: all tensors that it reads."""
     recorder = _Recorder(given)
     with contextlib.nullcontext() if launcher is None else launcher.observed(recorder.launched), recorder:
-        results = schedule()
+        _recording.now = True
+        try:
+            results = schedule()
+        finally:
+            _recording.now = False
     return results, recorder.tape(given, results)
 
 
@@ -113,6 +121,8 @@ def run(
     stream: int = 0,
 ) -> Tensors:
     """The results of the ``schedule``: from the tape that ``memo`` has for ``key``, or as it runs, recorded once it comes again."""
+    if getattr(_recording, "now", False):  # a schedule that others are part of
+        return schedule()
     known = memo.get(key, 0)
     if isinstance(known, Tape):
         found = known.play(given) if launcher is None else known.play(given, stream, launcher.function)

@@ -69,6 +69,11 @@ class Kind(ABC):
         """The modules, the block among them, on which :meth:`read` depends."""
         return list(block.modules())
 
+    def calls(self, block: Any, state: BlockState, found: Any) -> list[nn.Module] | None:
+        """The fused modules that :meth:`run` goes through, the block among them, where it runs their parts and nothing else; None where
+        it may run what is not fused."""
+        return None
+
     def graphs(self, block: Any, state: BlockState) -> tuple[BlockGraph | Flow, ...]:
         """The graphs on which :meth:`read` depends."""
         return ()

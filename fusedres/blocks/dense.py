@@ -31,6 +31,7 @@ from .plan import Planner
 from .residual import SinglePart, tell_piece
 from .sequential import in_a_row, pass_on
 from .state import BlockState
+from .stretch import through
 
 
 def _is_row(block: nn.Module) -> bool:
@@ -84,6 +85,13 @@ class DenseKind(Kind):
         if isinstance(found, Part):
             return [found]
         return [piece.part for pieces in found for piece in pieces if piece.fused]
+
+    def calls(self, block: Any, state: BlockState, found: Part | list[tuple[Piece, ...]]) -> list[nn.Module] | None:
+        if not isinstance(found, Part):
+            return None
+        children = list(block._modules.values())
+        before = [] if state.layers is None else through(children[: len(children) - len(state.layers)])
+        return None if before is None else [*before, block]
 
     def run(
         self,

@@ -124,14 +124,18 @@ def arrive(given: Handover, x: Tensor) -> tuple[Tensor, Order]:
     return x, contiguous(x.dim()) if given.owes_nchw else order
 
 
+def calls_directly(cls: type) -> bool:
+    """Whether what calls a module of ``cls`` comes to the fused forward, as far as classes go."""
+    return runs_fused(cls) and cls.__call__ is _MODULE_CALL
+
+
 def is_direct(module: nn.Module) -> bool:
     """Whether calling ``module`` is calling its fused forward and nothing else, so that a map may be handed over to it."""
     if not isinstance(resume(module), FusedBlock):
         return False
-    cls, own = type(module), module.__dict__
+    own = module.__dict__
     return (
-        runs_fused(cls)
-        and cls.__call__ is _MODULE_CALL
+        calls_directly(type(module))
         and "forward" not in own
         and own.get("_compiled_call_impl") is None
         and not hooked(module)

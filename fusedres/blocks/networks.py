@@ -19,6 +19,7 @@ from .plan import Planner
 from .residual import SinglePart
 from .sequential import SEQUENTIAL, in_a_row, pass_on
 from .state import BlockState
+from .stretch import Steps, as_one, through
 
 
 class StemKind(Kind):
@@ -49,11 +50,21 @@ class StemKind(Kind):
     def run(
         self, block: Any, state: BlockState, found: Part, original: Original, given: Handover, place: Tensor | None
     ) -> Handover:
-        one_by_one = functools.partial(in_a_row, children=self.stem(block))
-        ran = run_part(self, block, state, found, one_by_one, given)
-        note(state, [ran])
         layers = [block.layer1, block.layer2, block.layer3, block.layer4, block.avgpool]
-        return Handover(block.fc(torch.flatten(pass_on(ran.y, layers).leave(), 1)))
+
+        def calls(at: int) -> list[nn.Module] | None:
+            return [] if at == 0 else through(layers[at - 1 : at])
+
+        def run(start: int, stop: int, given: Handover) -> Handover:
+            if start == 0:
+                one_by_one = functools.partial(in_a_row, children=self.stem(block))
+                ran = run_part(self, block, state, found, one_by_one, given)
+                note(state, [ran])
+                given, start = ran.y, 1
+            return pass_on(given, layers[start - 1 : stop - 1])
+
+        pooled = as_one(block, state, given, Steps(1 + len(layers), calls, run))
+        return Handover(block.fc(torch.flatten(pooled.leave(), 1)))
 
     def tell(self, block: Any, state: BlockState, found: Part, planner: Planner) -> Any:
         x = planner.fused(found, 0, None, behind_convolutions, planner.in_a_row(self.stem(block)))
@@ -104,17 +115,25 @@ class HeadKind(Kind):
     ) -> Handover:
         features, norm = block.features, found.norm
         inner = state_of(features) if is_direct(features) else None
-        if inner is not None and inner.kind is SEQUENTIAL:
-            given = SEQUENTIAL.run_but_last(features, inner, given)
-        else:
-            given = pass_on(given, list(features)[:-1])
+        row = inner if inner is not None and inner.kind is SEQUENTIAL else None
+
+        def calls(at: int) -> list[nn.Module] | None:
+            return through(list(features)[:-1]) if row is None else SEQUENTIAL.calls_but_last(features, row)
 
         def end(x: Tensor) -> Tensor:
             return F.adaptive_avg_pool2d(F.relu(norm(x), inplace=True), (1, 1))
 
-        ran = run_part(self, block, state, found.part(tuple(given.x.shape[2:])), end, given)
-        note(state, [ran])
-        return Handover(block.classifier(torch.flatten(ran.y.leave(), 1)))
+        def run(start: int, stop: int, given: Handover) -> Handover:
+            if row is None:
+                given = pass_on(given, list(features)[:-1])
+            else:
+                given = SEQUENTIAL.run_but_last(features, row, given)
+            ran = run_part(self, block, state, found.part(tuple(given.x.shape[2:])), end, given)
+            note(state, [ran])
+            return ran.y
+
+        pooled = as_one(block, state, given, Steps(1, calls, run))
+        return Handover(block.classifier(torch.flatten(pooled.leave(), 1)))
 
     def tell(self, block: Any, state: BlockState, found: _Head, planner: Planner) -> Any:
         features, x = block.features, 0

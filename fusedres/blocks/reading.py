@@ -24,7 +24,7 @@ from .unchanged import Held, contents
 Sets = Mapping[nn.Module, set[str]]
 
 
-class _Seen:
+class Seen:
     """Every object that a reading of ``modules`` and ``graphs`` depends on, but for what the block itself sets (``sets``). Asked at every
     call, so that what it is found by is kept: the classes of the modules, and the dictionaries in them."""
 
@@ -67,7 +67,7 @@ class _Seen:
 class Reading:
     """``found``, or why there is nothing, and ``seen``, what it depends on."""
 
-    seen: _Seen
+    seen: Seen
     found: Any
 
     def holds(self) -> bool:
@@ -103,10 +103,10 @@ def _read(
     try:
         modules = inside()
         depends = graphs()
-        seen = _Seen(modules, depends, sets())
+        seen = Seen(modules, depends, sets())
         found = read()
     except Unsupported as reason:
-        seen, found = _Seen(modules, depends, {}), reason.anew()
+        seen, found = Seen(modules, depends, {}), reason.anew()
     reading = Reading(seen, found)
     # weights that were computed (torch.func.functional_call) would be kept with their graph
     if not any(isinstance(o, Tensor) and o.grad_fn is not None for o in seen.objects()):

@@ -23,6 +23,9 @@ class SinglePart(Kind):
     def parts(self, found: Part) -> list[Part]:
         return [found]
 
+    def calls(self, block: Any, state: BlockState, found: Part) -> list[nn.Module]:
+        return [block]
+
     def run(
         self, block: Any, state: BlockState, found: Part, original: Original, given: Handover, place: Tensor | None
     ) -> Handover:
@@ -86,6 +89,9 @@ class ResidualKind(Kind):
 
     def parts(self, found: Layout) -> list[Part]:
         return [piece.part for piece in found.pieces if piece.fused]
+
+    def calls(self, block: Any, state: BlockState, found: Layout) -> list[nn.Module] | None:
+        return [block] if all(piece.fused for piece in found.pieces) else None
 
     def run(
         self, block: Any, state: BlockState, found: Layout, original: Original, given: Handover, place: Tensor | None

@@ -16,6 +16,7 @@ from .base import Kind, Original, Ran, behind_convolutions, run_part, take
 from .handover import Handover, is_direct
 from .plan import Planner
 from .state import BlockState, Outcome
+from .stretch import Steps, as_one, through
 
 
 def in_a_row(x: Tensor, children: Sequence[nn.Module]) -> Tensor:
@@ -84,6 +85,10 @@ class SequentialKind(Kind):
         children = list(block)
         return [block, *(child for start, stop in conv_runs(children) for child in children[start:stop])]
 
+    def calls(self, block: Any, state: BlockState, found: Sequence[Step]) -> list[nn.Module] | None:
+        children = through(step.children[0] for step in found if step.part is None)
+        return None if children is None else [block, *children]
+
     def run(
         self,
         block: Any,
@@ -93,10 +98,31 @@ class SequentialKind(Kind):
         given: Handover,
         place: Tensor | None,
     ) -> Handover:
+        if place is not None:
+            return self._run_steps(block, state, found, given, place)
+
+        def calls(at: int) -> list[nn.Module] | None:
+            return through(found[at].children) if found[at].part is None else []
+
+        def run(start: int, stop: int, given: Handover) -> Handover:
+            return self._run_steps(block, state, found[start:stop], given, goes_on=start > 0)
+
+        return as_one(block, state, given, Steps(len(found), calls, run))
+
+    def _run_steps(
+        self,
+        block: Any,
+        state: BlockState,
+        steps: Sequence[Step],
+        given: Handover,
+        place: Tensor | None = None,
+        goes_on: bool = False,
+    ) -> Handover:
+        """The output of ``steps``; ``goes_on``: the state tells of those before, too."""
         results: list[Ran] = []
         outcomes: list[Outcome] = []
-        for i, step in enumerate(found, 1):
-            into = place if i == len(found) else None
+        for i, step in enumerate(steps, 1):
+            into = place if i == len(steps) else None
             if step.part is None:
                 given = pass_on(given, step.children, into)
                 inner = state_of(step.children[0])
@@ -106,11 +132,14 @@ class SequentialKind(Kind):
             one_by_one = functools.partial(in_a_row, children=step.children)
             results.append(run_part(self, block, state, step.part, one_by_one, given, None, into))
             given = results[-1].y
+        own = [r.outcome for r in results]
+        if goes_on and state.outcome is not None:
+            (own if state.records else outcomes).insert(0, state.outcome)
         # a row without parts of its own went as its children did
-        outcomes = [r.outcome for r in results] or outcomes
+        outcomes = own or outcomes
         if outcomes:
             state.outcome = next((o for o in outcomes if not o.fused), outcomes[-1])
-        state.records = tuple(r.record for r in results)
+        state.records = (*(state.records if goes_on else ()), *(r.record for r in results))
         return given
 
     def tell(self, block: Any, state: BlockState, found: tuple[Step, ...], planner: Planner) -> Any:
@@ -135,6 +164,14 @@ class SequentialKind(Kind):
                 x = planner.fused(step.part, x, None, behind_convolutions, instead, self.casts)
         return x
 
+    def calls_but_last(self, block: Any, state: BlockState) -> list[nn.Module] | None:
+        """As :meth:`calls`, of :meth:`run_but_last`."""
+        try:
+            *steps, last = self.reading(block, state)
+        except Unsupported:
+            return through(list(block)[:-1])
+        return through(list(block)[:-1]) if last.part is not None else self.calls(block, state, steps)
+
     def run_but_last(self, block: Any, state: BlockState, given: Handover) -> Handover:
         """The output of all children but the last, which stands alone."""
         try:
@@ -143,7 +180,7 @@ class SequentialKind(Kind):
             return pass_on(given, list(block)[:-1])
         if last.part is not None:
             return pass_on(given, list(block)[:-1])
-        return self.run(block, state, tuple(steps), block.forward, given, None)
+        return self._run_steps(block, state, steps, given)
 
     def out_shape(self, block: Any, state: BlockState, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         found: tuple[int, ...] | None = shape

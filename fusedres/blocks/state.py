@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .base import Kind
     from .plan import Plan
     from .reading import Reading
+    from .stretch import Stretch
 
 
 class Outcome(NamedTuple):
@@ -62,9 +63,9 @@ class BlockState:
     those of a general block by mode and form of the call; None: to be read when they are needed.
 
     ``reading`` is what the block has read of itself (:mod:`fusedres.blocks.reading`), ``plan`` what a compiler has last traced
-    (:mod:`fusedres.blocks.plan`). ``outcome`` and ``records`` are the last call's, one
-    record for each part, None for one that ran its original modules; all three are replaced as a whole and never written into, so that
-    threads do not see half of them.
+    (:mod:`fusedres.blocks.plan`), ``stretch`` what of it is one schedule in inference (:mod:`fusedres.blocks.stretch`). ``outcome`` and
+    ``records`` are the last call's, one record for each part, None for one that ran its original modules; all of them but ``stretch`` are
+    replaced as a whole and never written into, so that threads do not see half of them.
     """
 
     kind: Kind
@@ -74,6 +75,7 @@ class BlockState:
     flows: Flows | None = None
     reading: Reading | None = field(default=None, repr=False)
     plan: Plan | None = field(default=None, repr=False)
+    stretch: Stretch | None = field(default=None, repr=False)
     outcome: Outcome | None = None
     records: tuple[CallRecord | None, ...] = ()
     module: weakref.ref[nn.Module] | None = field(default=None, repr=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres.backends import tape
+from fusedres.blocks import stretch
 
 _C = pytest.importorskip("fusedres._C")
 cpp = importlib.import_module("fusedres.backends.cpp")  # the package binds the name to its backend
@@ -46,6 +47,7 @@ def tapes(monkeypatch) -> Iterator[Tapes]:
     monkeypatch.setattr(tape, "record", counted)
     monkeypatch.setattr(tape.Tape, "play", played)
     monkeypatch.setattr(tape, "RUNS_BEFORE_RECORDING", 0)
+    monkeypatch.setattr(stretch, "RUNS_BEFORE", 100)  # block by block
     return count
 
 

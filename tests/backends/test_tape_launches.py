@@ -21,7 +21,9 @@ pytest.importorskip("fusedres._C")
 import fusedres  # noqa: E402
 from fusedres.backends import tape  # noqa: E402
 from fusedres.backends.triton import TritonBackend, use_plan  # noqa: E402
+from fusedres.blocks import stretch  # noqa: E402
 from fusedres.kernels.launch import INTERPRETED  # noqa: E402
+from fusedres.nn import BasicBlock  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="wants kernels in the interpreter")
 
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="wants kernels in the in
 def driver(monkeypatch) -> Iterator[Driver]:
     """What is played goes to it; a schedule is recorded at its first run."""
     monkeypatch.setattr(tape, "RUNS_BEFORE_RECORDING", 0)
+    monkeypatch.setattr(stretch, "RUNS_BEFORE", 100)  # block by block
     with fusedres.use_backend("triton"), emulated() as driver:
         yield driver
 
@@ -91,6 +94,18 @@ def test_another_plan_has_another_tape(driver):
             assert launched(driver, lambda: block(x)) == 0
             assert launched(driver, lambda: block(x)) == 2 == len(driver.functions) - 2
         assert launched(driver, lambda: block(x)) == 2 == len(driver.functions) - 2
+
+
+def test_blocks_in_a_row_are_launched_by_one_call_in_inference(driver, monkeypatch):
+    monkeypatch.setattr(stretch, "RUNS_BEFORE", 0)
+    model = drawn(lambda: nn.Sequential(*row(), *row(), BasicBlock(8, 8)), False)
+    x, calls = torch.randn(1, 8, 5, 3).to(memory_format=torch.channels_last), list[int]()
+    play = tape.Tape.play
+    with torch.no_grad():
+        expected = model(x)  # recorded, block by block
+        monkeypatch.setattr(tape.Tape, "play", lambda *args: (calls.append(driver.launches), play(*args))[1])
+        assert launched(driver, lambda: calls.append(int(torch.equal(model(x), expected)))) > 3
+    assert calls == [0, 1]
 
 
 def test_a_refused_launch_raises(driver):
