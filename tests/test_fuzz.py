@@ -16,6 +16,7 @@ from fusedres import activations
 from fusedres.backends import tape
 from fusedres.backends.contract import Backend, Wrapped
 from fusedres.backends.select import observe
+from fusedres.blocks import stretch
 from fusedres.testing.fuzz import actions, changes, snippets
 from fusedres.testing.fuzz.__main__ import main
 from fusedres.testing.fuzz.build import Built
@@ -44,8 +45,10 @@ from fusedres.testing.fuzz.source import Writer
 
 @pytest.fixture(autouse=True)
 def from_the_second_step_on_tapes(monkeypatch) -> None:
-    """Cases are short: what a schedule does is recorded at its first run."""
+    """Cases are short: what a schedule does is recorded at its first run, of blocks in a row, too, and soon again after a change."""
     monkeypatch.setattr(tape, "RUNS_BEFORE_RECORDING", 0)
+    monkeypatch.setattr(stretch, "RUNS_BEFORE", 0)
+    monkeypatch.setattr(stretch, "RUNS_AFTER_FAILURE", 1)
 
 
 UNITS = (Unit("cna"), Unit("cn"))

@@ -35,6 +35,11 @@ _DEVICES = {"cpu": 0, "cuda": 1}
 _DTYPES = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FRESH = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+#: what inference mode does not take apart before a dispatch mode sees it
+_VIEWS_OR_COPIES = (
+    torch.ops.aten.contiguous.default,
+    *(getattr(torch.ops.aten.to, o) for o in torch.ops.aten.to.overloads()),
+)
 _FILLS = ("fill_", "zero_")
 
 #: how often a schedule runs for maps of the same shapes before it is recorded: sizes that come once are not worth it
@@ -218,7 +223,7 @@ class _Recorder(TorchDispatchMode):
             return []  # somebody asks for strides: nothing that a step could read
         if func is torch.ops.aten.unbind.int:
             return [self._view(args[0], part) for part in y]
-        if func in _COPIES:
+        if func in _COPIES or func in _VIEWS_OR_COPIES and not _share_memory(args[0], y):
             of = self._slot(args[0])
             return [self._empty(y), [_COPY, self._slot(y), of]]
         return [self._step(func, args, kwargs, y)]
@@ -253,7 +258,7 @@ class _Recorder(TorchDispatchMode):
                 raise _Refused
             return [_FILL, self._slot(y), self._number(value)]
         alias = schema.returns[0].alias_info
-        if alias is None or alias.is_write:
+        if alias is None or alias.is_write or not _share_memory(args[0], y):
             raise _Refused
         return self._view(args[0], y)
 
@@ -357,6 +362,11 @@ class _Recorder(TorchDispatchMode):
             tuple(None if at is None else outputs.index(at) for at in returned),
             tuple(self._owners.values()),
         )
+
+
+def _share_memory(a: Any, b: Tensor) -> bool:
+    """Whether they are of one storage: an operator that may give a view may give a copy."""
+    return isinstance(a, Tensor) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _can_be_added(to: Tensor, other: Any) -> bool:

@@ -106,6 +106,37 @@ def test_tapes_of_rows(build, shape, training, tapes):
     assert tapes.played > 0 and tapes.refused == 0
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.contiguous(memory_format=torch.channels_last),
+        lambda x: x.contiguous(),
+        lambda x: x.to(torch.float64),
+        lambda x: x.to("cpu", torch.float32, memory_format=torch.channels_last),
+        lambda x: x.transpose(1, 3).reshape(2, -1),
+        lambda x: x.reshape(2, -1),
+        lambda x: x.expand_as(torch.empty(2, 3, 4, 5)),
+    ],
+    ids=["channels-last", "contiguous", "dtype", "format", "reshaped-copy", "reshaped-view", "expanded"],
+)
+def test_what_may_be_a_view_or_a_copy_is_recorded_as_what_it_is(change, mode):
+    """In inference mode a recorder sees operators whole that are one or the other."""
+
+    def schedule() -> tuple[Tensor]:
+        y = change(x)
+        return (torch.empty_like(y).copy_(y),)
+
+    with mode():
+        x = torch.randn(2, 3, 4, 5)
+        _, made = tape.record(schedule, (x,))
+        x = torch.randn(2, 3, 4, 5)
+        if made is not None:
+            (y,) = made.play((x,))
+            assert torch.equal(y, change(x))
+    assert made is not None or change(x).untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
 def test_a_size_that_came_once_is_not_recorded(tapes, monkeypatch):
     monkeypatch.setattr(tape, "RUNS_BEFORE_RECORDING", 1)
     block = drawn(row, False)

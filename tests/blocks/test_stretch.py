@@ -267,10 +267,13 @@ def test_another_backend_runs_the_blocks_itself(plays):
 
 def test_inference_mode_gives_inference_tensors(plays):
     model = model_of(small_resnet)
-    x = images()
+    twin, x = one_by_one(model), images()
     with torch.inference_mode():
         warm(model, x)
         assert played_by(plays, lambda: model(x)) == 1 and model(x).is_inference()
+        for _ in range(2):
+            x = images()
+            assert torch.equal(model(x), twin(x))
     assert played_by(plays, lambda: model(x)) == 1 and not model(x).is_inference()
 
 
