@@ -102,6 +102,14 @@ class GeneralKind(Kind):
     def parts(self, found: Programs) -> list[Part]:
         return [piece.part for piece in found.shown().pieces]
 
+    def calls(self, block: Any, state: BlockState, found: Programs) -> list[nn.Module] | None:
+        chosen, *others = {id(program): program for program in found.by_form.values()}.values()
+        if others or isinstance(chosen, Unsupported):
+            return None
+        fused = isinstance(chosen.output, Slot) and all(isinstance(action, Fused) for action in chosen.actions)
+        keeps = chosen.found or chosen.overwrites or self.sets(block, state)
+        return [block] if fused and chosen.only_computes and not keeps else None
+
     def label(self, block: Any, state: BlockState) -> str:
         try:
             unfused = self.recall(block, state).shown().unfused

@@ -48,6 +48,20 @@ class InAForward(nn.Module):
         return self.second(x.roll(1, 0)).mean((2, 3))
 
 
+class Gathers(nn.Module):
+    """A block that is followed call by call, in pieces that all run fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.one(x)).relu()
+        y = self.norm2(self.two(x)).relu()
+        return (self.norm3(self.three(y)) + x + y).relu()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet": small_resnet,
     "densenet": small_densenet,
@@ -55,6 +69,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "row": row,
     "tail": lambda: row(nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
     "forward": InAForward,
+    "general": lambda: row(Gathers(), Gathers()),
 }
 SHAPE = (2, 3, 32, 40)
 
