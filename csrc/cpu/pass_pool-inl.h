@@ -31,34 +31,74 @@ inline V gradient_vector(V dy, V z, const Activation& act) {
 
 constexpr int kMaxWindow = 256;  // positions that a uint8 index can tell apart
 
+// A pixel and its successors in memory.
 struct Pixel {
-  int64_t image, y, x;
-  Pixel(int64_t r, int64_t height, int64_t width) : image(r / (height * width)), y(r / width % height), x(r % width) {}
+  int64_t height, width, image, y, x;
+  Pixel(int64_t r, int64_t height, int64_t width)
+      : height(height), width(width), image(r / (height * width)), y(r / width % height), x(r % width) {}
+  void operator++() {
+    if (++x < width) return;
+    x = 0;
+    if (++y < height) return;
+    y = 0;
+    ++image;
+  }
 };
 
-template <class V>
-struct Narrow;  // a vector of bytes with as many lanes
-template <>
-struct Narrow<VecI> {
-  typedef uint8_t type __attribute__((vector_size(FUSEDRES_LANES)));
-};
-template <>
-struct Narrow<Vector<double>::integer> {
-  typedef uint8_t type __attribute__((vector_size(FUSEDRES_LANES / 2)));
+// Along one axis, the outputs whose window holds a pixel: o * stride - pad <= at < o * stride - pad + kernel.
+class Windows {
+ public:
+  struct Range {
+    int64_t first, last;
+  };
+  Windows(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad) : ranges_(in) {
+    for (int64_t at = 0; at < in; ++at)
+      ranges_.data[at] = {at + pad < kernel ? 0 : (at + pad - kernel) / stride + 1,
+                          least(out - 1, (at + pad) / stride)};
+  }
+  const Range& at(int64_t pixel) const { return ranges_.data[pixel]; }
+
+ private:
+  Buffer<Range> ranges_;
 };
 
-template <class I>
-inline I load_index(const uint8_t* p, int n) {
-  constexpr int kLanes = sizeof(typename Narrow<I>::type);
-  uint8_t values[kLanes] = {};
-  if (n == kLanes) return __builtin_convertvector(read<typename Narrow<I>::type>(p), I);
-  for (int i = 0; i < n; ++i) values[i] = p[i];
-  return __builtin_convertvector(read<typename Narrow<I>::type>(values), I);
+template <class E, int kLanes>
+struct Integers {
+  typedef E type __attribute__((vector_size(sizeof(E) * kLanes)));
+};
+
+// Between bytes and integers of a vector's lanes, by one doubling or halving after the other: compilers have
+// instructions for that, and take a longer step value by value.
+template <int kLanes, class I>
+inline auto halved(I v) {
+  constexpr int kBytes = sizeof(I) / kLanes;
+  if constexpr (kBytes == 8) return __builtin_convertvector(v, typename Integers<uint32_t, kLanes>::type);
+  else if constexpr (kBytes == 4) return __builtin_convertvector(v, typename Integers<uint16_t, kLanes>::type);
+  else return __builtin_convertvector(v, typename Integers<uint8_t, kLanes>::type);
 }
-template <class I>
+template <int kLanes, class I>
+inline auto bytes_of(I v) {
+  if constexpr (sizeof(I) == kLanes) return v;
+  else return bytes_of<kLanes>(halved<kLanes>(v));
+}
+template <int kLanes, class I>
+inline I from_bytes(typename Integers<uint8_t, kLanes>::type bytes) {
+  const auto two = __builtin_convertvector(bytes, typename Integers<uint16_t, kLanes>::type);
+  if constexpr (sizeof(I) == 4 * kLanes) return __builtin_convertvector(two, I);
+  else return __builtin_convertvector(__builtin_convertvector(two, typename Integers<uint32_t, kLanes>::type), I);
+}
+
+template <int kLanes, class I>
+inline I load_index(const uint8_t* p, int n) {
+  using Bytes = typename Integers<uint8_t, kLanes>::type;
+  if (n == kLanes) return from_bytes<kLanes, I>(read<Bytes>(p));
+  uint8_t values[kLanes] = {};
+  for (int i = 0; i < n; ++i) values[i] = p[i];
+  return from_bytes<kLanes, I>(read<Bytes>(values));
+}
+template <int kLanes, class I>
 inline void store_index(uint8_t* p, I index, int n) {
-  constexpr int kLanes = sizeof(typename Narrow<I>::type);
-  const auto narrow = __builtin_convertvector(index, typename Narrow<I>::type);
+  const auto narrow = bytes_of<kLanes>(index);
   if (n == kLanes) return write(p, narrow);
   uint8_t values[kLanes];
   write(values, narrow);
@@ -99,7 +139,7 @@ struct PoolForward {
       at = better ? I{} + position[i] : at;
     }
     store_lanes<T, kPart>(y + c, best, n);
-    store_index<I>(index + c, at, n);
+    store_index<kLanes>(index + c, at, n);
   }
 
   template <bool kPart>
@@ -111,8 +151,7 @@ struct PoolForward {
     store(total + c, load(total + c) + sum);
   }
 
-  void pixel(int64_t r, int64_t from, int n) const {
-    const Pixel p(r, a.out_h, a.out_w);
+  void pixel(const Pixel& p, int64_t r, int64_t from, int n) const {
     const T* window[kMaxWindow];
     int position[kMaxWindow], count = 0, c = 0;
     alignas(64) A total[kChunk + kPad];
@@ -150,9 +189,10 @@ struct PoolForward {
     const int64_t from = chunk * kChunk, start = tile * plan.tile, rows = plan.count(tile);
     const int n = int(least(kChunk, plan.lanes - from));
     Moments<T> moments;
+    Pixel p(start, a.out_h, a.out_w);
     for (int64_t r = 0; r < rows; r += plan.block) {
       const int64_t height = least(plan.block, rows - r);
-      for (int64_t j = 0; j < height; ++j) pixel(start + r + j, from, n);
+      for (int64_t j = 0; j < height; ++j, ++p) pixel(p, start + r + j, from, n);
       if (a.pass.measured.data != nullptr)
         measure_block<T>(row<T>(a.pass.measured, start + r, 1) + from, a.pass.measured.pitch, height, n, r,
                          partials.at(tile, 0) + from, partials.at(tile, 1) + from, moments);
@@ -172,16 +212,27 @@ struct PoolBackward {
   const Plan& plan;
   const Constants<A>& constants;
   const Partials& partials;
+  const Windows along_h{a.in_h, a.out_h, a.kernel_h, a.stride_h, a.pad_h};
+  const Windows along_w{a.in_w, a.out_w, a.kernel_w, a.stride_w, a.pad_w};
 
-  template <bool kPart>
-  inline void lanes(const T* const* grad, const uint8_t* const* index, const int* position, int count, const T* x,
-                    T* dx, int64_t from, int c, int n, A* sums) const {
+  // The windows of a pixel: their gradients and indices, and the pixel's position in them.
+  struct Held {
+    const T* grad[kMaxWindow];
+    const uint8_t* index[kMaxWindow];
+    int position[kMaxWindow], count = 0;
+  };
+
+  // kCount: the number of windows, where that is known; else -1.
+  template <int kCount, bool kPart>
+  inline void lanes(const Held& held, const T* x, T* dx, int64_t from, int c, int n, A* sums) const {
     const auto k = [&](int i) __attribute__((always_inline)) { return load(constants.at(i) + from + c); };
     const V value = load_lanes<T, kPart>(x + c, n);
     V dz = V{};
+    const int count = kCount < 0 ? held.count : kCount;
+#pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
-      const V g = load_lanes<T, kPart>(grad[i] + c, n);
-      if constexpr (kMax) dz += load_index<I>(index[i] + c, n) == I{} + position[i] ? g : V{};
+      const V g = load_lanes<T, kPart>(held.grad[i] + c, n);
+      if constexpr (kMax) dz += load_index<kLanes, I>(held.index[i] + c, n) == I{} + held.position[i] ? g : V{};
       else dz += g / (V{} + A(a.kernel_h * a.kernel_w));
     }
     if (a.pass.act.is_relu()) dz = blocked(dz, value * k(0) + k(1));
@@ -194,29 +245,33 @@ struct PoolBackward {
     if constexpr (kWrite) store_lanes<T, kPart>(dx + c, dz * k(3) + (value * k(4) + k(5)), n);
   }
 
-  // The outputs whose window holds the pixel: o * stride - pad <= at < o * stride - pad + kernel.
-  static int64_t first_window(int64_t at, int64_t kernel, int64_t stride, int64_t pad) {
-    return at + pad < kernel ? 0 : (at + pad - kernel) / stride + 1;
+  template <int kCount>
+  inline void whole(const Held& held, const T* x, T* dx, int64_t from, int n, A* sums) const {
+    int c = 0;
+    for (; c + kLanes <= n; c += kLanes) lanes<kCount, false>(held, x, dx, from, c, kLanes, sums);
+    if (c < n) lanes<kCount, true>(held, x, dx, from, c, n - c, sums);
   }
 
-  void pixel(int64_t r, int64_t from, int n, A* sums) const {
-    const Pixel p(r, a.in_h, a.in_w);
-    const T* grad[kMaxWindow];
-    const uint8_t* index[kMaxWindow];
-    int position[kMaxWindow], count = 0, c = 0;
-    const int64_t last_h = least(a.out_h - 1, (p.y + a.pad_h) / a.stride_h),
-                  last_w = least(a.out_w - 1, (p.x + a.pad_w) / a.stride_w);
-    for (int64_t i = first_window(p.y, a.kernel_h, a.stride_h, a.pad_h); i <= last_h; ++i)
-      for (int64_t j = first_window(p.x, a.kernel_w, a.stride_w, a.pad_w); j <= last_w; ++j) {
+  void pixel(const Pixel& p, int64_t r, int64_t from, int n, A* sums) const {
+    Held held;
+    const auto [first_h, last_h] = along_h.at(p.y);
+    const auto [first_w, last_w] = along_w.at(p.x);
+    for (int64_t i = first_h; i <= last_h; ++i)
+      for (int64_t j = first_w; j <= last_w; ++j) {
         const int64_t o = (p.image * a.out_h + i) * a.out_w + j;
-        grad[count] = row<T>(a.pass.in[1], o, 1) + from;
-        index[count] = kMax ? a.index + o * a.index_pitch + from : nullptr;
-        position[count++] = int((p.y + a.pad_h - i * a.stride_h) * a.kernel_w + p.x + a.pad_w - j * a.stride_w);
+        held.grad[held.count] = row<T>(a.pass.in[1], o, 1) + from;
+        held.index[held.count] = kMax ? a.index + o * a.index_pitch + from : nullptr;
+        held.position[held.count++] =
+            int((p.y + a.pad_h - i * a.stride_h) * a.kernel_w + p.x + a.pad_w - j * a.stride_w);
       }
     const T* x = row<T>(a.pass.in[0], r, 1) + from;
     T* dx = kWrite ? row<T>(a.pass.out, r, 1) + from : nullptr;
-    for (; c + kLanes <= n; c += kLanes) lanes<false>(grad, index, position, count, x, dx, from, c, kLanes, sums);
-    if (c < n) lanes<true>(grad, index, position, count, x, dx, from, c, n - c, sums);
+    switch (held.count) {  // those of common poolings
+      case 1: return whole<1>(held, x, dx, from, n, sums);
+      case 2: return whole<2>(held, x, dx, from, n, sums);
+      case 4: return whole<4>(held, x, dx, from, n, sums);
+      default: return whole<-1>(held, x, dx, from, n, sums);
+    }
   }
 
   void item(int64_t tile, int64_t chunk) const {
@@ -228,10 +283,11 @@ struct PoolBackward {
       totals[i] = partials.at(tile, i) + from;
       for (int c = 0; c < n; ++c) totals[i][c] = 0;
     }
+    Pixel p(start, a.in_h, a.in_w);
     for (int64_t r = 0; r < rows; r += plan.block) {
       const int64_t height = least(plan.block, rows - r);
       if (kReduce) std::memset(sums, 0, sizeof(sums));
-      for (int64_t j = 0; j < height; ++j) pixel(start + r + j, from, n, sums);
+      for (int64_t j = 0; j < height; ++j, ++p) pixel(p, start + r + j, from, n, sums);
       for (int i = 0; i < (kReduce ? 2 : 0); ++i)
         for (int c = 0; c < n; ++c) totals[i][c] += double(sums[i * (kChunk + kPad) + c]);
     }
