@@ -114,14 +114,14 @@ def pytest_runtest_teardown() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_remembers_builtins() -> None:
-    """Triton's interpreter, where it is the one that runs kernels, without what it finds out anew at every call."""
+def a_quick_interpreter() -> None:
+    """Triton's interpreter, where it is the one that runs kernels, without what it does beside running them."""
     import torch
 
     if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-        from interpreter import remember_builtins
+        from interpreter import quicken
 
-        remember_builtins()
+        quicken()
 
 
 #: structures whose proof has held in this process
