@@ -17,6 +17,8 @@ from _pytest.runner import runtestprotocol
 
 # read when torch loads OpenMP: workers, and the processes that tests start, share the cores, so that a thread that waits must not spin
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# read with torch's compiler, which would collect garbage after everything that it compiles: so often that full collections follow
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 # the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
 _spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "__init__.py")
