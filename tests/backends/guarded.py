@@ -182,7 +182,9 @@ def main() -> None:
     parser.add_argument("--backend", default="cpp")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--overhang", action="store_true")
-    parser.add_argument("--turn", type=int, choices=(0, 1), help="a half of the cases: each of these with one of its two maps")
+    parser.add_argument(
+        "--turn", type=int, choices=(0, 1), help="a half of the cases: each of these with one of its two maps"
+    )
     args = parser.parse_args()
     dtype, backend = getattr(torch, args.dtype), Guarded(select.get(args.backend), args.side)
     torch.set_num_threads(2)
