@@ -11,6 +11,9 @@ VENV := build/system
 BIN := $(patsubst %/,%,$(dir $(shell command -v $(PYTHON))))
 endif
 
+# an environment that keeps Python from keeping what it has compiled has every test's process compile all of the sources again
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint docs bench studies gpu sanitize arm wheel clean
 
 demo: $(VENV)/installed

@@ -345,14 +345,19 @@ def representatives(found: dict[Variant, Use]) -> dict[Variant, Use]:
 
 
 def sweep(
-    architectures: Sequence[str], models: Sequence[str], only: str, quick: bool, workers: int | None, console: Console
+    architectures: Sequence[str],
+    models: Sequence[str],
+    only: Sequence[str],
+    quick: bool,
+    workers: int | None,
+    console: Console,
 ) -> list[Row]:
     """The rows of all architectures, sorted by kernel."""
     uses = {}
     for arch in architectures:
         found = variants(ARCHITECTURES[arch].arch, models)
         found = representatives(found) if quick else found
-        uses |= {(arch, variant): use for variant, use in found.items() if only in variant.title}
+        uses |= {(arch, variant): use for variant, use in found.items() if any(o in variant.title for o in only)}
     rows = []
     with Progress(console=console) as progress:
         task = progress.add_task("compiling", total=len(uses))
@@ -425,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--only", default="", help="variants whose title contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="variants whose title contains one of these")
     parser.add_argument("--quick", action="store_true", help="of each kernel and filter size only one variant")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core; 1: this one)")
     parser.add_argument("--out", type=Path, help="write cross-compile.json and cross-compile.md to this folder")

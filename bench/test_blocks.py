@@ -1,6 +1,6 @@
 """Single blocks in training and inference, eager beside fused.
 
-    pytest bench/test_blocks.py --benchmark-only
+    pytest -p benchmark bench/test_blocks.py --benchmark-only
 
 Small enough to run in seconds; the shapes are those of an early stage, at a batch and a resolution that ``FUSEDRES_BENCH_BATCH`` and
 ``FUSEDRES_BENCH_SIZE`` override. Contenders run one after another here: on a machine that does other work too,

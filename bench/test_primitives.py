@@ -1,6 +1,6 @@
 """The primitives of the cpp backend beside their definitions in plain PyTorch.
 
-    pytest bench/test_primitives.py --benchmark-only
+    pytest -p benchmark bench/test_primitives.py --benchmark-only
 
 One shape for all, that of a bottleneck's or a dense layer's maps; ``FUSEDRES_BENCH_BATCH`` and ``FUSEDRES_BENCH_SIZE`` override its batch
 and resolution.

@@ -111,8 +111,10 @@ def sources(root: Path = ROOT) -> dict[str, Path]:
 
 
 def _names(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a module, those that only a type checker reads left out."""
+    """The statements of a module, those that only a type checker reads left out."""
     for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.expr):  # which holds no statement
+            continue
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             continue
         yield node

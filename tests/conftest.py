@@ -13,31 +13,51 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 # read when torch loads OpenMP: workers, and the processes that tests start, share the cores, so that a thread that waits must not spin
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import torch  # noqa: E402
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    # every worker would take all cores otherwise
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+# read with torch's compiler, which would collect garbage after everything that it compiles: so often that full collections follow
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 # the package bench without the checkout's root on sys.path, where kernels/ would answer for other people's
 _spec = importlib.util.spec_from_file_location("bench", Path(__file__).parents[1] / "bench" / "__init__.py")
 sys.modules.setdefault("bench", importlib.util.module_from_spec(_spec))
 
-if not torch.cuda.is_available():
-    # torch.manual_seed notes the stack for devices that are not there, for each kind of them, which takes longer than to seed
-    for devices in (torch.cuda, torch.xpu):
-        devices.manual_seed_all = lambda seed: None
 
-import host_kernels  # noqa: E402  # after what torch and Triton read when they are imported
+def pytest_configure(config: pytest.Config) -> None:
+    """What tests run in, ready; but where workers run them: there each has its own, and who only tells them which needs no torch."""
+    if config.getoption("dist", "no") != "no":
+        return
+    import torch
 
-host_kernels.register()
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        # every worker would take all cores otherwise
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        config.pluginmanager.register(Brief(), "brief")
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+        # torch.manual_seed notes the stack for devices that are not there, for each kind of them, which takes longer than to seed
+        for devices in (torch.cuda, torch.xpu):
+            devices.manual_seed_all = lambda seed: None
+
+    import host_kernels  # after what torch and Triton read when they are imported
+
+    host_kernels.register()
+
+
+class Brief:
+    """How a worker runs a test: it tells of its call, and of all that did not pass, but not also that it begins, is set up, torn down and
+    over, each of which takes longer than a quick test."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+        if item.config.getoption("durations") is not None:  # of which that is a part
+            return None
+        for report in runtestprotocol(item, log=False, nextitem=nextitem):
+            if report.when == "call" or not report.passed:
+                item.ihook.pytest_runtest_logreport(report=report)
+        return True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +67,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked ``gpu`` where there is none."""
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:
@@ -94,12 +116,14 @@ def pytest_runtest_teardown() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_remembers_builtins() -> None:
-    """Triton's interpreter, where it is the one that runs kernels, without what it finds out anew at every call."""
-    if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-        from interpreter import remember_builtins
+def a_quick_interpreter() -> None:
+    """Triton's interpreter, where it is the one that runs kernels, without what it does beside running them."""
+    import torch
 
-        remember_builtins()
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        from interpreter import quicken
+
+        quicken()
 
 
 #: structures whose proof has held in this process
@@ -126,6 +150,8 @@ def proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def uninitialised_memory_is_nan() -> Iterator[None]:
     """Fresh memory holds NaN, so that reading what nobody has written fails."""
+    import torch
+
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

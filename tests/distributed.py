@@ -376,10 +376,12 @@ WRAPPED_COMPILED: dict[str, Callable[[nn.Module, CompileCounterWithBackend], nn.
 
 
 def wrapped_and_compiled(rank: int, world: int, name: str) -> dict:
-    """Some steps of a wrapped model that is compiled, or whose blocks are, on this process's part of the batch."""
+    """Some steps of a wrapped model that is compiled, or whose blocks are, on this process's part of the batch; by aot_eager, or as
+    ``way/backend``."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    model = WRAPPED_COMPILED[name](net("eval"), counter)
+    way, *backend = name.split("/")
+    counter = CompileCounterWithBackend("".join(backend) or "aot_eager")
+    model = WRAPPED_COMPILED[way](net("eval"), counter)
     x, target = (t.chunk(world)[rank] for t in task(world))
     found = losses(model, x, target)
     dist.all_reduce(found)

@@ -9,6 +9,7 @@ convert to float32 on load. ``tests/backends/test_interpreter.py`` fails once Tr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -121,19 +122,28 @@ def corrected(*, order: str = "forward") -> Iterator[None]:
         yield
 
 
-def remember_builtins() -> None:
-    """From now on Triton's interpreter lists a module's members once, not at every call of a device function, to find the builtins that it
-    replaces: a tenth of its time. Which they are does not change; one that is replaced is no builtin any more."""
+def quicken() -> None:
+    """From now on Triton's interpreter does without most of what it does beside computing, which is more than half of its time. It lists a
+    module's members once, not at every call of a device function, to find the builtins that it replaces: which they are does not change,
+    one that is replaced is no builtin any more, and all of a module are replaced together. It looks types up that it has seen. And it
+    does not compute every integer again in 64 bits to see whether it overflowed, of which nobody hears where its kernels do not debug."""
     names = functools.cache(lambda of: [name for name, member in inspect.getmembers(of) if tl.core.is_builtin(member)])
     replace = triton_interpreter._patch_attr
 
     def replace_all(of: Any, *rest: Any) -> None:
         for name in names(of):
             member = getattr(of, name)
-            if tl.core.is_builtin(member):
-                replace(of, name, member, *rest)
+            if not tl.core.is_builtin(member):
+                return
+            replace(of, name, member, *rest)
 
     triton_interpreter._patch_builtin = replace_all
+    find = triton_interpreter._get_np_dtype
+    found = functools.cache(find)  # of scalars: types of pointers have no hash
+    triton_interpreter._get_np_dtype = lambda of: found(of) if type(of) is tl.dtype else find(of)
+    builder = triton_interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 # ---- what kernels touch ----------------------------------------------------------------------------------------------

@@ -93,7 +93,11 @@ def hooks_are_guarded() -> bool:
     return not torch.equal(program(torch.zeros(1)), before)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+#: each of which another change has with it: of all norms, of the same attribute, of the same call
+SHARED = ("a norm to eval", "momentum", "an own forward")
+
+
+@pytest.mark.parametrize("change", [pytest.param(c, marks=[pytest.mark.slow] * (c in SHARED)) for c in CHANGES])
 def test_a_change_after_compilation_is_noticed(change):
     if change in HOOKS and not hooks_are_guarded():
         pytest.skip("this version of torch guards no hooks")
@@ -249,12 +253,14 @@ CHANGED = ("cumulative averages", "half frozen")
     ],
 )
 def test_training_equals_eager_to_the_bit(setup, recompute, batches):
-    model, twin = block(recompute)
+    # what is said of the first block alone needs no second one
+    alone = len(set(batches)) == 1 and setup != "as it is"
+    model, twin = twins(lambda: nn.Sequential(projected())) if alone else block(recompute)
     SETUPS[setup](model), SETUPS[setup](twin)
     program, counter = compiled(model)
     for batch in batches:
         assert_equal(step(program, maps(batch), True), step(twin, maps(batch), True))
-    assert operators(counter) == {"residual_forward": 2}
+    assert operators(counter) == {"residual_forward": 1 if alone else 2}
 
 
 @pytest.mark.parametrize(
@@ -271,7 +277,7 @@ def test_training_equals_eager_to_the_bit(setup, recompute, batches):
     ],
 )
 def test_maps_of_every_layout_are_taken_and_left_as_in_eager(layout, identity):
-    model, twin = twins(lambda: nn.Sequential(LeftSum())) if identity else block()
+    model, twin = twins(lambda: nn.Sequential(LeftSum() if identity else projected()))
     x = maps()
     if layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
@@ -284,8 +290,7 @@ def test_maps_of_every_layout_are_taken_and_left_as_in_eager(layout, identity):
     program, counter = compiled(model)
     y, expected = program(x), twin(x)
     assert torch.equal(y, expected) and y.stride() == expected.stride()
-    parts_run = 1 if identity else 2
-    assert operators(counter) == {"residual_forward": parts_run}
+    assert operators(counter) == {"residual_forward": 1}
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import time
@@ -46,7 +47,8 @@ def test_no_line_is_written_behind_the_end(monkeypatch):
 @pytest.mark.parametrize(
     "arguments", [pytest.param(QUICK, id="two contenders"), pytest.param(TOY, id="all", marks=pytest.mark.slow)]
 )
-def test_the_demo_proves_measures_and_reports(arguments, tmp_path):
+def test_the_demo_proves_measures_and_reports(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "prove", functools.partial(demo.prove, draws=1))
     assert demo.main([*arguments, "--compile", "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "records.json").read_text())
     assert {(r["mode"], r["contender"]) for r in records} >= {

@@ -72,10 +72,13 @@ def checked(operator, *args, traced: bool) -> list[Tensor]:
     return operator(*args)
 
 
-def assert_checked(spec: BlockSpec, x: Tensor, traced: bool) -> None:
+def assert_checked(spec: BlockSpec, x: Tensor, how: str) -> None:
+    """``how``: called, traced as a model calls them, or traced thoroughly: forward without gradients, too, and expanded gradients."""
+    traced, thoroughly = how != "called", how == "traced thoroughly"
     encoded, family = encode(spec, {}), OPERATORS[FAMILIES[type(spec)]]
     call = (encoded.text, x, None, None, encoded.weights, encoded.statistics)
-    inferred, found = (checked(f, *call, traced=traced) for f in (family.infer, family.forward))
+    inferred = checked(family.infer, *call, traced=traced)
+    found = checked(family.forward, *call, traced=thoroughly)
     weights = [t.detach().requires_grad_() for t in encoded.weights]
     checked(
         family.forward,
@@ -92,38 +95,39 @@ def assert_checked(spec: BlockSpec, x: Tensor, traced: bool) -> None:
         torch.testing.assert_close(ours, recorded)
     need = [True, False, *(True for _ in encoded.weights)]
     held = found[0] if spec.keeps_output else x
-    for grad in (torch.randn_like(found[0]), torch.ones(()).expand(found[0].shape)):
-        checked(family.backward, encoded.text, grad, held, None, encoded.weights, found[head:], need, traced=traced)
+    for grad, trace in ((torch.randn_like(found[0]), traced), (torch.ones(()).expand(found[0].shape), thoroughly)):
+        checked(family.backward, encoded.text, grad, held, None, encoded.weights, found[head:], need, traced=trace)
+
+
+HOW = ("called", "traced", "traced thoroughly")
 
 
 def checks(names: Iterable[str], others: Iterable[str], quick: set[tuple[str, str]]) -> list:
-    """Every pair as it runs, and traced: those that are not ``quick`` then are slow."""
-    pairs = [(name, other, traced) for name in names for other in others for traced in (False, True)]
+    """Every pair called, those of ``quick`` traced, and every one traced thoroughly, which is slow."""
     return [
-        pytest.param(
-            *pair,
-            id=f"{pair[0]}-{pair[1]}-{'traced' if pair[2] else 'called'}",
-            marks=[] if not pair[2] or pair[:2] in quick else [pytest.mark.slow],
-        )
-        for pair in pairs
+        pytest.param(name, other, how, id=f"{name}-{other}-{how}", marks=[pytest.mark.slow] * (how == HOW[-1]))
+        for name in names
+        for other in others
+        for how in HOW
+        if how != "traced" or (name, other) in quick
     ]
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "traced"),
+    ("name", "layout", "how"),
     checks(
         ("bottleneck", "dense", "transition"),
         LAYOUTS,
         {("transition", "sliced")},
     ),
 )
-def test_operators_keep_their_promises_for_every_layout(name, layout, traced):
+def test_operators_keep_their_promises_for_every_layout(name, layout, how):
     torch.manual_seed(0)
-    assert_checked(SPECS[name](True), LAYOUTS[layout](torch.randn(2, 8, 6, 6)), traced)
+    assert_checked(SPECS[name](True), LAYOUTS[layout](torch.randn(2, 8, 6, 6)), how)
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "traced"),
+    ("name", "mode", "how"),
     checks(
         SPECS,
         ("training", "frozen"),
@@ -131,10 +135,10 @@ def test_operators_keep_their_promises_for_every_layout(name, layout, traced):
         {("dense", "training"), ("preactivation", "frozen")},
     ),
 )
-def test_operators_keep_their_promises_for_every_structure(name, mode, traced):
+def test_operators_keep_their_promises_for_every_structure(name, mode, how):
     torch.manual_seed(0)
     spec = SPECS[name](mode == "training")
-    assert_checked(spec.recomputing, torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last), traced)
+    assert_checked(spec.recomputing, torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last), how)
 
 
 @pytest.mark.parametrize("name", ["bottleneck", "preactivation", "stem", "dense", "transition"])

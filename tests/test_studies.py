@@ -91,7 +91,7 @@ def test_its_networks_learn_as_eager_does_and_run_fused(name, network, images):
         torch.manual_seed(seed)
         fused = build()
         eager = copy.deepcopy(fusedres.export_plain(fused))
-        batches = list(images.batches(32, torch.Generator().manual_seed(seed)))[:2]
+        batches = list(images.batches(16, torch.Generator().manual_seed(seed)))[:2]
         found["truth"].append(logits_and_parameters(copy.deepcopy(eager), batches, torch.float64))
         found["eager"].append(logits_and_parameters(eager, batches, torch.float32))
         found["fused"].append(logits_and_parameters(fused, batches, torch.float32))

@@ -91,7 +91,7 @@ def _takes_groups(read: int, written: int, taps: int, pixels: int, groups: int) 
     """Whether the kernels are faster than the library, with the passes around it, on groups that read and write so many channels each. A
     group is a convolution of slices here, which fills a vector only where it is wide; the library has kernels for narrow ones, which take
     longer to begin: they win on many ``pixels`` of output, the sooner the more groups there are. What times both sides of the bounds:
-    ``pytest bench/test_primitives.py --benchmark-only -k groups``."""
+    ``pytest -p benchmark bench/test_primitives.py --benchmark-only -k groups``."""
     if pixels <= 16:
         return read >= 4
     if taps == 1:

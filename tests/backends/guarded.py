@@ -182,6 +182,9 @@ def main() -> None:
     parser.add_argument("--backend", default="cpp")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--overhang", action="store_true")
+    parser.add_argument(
+        "--turn", type=int, choices=(0, 1), help="a half of the cases: each of these with one of its two maps"
+    )
     args = parser.parse_args()
     dtype, backend = getattr(torch, args.dtype), Guarded(select.get(args.backend), args.side)
     torch.set_num_threads(2)
@@ -194,8 +197,10 @@ def main() -> None:
     # a slice whose own end is the buffer's, and a map of its own
     beside = (0, 5) if args.side == "before" else (5, 0)
     count = 0
-    for name, run, case in cases():
-        for pad in (beside, (0, 0)):
+    for i, (name, run, case) in enumerate(cases()):
+        for j, pad in enumerate((beside, (0, 0))):
+            if args.turn == (i + j) % 2:
+                continue
             print(name, pad, flush=True)
             run(backend, GuardedDraw(args.side, dtype, pad=pad, columns=beside), case)
             count += 1
