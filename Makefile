@@ -83,7 +83,9 @@ bench: $(VENV)/peers
 		fused fused-prepacked fused+compile fused-recompute memory_efficient
 	$(BIN)/python -m bench.models --json results/models-bfloat16.json --dtype bfloat16 --contenders eager fused fused-prepacked
 	$(BIN)/python -m bench.models --json results/models-avx2.json --capability avx2 --contenders eager fused fused-prepacked
-	$(BIN)/python -m bench.report results/models.json results/models-avx2.json results/models-bfloat16.json --out results
+	$(BIN)/python -m bench.models --json results/models-batch1.json --modes infer --batch 1 --resolution 224 \
+		--contenders eager compile-freezing openvino onnxruntime fused fused-prepacked
+	$(BIN)/python -m bench.report results/models.json results/models-avx2.json results/models-bfloat16.json results/models-batch1.json --out results
 
 # why skip connections work: the papers' claims on the fused blocks, seven to ten minutes on two cores; results/studies
 studies: $(VENV)/installed

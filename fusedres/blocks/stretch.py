@@ -185,8 +185,8 @@ class Stretch:
 
 
 def _look_at(block: nn.Module, steps: Steps) -> _Known | None:
-    """What the longest row of ``steps`` that are fused depends on; None where there are not two parts in it, or a weight was computed,
-    which would be kept with its graph."""
+    """What the longest row of ``steps`` that are fused depends on; None where there are not two parts in it, or a weight is of a class that
+    makes its own of operators, or was computed and would be kept with its graph."""
     called, length = list[nn.Module](), 0
     while length < steps.count:
         inside = steps.calls(length)
@@ -208,7 +208,8 @@ def _look_at(block: nn.Module, steps: Steps) -> _Known | None:
         parts += len(kind.parts(kind.reading(of, state)))
     held = [t for module in modules for t in (*module._parameters.values(), *module._buffers.values())]
     tensors = tuple(dict.fromkeys(t for t in held if t is not None and t.is_floating_point()))
-    if length == 0 or parts < 2 or any(t.grad_fn is not None for t in tensors):
+    kept = all(type(t) in (Tensor, nn.Parameter) and t.grad_fn is None for t in tensors)
+    if length == 0 or parts < 2 or not kept:
         return None
     classes = tuple(dict.fromkeys(map(type, called)))
     return _Known(length, Seen([*modules], tuple(graphs), {}), classes, tuple(states), tensors, {}, {}, {})
