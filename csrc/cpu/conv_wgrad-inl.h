@@ -122,10 +122,8 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
   const int64_t step = position_step(patches, chunk.width), gradient_step = position_step(patches, width);
   float* transformed = scratch_v.get(p.positions() * step);
   float* gradients = scratch_m.get(p.positions() * gradient_step);
-  with_winograd(p, [&](auto winograd) {
-    transform_input<decltype(winograd)>(p, tile, scratch, chunk.width, transformed, step);
-    transform_gradient<decltype(winograd)>(p, tile, gradient, width, gradients, gradient_step);
-  });
+  transform_input<WinogradTwo>(p, tile, scratch, chunk.width, transformed, step);
+  transform_gradient<WinogradTwo>(p, tile, gradient, width, gradients, gradient_step);
   int64_t* base = scratch_base.get(patches);
   for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
   const int64_t* gradient_base = strided_base(patches, width);
@@ -284,14 +282,11 @@ void conv_wgrad_of(const Args& a, int largest_winograd, Parallel parallel) {
       for (int64_t c = 0; c < kLanes; ++c) {
         for (int64_t n = 0; n < width; n += kLanes) {
           const float* sum = from + (c0 + c) * width + n;
-          with_winograd(p, [&](auto winograd) {
-            using Winograd = decltype(winograd);
-            both_axes<Winograd::kPositions, 3>(load_positions<Winograd>(sum, chunk.width * width),
-                                               Winograd::weight_gradient, [&](int i, int j, vec dw) {
-                                                 finite.see(dw);
-                                                 store(block[3 * i + j][c] + n, dw);
-                                               });
-          });
+          both_axes<4, 3>(load_positions<WinogradTwo>(sum, chunk.width * width), WinogradTwo::weight_gradient,
+                          [&](int i, int j, vec dw) {
+                            finite.see(dw);
+                            store(block[3 * i + j][c] + n, dw);
+                          });
         }
       }
       for (int t = 0; t < 9; ++t) store_weights(a.dweight, block[t][0], kPanel, kLanes, valid, place(t / 3, t % 3, c0));
@@ -303,7 +298,7 @@ void conv_wgrad_of(const Args& a, int largest_winograd, Parallel parallel) {
 
 template <class Args>
 void conv_wgrad(const Args& a, Parallel parallel) {
-  conv_wgrad_of(a, 2, parallel);
+  conv_wgrad_of(a, WinogradTwo::kTile, parallel);
 }
 
 }  // namespace

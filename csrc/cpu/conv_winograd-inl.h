@@ -1,5 +1,5 @@
 // The transforms of Winograd's algorithm F(m x m, 3 x 3): a tile of m x m pixels of a 3 x 3 convolution's output from
-// (m + 2)^2 products instead of 9 m^2, and its transpose for the weight gradient. Lavin and Gray 2015
+// (m + 2)^2 products instead of 9 m^2, and, with m = 2, its transpose for the weight gradient. Lavin and Gray 2015
 // (arXiv 1509.09308), section 4.
 //
 //   output tile     = A^T [ sum over channels (G w G^T) * (B^T d B) ] A      d: the input pixels under the tile
@@ -110,14 +110,6 @@ struct WinogradThree {
     y[1] = (a * m[2] - m[1]) + b * m[3];
     y[2] = (m[1] + m[4]) + (a2 * m[2] + b2 * m[3]);
   }
-  // A dy
-  static void gradient(const vec (&dy)[3], vec (&v)[5]) {
-    v[0] = dy[0];
-    v[1] = (dy[0] + dy[2]) - dy[1];
-    v[2] = (dy[0] + a * dy[1]) + a2 * dy[2];
-    v[3] = (dy[0] + b * dy[1]) + b2 * dy[2];
-    v[4] = dy[2];
-  }
   // G w
   static void weight(const vec (&w)[3], vec (&u)[5]) {
     u[0] = w[0];
@@ -125,13 +117,6 @@ struct WinogradThree {
     u[2] = (w[0] + a * w[1] + a2 * w[2]) * of_a;
     u[3] = (w[0] + b * w[1] + b2 * w[2]) * of_b;
     u[4] = w[2];
-  }
-  // G^T u
-  static void weight_gradient(const vec (&u)[5], vec (&dw)[3]) {
-    const vec one = u[1] * of_one, at_a = u[2] * of_a, at_b = u[3] * of_b;
-    dw[0] = (u[0] + one) + (at_a + at_b);
-    dw[1] = (a * at_a - one) + b * at_b;
-    dw[2] = (one + u[4]) + (a2 * at_a + b2 * at_b);
   }
 };
 
