@@ -354,6 +354,7 @@ LARGER = {
     "channels beyond one chunk": _conv(2, 528, 14, 10, 64, 3, 1, 1),
     "outputs not of a register": _conv(2, 48, 16, 17, 37, 3, 1, 1),
     "growth rate": _conv(2, 128, 14, 14, 32, 3, 1, 1),
+    "rests of both tiles, outputs not of a register": _conv(2, 80, 16, 17, 37, 3, 1, 1),
     "one row": _conv(6, 32, 1, 70, 32, 3, 1, 1),
     "one column": _conv(6, 32, 70, 1, 32, 3, 1, 1),
     "without padding": _conv(2, 32, 17, 18, 32, 3),

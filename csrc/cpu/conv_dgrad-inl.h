@@ -163,6 +163,7 @@ void conv_dgrad(const Args& a, Parallel parallel) {
                 g.in_h,
                 g.in_w,
                 kChannelsPerUnit};
+    p.short_sums = has_short_sums(g);
     if (p.h.grid > 0 && p.w.grid > 0) {
       few[i] = p.plan_few(a.weight, g.in_c, kFewPixels);
       if (!few[i]) p.plan(true);

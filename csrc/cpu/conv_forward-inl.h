@@ -95,6 +95,7 @@ void conv_forward(const Args& a, Parallel parallel) {
       return conv_forward(by_pixels, parallel);
     }
   }
+  p.short_sums = has_short_sums(g);
   p.plan(true);
   KeptUse kept(a.kept, a.version, packed_layout(p, a.weight));
   const bool is_kept = kept.data() != nullptr;
@@ -111,7 +112,7 @@ void conv_forward(const Args& a, Parallel parallel) {
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
     const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
     // output pixels of a tile are consecutive rows of the map
-    float* c = in_place ? reinterpret_cast<float*>(a.out.data) + tile * p.tile_pixels * a.out.stride + first
+    float* c = in_place ? reinterpret_cast<float*>(a.out.data) + p.first_row(tile) * p.w.grid * a.out.stride + first
                         : scratch_c.get(p.tile_pixels * ldc);
     Tile where;
     multiply_tile(p, a.x, tile, factor, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
@@ -121,7 +122,7 @@ void conv_forward(const Args& a, Parallel parallel) {
       // products write the map itself, from their first panel on: the lines of the next task
       if (task + 1 == tasks.count()) return;
       const Task next = tasks.at(task + 1);
-      prefetch->add(a.out, next.tile * p.tile_pixels, least(pixels, (next.tile + 1) * p.tile_pixels),
+      prefetch->add(a.out, p.first_row(next.tile) * p.w.grid, p.first_row(next.tile + 1) * p.w.grid,
                     next.begin * kPanel, least(p.dst_c, next.end * kPanel) - next.begin * kPanel);
     });
     finish_forward(a, where, first, columns, c, ldc);

@@ -91,19 +91,32 @@ struct Chunk {
   int64_t first, width, row;
 };
 
+// Whether eager's sums are short: it multiplies a single image of few values not by oneDNN, but unfolded, and adds up
+// pieces (use_mkldnn in ATen's Convolution.cpp).
+inline bool has_short_sums(const Geometry2d& g) { return g.batch == 1 && g.in_c * g.in_h * g.in_w <= kShortValues; }
+
 struct Problem {
   Axis h, w;
   int64_t batch, src_c, dst_c, dst_h, dst_w;  // src_c in units where those run along the channels
   int64_t per_unit = 1;                       // channels
-  // the plan
-  int64_t tile_rows = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
-  bool winograd = false, never_winograd = false;
-  bool packs = false;  // a tile packs the weights that it multiplies, panel by panel
+  // the plan: a tile is some lines of `line_rows` rows, as many as Winograd's patches have; the last of an image may
+  // have fewer
+  int64_t line_rows = 1, tile_lines = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
+  int winograd = 0, largest_winograd = 3;  // the edge of Winograd's output tiles; 0: without his algorithm
+  bool short_sums = false;                 // as of eager's convolution, with whose roundings ours are compared
+  bool packs = false;                      // a tile packs the weights that it multiplies, panel by panel
 
   int64_t rows() const { return batch * h.grid; }
+  int64_t lines() const { return batch * div_up(h.grid, line_rows); }
+  // Of all images' rows, the first of tile `tile`; behind the last tile, their number.
+  int64_t first_row(int64_t tile) const {
+    const int64_t line = least(lines(), tile * tile_lines), of_image = div_up(h.grid, line_rows);
+    return line / of_image * h.grid + line % of_image * line_rows;
+  }
   // Every output pixel reads one source pixel.
   bool one_to_one() const { return h.inside() && w.inside(); }
-  int64_t taps() const { return winograd ? kPositions : int64_t(h.taps) * w.taps; }
+  int64_t positions() const { return int64_t(winograd + 2) * (winograd + 2); }
+  int64_t taps() const { return winograd ? positions() : int64_t(h.taps) * w.taps; }
   int64_t depth() const { return taps() * src_c; }
   int64_t chunks() const { return depth() ? div_up(src_c, chunk) : 0; }
   Chunk chunk_at(int64_t i) const {
@@ -111,17 +124,39 @@ struct Problem {
     return {first, least(chunk, src_c - first), taps() * first};
   }
 
-  // Whether Winograd's 16 products per 2 x 2 outputs, with their transforms, are cheaper than 36: not where the map is
-  // so small that transforming the weights outweighs it. In multiplications per pair of channels.
-  bool winograd_pays() const {
+  // After how many channels a sum of Winograd's products begins anew: the transforms of the larger tiles magnify its
+  // roundings.
+  int64_t sum_channels() const {
+    if (short_sums) return kShortSum;
+    return winograd == 3 ? least(kThreeSum, src_c / 2) : src_c;
+  }
+
+  // The edge of the output tiles by which Winograd's algorithm is cheapest, 0 where nine products an output are: where
+  // the map is so small that transforming the weights outweighs it. In multiplications per pair of channels.
+  int best_winograd() const {
     // in bfloat16 a transformed operand would be rounded once more
-    if (kPairs || never_winograd || h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() ||
-        !w.consecutive())
-      return false;
-    if (src_c % kLanes != 0 || w.grid > 128) return false;
-    const double tiles = static_cast<double>(batch * div_up(h.grid, 2) * div_up(w.grid, 2));
-    const double transforms = 4.0 / static_cast<double>(src_c) + 4.0 / static_cast<double>(dst_c);
-    return 16 * tiles * (1 + transforms) + 100 < 9.0 * static_cast<double>(rows() * w.grid);
+    if (kPairs || h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() || !w.consecutive())
+      return 0;
+    if (src_c % kLanes != 0 || w.grid > 128) return 0;
+    struct Cost {
+      int edge;
+      double products, of_source, of_destination, of_weights;  // the transforms', in products
+    };
+    // measured; the larger tiles have 25 products, in more and shorter sums
+    constexpr Cost kCosts[] = {{2, 16, 4, 4, 100}, {3, 27.5, 6, 4, 250}};
+    int best = 0;
+    double least_cost = 9.0 * static_cast<double>(rows() * w.grid);
+    for (const Cost& c : kCosts) {
+      if (c.edge > largest_winograd || (c.edge == 3 && (short_sums || src_c < kThreeChannels))) break;
+      const double patches = static_cast<double>(batch * div_up(h.grid, c.edge) * div_up(w.grid, c.edge)),
+                   transforms =
+                       c.of_source / static_cast<double>(dst_c) + c.of_destination / static_cast<double>(src_c),
+                   cost = c.products * patches * (1 + transforms) + c.of_weights;
+      if (cost >= least_cost) continue;
+      best = c.edge;
+      least_cost = cost;
+    }
+    return best;
   }
 
   int64_t scratch_rows(int64_t of_rows, int64_t images) const {
@@ -136,36 +171,38 @@ struct Problem {
     if (kPairs || pixels == 0 || pixels > most_pixels || weight.si != 1 || vector_c % kLanes != 0 || h.taps == 0 ||
         w.taps == 0)
       return false;
-    winograd = false;
+    winograd = 0;
     scratch_w = w.scratch_size(w.grid);
-    tile_rows = rows();
+    tile_lines = lines();
     tiles = 1;
-    tile_pixels = tile_rows * w.grid;
-    scratch_pixels = scratch_rows(tile_rows, batch) * scratch_w;
+    tile_pixels = tile_lines * w.grid;
+    scratch_pixels = scratch_rows(tile_lines, batch) * scratch_w;
     chunk = src_c;
     return scratch_pixels * src_c <= kFewFloats;
   }
 
   // `may_pack`: tiles can pack their own weights.
   void plan(bool may_pack) {
-    winograd = winograd_pays();
+    winograd = best_winograd();
+    line_rows = most(1, winograd);
     scratch_w = w.taps ? w.scratch_size(w.grid) : 0;
-    tile_rows = most(1, kTilePixels / w.grid);
+    tile_lines = div_up(most(1, kTilePixels / w.grid), line_rows);
     // few tiles must be shared out evenly; where the destination has many panels, those make tasks, too
     const int64_t multiple = dst_c >= 4 * kPanel ? 2 : 4;
-    tiles = div_up(rows(), tile_rows);
+    tiles = div_up(lines(), tile_lines);
     packs = may_pack && dst_c >= 4 * kPanel && rows() * w.grid <= kOwnPixels;
-    if (packs) tile_rows = rows();
-    else if (tiles < 16) tile_rows = div_up(rows(), least(rows(), round_up(tiles, multiple)));
-    if (winograd) tile_rows = round_up(tile_rows, 2);
-    tiles = div_up(rows(), tile_rows);
+    if (packs) tile_lines = lines();
+    else if (tiles < 16) tile_lines = div_up(lines(), least(lines(), round_up(tiles, multiple)));
+    tiles = div_up(lines(), tile_lines);
+    const int64_t tile_rows = tile_lines * line_rows;
     tile_pixels = tile_rows * w.grid;
     // a tile that spans images loads the border of each
     const int64_t images = (tile_rows - 1) / h.grid + 2;
     scratch_pixels = 0;
     if (h.taps && w.taps) {
       scratch_pixels = scratch_rows(tile_rows, images) * scratch_w;
-      const int64_t fit = winograd ? kWinogradFloats / (4 * tile_pixels) : kScratchFloats / scratch_pixels;
+      const int64_t fit = winograd ? kWinogradFloats * winograd * winograd / (positions() * tile_pixels)
+                                   : kScratchFloats / scratch_pixels;
       const int64_t pieces = div_up(src_c, least(512, most(64, fit)));
       chunk = pieces == 1 ? src_c : round_up(div_up(src_c, pieces), kLanes);
     } else {
@@ -186,7 +223,7 @@ struct Tile {
 Tile locate(const Problem& p, int64_t tile, int64_t width, const Source* in_place = nullptr) {
   int64_t* base = scratch_base.get(p.tile_pixels);
   int64_t* pixel = scratch_pixel.get(p.tile_pixels);
-  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  const int64_t begin = p.first_row(tile), end = p.first_row(tile + 1);
   int64_t m = 0, scratch_row = 0;
   for (int64_t row = begin; row < end;) {
     const int64_t n = row / p.h.grid, first = row % p.h.grid;
@@ -208,9 +245,7 @@ Tile locate(const Problem& p, int64_t tile, int64_t width, const Source* in_plac
   return {m, base, pixel};
 }
 
-int64_t pixels_of(const Problem& p, int64_t tile) {
-  return (least(p.rows(), (tile + 1) * p.tile_rows) - tile * p.tile_rows) * p.w.grid;
-}
+int64_t pixels_of(const Problem& p, int64_t tile) { return (p.first_row(tile + 1) - p.first_row(tile)) * p.w.grid; }
 
 // Consecutive columns of the kernel are consecutive in the scratch: they make one deep segment.
 int make_segments(const Problem& p, Chunk chunk, int64_t deepest, Segment* segments) {

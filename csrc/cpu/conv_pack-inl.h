@@ -70,14 +70,16 @@ void pack_chunk(const Problem& p, const Factor& factor, int64_t panel, Chunk chu
   }
 }
 
-// As pack_chunk, for Winograd: position, channel. The channels are a multiple of kLanes.
-template <class Of>
-void pack_winograd(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, float* dst) {
+// As pack_chunk, for Winograd: position, channel. Of the chunk's channels, those in [begin, end), which are a multiple
+// of kLanes.
+template <class Winograd, class Of>
+void pack_winograd(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, int64_t begin, int64_t end,
+                   float* dst) {
   const auto& w = factor.weight;
   const int64_t source_stride = factor.source_stride, destination_stride = factor.destination_stride;
   const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel), valid = least(width, p.dst_c - first);
   for (int64_t n0 = 0; n0 < width; n0 += kLanes) {
-    for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
+    for (int64_t c0 = begin; c0 < end; c0 += kLanes) {
       float taps[9][kLanes][kLanes] = {};
       const int64_t columns = least(kLanes, valid - n0);
       for (int t = 0; t < 9; ++t) {
@@ -91,28 +93,33 @@ void pack_winograd(const Problem& p, const Of& factor, int64_t panel, Chunk chun
         }
       }
       for (int64_t c = 0; c < kLanes; ++c) {
-        vec g[3][3], u[4][4];
-#pragma GCC unroll 9
-        for (int t = 0; t < 9; ++t) g[t / 3][t % 3] = load(taps[t][c]);
-        both_axes(g, u, weight_line);
-        store_positions(u, dst + (c0 + c) * width + n0, chunk.width * width);
+        float* to = dst + (c0 + c) * width + n0;
+        both_axes<3, Winograd::kPositions>([&](int i, int j) { return load(taps[3 * i + j][c]); }, Winograd::weight,
+                                           store_positions<Winograd>(to, chunk.width * width));
       }
     }
   }
 }
 
-// A panel's weights for a chunk, by whichever algorithm.
+// A panel's weights for a chunk, by whichever algorithm; for Winograd's, piece `piece` of pack_pieces.
 template <class Of>
-void pack(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, float* dst) {
-  if constexpr (!kPairs)
-    if (p.winograd) return pack_winograd(p, factor, panel, chunk, dst);
+void pack(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, int64_t piece, float* dst) {
+  if constexpr (!kPairs) {
+    if (p.winograd) {
+      const int64_t begin = piece * kPackChannels, end = least(chunk.width, begin + kPackChannels);
+      return with_winograd(
+          p, [&](auto winograd) { pack_winograd<decltype(winograd)>(p, factor, panel, chunk, begin, end, dst); });
+    }
+  }
   pack_chunk(p, factor, panel, chunk, dst);
 }
+
+inline int64_t pack_pieces(const Problem& p) { return p.winograd ? div_up(p.chunk, kPackChannels) : 1; }
 
 // Of one chunk of channels behind another nothing is to be seen where there is a single tap.
 inline PackedLayout packed_layout(const Problem& p, const Weight& w) {
   const int64_t chunk = p.taps() == 1 ? p.src_c : p.chunk;
-  return {{p.src_c, p.dst_c, p.h.taps, p.w.taps, chunk, p.winograd + 2 * kPairs, w.so, w.si, w.sh, w.sw},
+  return {{p.src_c, p.dst_c, p.h.taps, p.w.taps, chunk, p.winograd + 4 * kPairs, w.so, w.si, w.sh, w.sw},
           round_up(p.dst_c, kLanes) * p.depth()};
 }
 
@@ -124,11 +131,12 @@ inline float* packed_at(const Problem& p, const Factor& factor, int64_t panel, C
 template <class Of>
 void pack_weights(const Problem& p, const Of& factor, Parallel parallel) {
   if (p.packs) return;
-  run_parallel(parallel, div_up(p.dst_c, kPanel), p.dst_c * p.depth(), [&](int64_t panel) {
-    for (int64_t k = 0; k < p.chunks(); ++k) {
-      const Chunk chunk = p.chunk_at(k);
-      pack(p, factor, panel, chunk, packed_at(p, factor, panel, chunk));
-    }
+  // few panels are not enough for the threads
+  const int64_t pieces = pack_pieces(p), of_panel = p.chunks() * pieces;
+  run_parallel(parallel, div_up(p.dst_c, kPanel) * of_panel, p.dst_c * p.depth(), [&](int64_t task) {
+    const int64_t panel = task / of_panel;
+    const Chunk chunk = p.chunk_at(task % of_panel / pieces);
+    pack(p, factor, panel, chunk, task % pieces, packed_at(p, factor, panel, chunk));
   });
 }
 
@@ -136,7 +144,7 @@ void pack_weights(const Problem& p, const Of& factor, Parallel parallel) {
 inline const float* weights_of(const Problem& p, const Factor& factor, int64_t panel, Chunk chunk) {
   if (!p.packs) return packed_at(p, factor, panel, chunk);
   float* own = scratch_weights.get(p.taps() * chunk.width * kPanel);
-  pack(p, factor, panel, chunk, own);
+  for (int64_t piece = 0; piece < pack_pieces(p); ++piece) pack(p, factor, panel, chunk, piece, own);
   return own;
 }
 

@@ -132,7 +132,7 @@ void write_tile(const ForwardArgs& a, const Tile& where, int64_t first, int64_t 
 // The operand of a tile for the weight gradient: units of a pixel and the one that the next output pixel reads through
 // the same tap.
 void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
-  const int64_t width = chunk.width, begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  const int64_t width = chunk.width, begin = p.first_row(tile), end = p.first_row(tile + 1);
   float* const values = scratch_v.get(most(2, p.scratch_w) * width);
   const auto load = [&](int64_t line, int64_t j, float* to) {
     const int64_t x = p.w.source(0, j);

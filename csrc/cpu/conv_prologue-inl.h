@@ -17,7 +17,7 @@ namespace FUSEDRES_CAPABILITY {
 namespace {
 
 void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
-  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows);
+  const int64_t begin = p.first_row(tile), end = p.first_row(tile + 1);
   float* dst = scratch;
   for (int64_t row = begin; row < end;) {
     const int64_t n = row / p.h.grid, first = row % p.h.grid;

@@ -68,7 +68,7 @@ struct Prefetch {
 // The source pixels that tile `tile` loads, as one range: a tile's rows are consecutive, also across images.
 void prefetch_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, Prefetch* prefetch) {
   if (tile >= p.tiles) return;
-  const int64_t begin = tile * p.tile_rows, end = least(p.rows(), begin + p.tile_rows) - 1;
+  const int64_t begin = p.first_row(tile), end = p.first_row(tile + 1) - 1;
   const auto line = [&](int64_t row, int64_t offset) {
     const int64_t y = row % p.h.grid * p.h.step + offset;
     return (row / p.h.grid * p.h.src_size + most(0, least(p.h.src_size, y))) * p.w.src_size;
@@ -83,17 +83,20 @@ void prefetch_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk,
 bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* scratch, const Factor& factor,
                        int64_t first_panel, int64_t last_panel, float* c, int64_t ldc, Prefetch* prefetch) {
   const Chunk chunk = p.chunk_at(k);
-  const int64_t patches = patches_of(p, tile), step = position_step(patches, chunk.width);
-  float* transformed = scratch_v.get(kPositions * step);
-  transform_input(p, tile, scratch, chunk.width, transformed, step);
+  const int64_t positions = p.positions(), patches = patches_of(p, tile), step = position_step(patches, chunk.width);
+  float* transformed = scratch_v.get(positions * step);
+  with_winograd(
+      p, [&](auto winograd) { transform_input<decltype(winograd)>(p, tile, scratch, chunk.width, transformed, step); });
   int64_t* base = scratch_base.get(patches);
   for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
   bool finite = true;
   // with a single chunk, one panel's products at a time
   const bool single = p.chunks() == 1, last = k + 1 == p.chunks();
-  const int64_t room = kPositions * position_step(patches, kPanel);
+  const int64_t room = positions * position_step(patches, kPanel);
   float* products = scratch_m.get(single ? room : room * (last_panel - first_panel));
-  const int64_t calls = (last_panel - first_panel) * kPositions * div_up(patches, rows_for(kPanelVectors)),
+  const int64_t depth = even_block(chunk.width, p.sum_channels());
+  const int64_t calls = (last_panel - first_panel) * positions * div_up(chunk.width, depth) *
+                        div_up(patches, rows_for(kPanelVectors)),
                 lines = div_up(prefetch->total, calls);
   for (int64_t panel = first_panel; panel < last_panel; ++panel) {
     const int64_t width = panel_width(p.dst_c, panel), product_step = position_step(patches, width);
@@ -101,15 +104,22 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
     const float* weights = weights_of(p, factor, panel, chunk);
     float* product = products + (single ? 0 : (panel - first_panel) * room);
     const int64_t block = even_block(patches, rows_for(vectors));
-    for (int position = 0; position < kPositions; ++position) {
-      for (int64_t m = 0; m < patches; m += block) {
-        kernels().multiply[vectors][least(block, patches - m)](
-            transformed + position * step, base + m, weights + position * chunk.width * width, width, chunk.width,
-            product + position * product_step + m * width, width, k == 0, prefetch->take(lines, chunk.width));
+    for (int64_t position = 0; position < positions; ++position) {
+      for (int64_t c0 = 0; c0 < chunk.width; c0 += depth) {
+        const int64_t channels = least(depth, chunk.width - c0);
+        for (int64_t m = 0; m < patches; m += block) {
+          kernels().multiply[vectors][least(block, patches - m)](
+              transformed + position * step + c0, base + m, weights + (position * chunk.width + c0) * width, width,
+              channels, product + position * product_step + m * width, width, k == 0 && c0 == 0,
+              prefetch->take(lines, channels));
+        }
       }
     }
-    if (last && !transform_output(p, tile, product, width, product_step, c + (panel - first_panel) * kPanel, ldc))
-      finite = false;
+    if (!last) continue;
+    float* to = c + (panel - first_panel) * kPanel;
+    with_winograd(p, [&](auto winograd) {
+      finite &= transform_output<decltype(winograd)>(p, tile, product, width, product_step, to, ldc);
+    });
   }
   return finite;
 }
@@ -177,7 +187,7 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
 
 Tile multiply_directly(Problem p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
                        int64_t last_panel, float* c, int64_t ldc) {
-  p.winograd = false;
+  p.winograd = 0;
   p.packs = true;
   Tile where;
   multiply_tile(p, s, tile, factor, first_panel, last_panel, c, ldc, &where, [](const Tile&, Prefetch*) {});

@@ -120,18 +120,18 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
   const Problem& p = plan.p;
   const int64_t patches = patches_of(p, tile), width = panel_width(p.dst_c, panel);
   const int64_t step = position_step(patches, chunk.width), gradient_step = position_step(patches, width);
-  float* transformed = scratch_v.get(kPositions * step);
-  float* gradients = scratch_m.get(kPositions * gradient_step);
-  transform_input(p, tile, scratch, chunk.width, transformed, step);
-  transform_gradient(p, tile, gradient, width, gradients, gradient_step);
+  float* transformed = scratch_v.get(p.positions() * step);
+  float* gradients = scratch_m.get(p.positions() * gradient_step);
+  transform_input<WinogradTwo>(p, tile, scratch, chunk.width, transformed, step);
+  transform_gradient<WinogradTwo>(p, tile, gradient, width, gradients, gradient_step);
   int64_t* base = scratch_base.get(patches);
   for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
   const int64_t* gradient_base = strided_base(patches, width);
   const int vectors = static_cast<int>(width / kLanes);
   const int64_t block = even_block(chunk.width, rows_for(vectors));
-  const int64_t lines = div_up(prefetch->total, kPositions * div_up(chunk.width, block));
+  const int64_t lines = div_up(prefetch->total, p.positions() * div_up(chunk.width, block));
   float* to = sums + panel * kPanel * p.depth() + chunk.row * width;
-  for (int position = 0; position < kPositions; ++position, to += chunk.width * width) {
+  for (int position = 0; position < p.positions(); ++position, to += chunk.width * width) {
     for (int64_t k = 0; k < chunk.width; k += block) {
       kernels().outer[vectors][least(block, chunk.width - k)](
           transformed + position * step + k, base, gradients + position * gradient_step, gradient_base, patches,
@@ -218,12 +218,12 @@ bool wgrad_of_few(const Args& a, Parallel parallel) {
 }
 
 template <class Args>
-void conv_wgrad_of(const Args& a, bool never_winograd, Parallel parallel) {
+void conv_wgrad_of(const Args& a, int largest_winograd, Parallel parallel) {
   const Geometry2d& g = a.g;
   Problem problem = wgrad_problem(g);
   if constexpr (!kPairs)
     if (wgrad_of_few(a, parallel)) return;
-  problem.never_winograd = never_winograd;
+  problem.largest_winograd = largest_winograd;
   const WgradPlan plan(problem);
   const Problem& p = plan.p;
   const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
@@ -246,7 +246,7 @@ void conv_wgrad_of(const Args& a, bool never_winograd, Parallel parallel) {
       Prefetch prefetch;
       if (tile + 1 < stop) {
         prefetch_tile(p, a.x, tile + 1, chunk, &prefetch);
-        const int64_t from = (tile + 1) * p.tile_pixels, to = least(pixels, from + p.tile_pixels);
+        const int64_t from = p.first_row(tile + 1) * p.w.grid, to = p.first_row(tile + 2) * p.w.grid;
         prefetch.add(a.grad.map, from, to, first, columns);
         if (a.grad.q != nullptr) prefetch.add(a.grad.second, from, to, first, columns);
       }
@@ -281,25 +281,24 @@ void conv_wgrad_of(const Args& a, bool never_winograd, Parallel parallel) {
       float block[9][kLanes][kPanel];
       for (int64_t c = 0; c < kLanes; ++c) {
         for (int64_t n = 0; n < width; n += kLanes) {
-          vec u[4][4], dw[3][3];
-          load_positions(from + (c0 + c) * width + n, chunk.width * width, u);
-          both_axes(u, dw, weight_gradient_line);
-          for (int t = 0; t < 9; ++t) {
-            finite.see(dw[t / 3][t % 3]);
-            store(block[t][c] + n, dw[t / 3][t % 3]);
-          }
+          const float* sum = from + (c0 + c) * width + n;
+          both_axes<4, 3>(load_positions<WinogradTwo>(sum, chunk.width * width), WinogradTwo::weight_gradient,
+                          [&](int i, int j, vec dw) {
+                            finite.see(dw);
+                            store(block[3 * i + j][c] + n, dw);
+                          });
         }
       }
       for (int t = 0; t < 9; ++t) store_weights(a.dweight, block[t][0], kPanel, kLanes, valid, place(t / 3, t % 3, c0));
     }
     if (!finite) __atomic_store_n(&again, true, __ATOMIC_RELAXED);
   });
-  if (again) conv_wgrad_of(a, true, parallel);
+  if (again) conv_wgrad_of(a, 0, parallel);
 }
 
 template <class Args>
 void conv_wgrad(const Args& a, Parallel parallel) {
-  conv_wgrad_of(a, false, parallel);
+  conv_wgrad_of(a, WinogradTwo::kTile, parallel);
 }
 
 }  // namespace

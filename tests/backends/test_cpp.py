@@ -24,8 +24,16 @@ _C = pytest.importorskip("fusedres._C")
 
 POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
 THREE = Geometry((1, 1), (1, 1), (1, 1), 1)
-#: large enough for Winograd's algorithm: whole panels, a rest of channels, several chunks, and panels that are packed where they are used
-WINOGRAD = [(2, 64, 14, 14, 64), (1, 128, 9, 17, 80), (1, 1024, 16, 16, 64), (1, 64, 9, 8, 272)]
+#: large enough for Winograd's algorithm: whole panels, a rest of channels, several chunks, and panels that are packed where they are used;
+#: by tiles of 3 x 3, 3 x 3, 2 x 2 and 2 x 2, then chunks and packing panels by 3 x 3 (test_cpp_winograd.py)
+WINOGRAD = [
+    (2, 64, 14, 14, 64),
+    (2, 128, 9, 17, 80),
+    (1, 1024, 16, 16, 64),
+    (1, 64, 9, 8, 272),
+    (1, 272, 16, 41, 64),
+    (1, 96, 15, 15, 272),
+]
 
 
 def channels_last(x: Tensor) -> Tensor:

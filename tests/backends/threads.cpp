@@ -228,9 +228,9 @@ struct ConvolutionOf : Convolution<T> {
 template <class Value>
 bool convolutions(const std::string& name, const ConvKernelsOf<Value>& kernels, bool race) {
   bool right = true;
-  // Winograd's, a strided one, a product with more than one panel, an odd rest, few pixels
-  for (const Shape& shape : {Shape{2, 20, 64, 64, 3, 1}, Shape{2, 17, 32, 48, 3, 2}, Shape{2, 14, 72, 136, 1, 1},
-                             Shape{3, 13, 34, 18, 3, 1}, Shape{1, 5, 64, 96, 3, 1}})
+  // Winograd's by either tiles, a strided one, a product with more than one panel, an odd rest, few pixels
+  for (const Shape& shape : {Shape{2, 20, 64, 64, 3, 1}, Shape{2, 10, 64, 64, 3, 1}, Shape{2, 17, 32, 48, 3, 2},
+                             Shape{2, 14, 72, 136, 1, 1}, Shape{3, 13, 34, 18, 3, 1}, Shape{1, 5, 64, 96, 3, 1}})
     right &= agree<ConvolutionOf<Value>>(name + " convolution " + std::to_string(shape.in_c), shape, kernels, race);
   return right;
 }
