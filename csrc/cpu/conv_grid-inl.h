@@ -142,8 +142,9 @@ struct Problem {
       int edge;
       double products, of_source, of_destination, of_weights;  // the transforms', in products
     };
-    // measured; the larger tiles have 25 products, in more and shorter sums
-    constexpr Cost kCosts[] = {{2, 16, 4, 4, 100}, {3, 27.5, 6, 4, 250}};
+    // measured; the larger tiles have 25 products, in more and shorter sums, and with short vectors the smallest maps
+    // lose by them
+    constexpr Cost kCosts[] = {{2, 16, 4, 4, 100}, {3, 27.5, 6, 4, kLanes < 16 ? 400 : 250}};
     int best = 0;
     double least_cost = 9.0 * static_cast<double>(rows() * w.grid);
     for (const Cost& c : kCosts) {

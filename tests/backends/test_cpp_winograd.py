@@ -59,11 +59,11 @@ class Kept:
     "shape, k, values",
     [
         *(((2, 64, h, w), 64, THREE_BY_THREE) for h, w in EDGES),
-        ((2, 64, 14, 14), 64, THREE_BY_THREE),
+        ((4, 64, 14, 14), 64, THREE_BY_THREE),
         ((2, 128, 9, 17), 80, THREE_BY_THREE),
         ((1, 96, 15, 15), 272, THREE_BY_THREE),
         ((1, 272, 16, 41), 64, THREE_BY_THREE),
-        ((2, 80, 16, 17), 48, THREE_BY_THREE),
+        ((4, 80, 16, 17), 48, THREE_BY_THREE),
         ((2, 64, 10, 10), 64, TWO_BY_TWO),  # as many products by either tiles, and fewer values of a weight
         ((2, 64, 8, 8), 64, TWO_BY_TWO),
         ((2, 48, 15, 15), 64, TWO_BY_TWO),  # sums too short for the larger tiles
