@@ -94,4 +94,7 @@ def test_its_figures_of_one_image_at_a_time_are_the_measured_ones():
     records = json.loads((ROOT / "results" / "models-batch1.json").read_text())
     for model, words in (("densenet121", "DenseNet-121"), ("resnet50", "ResNet-50")):
         ratio = {r["contender"]: f"{r['ratio_to_eager']:.2f}x" for r in records if r["model"] == model}
-        assert "{} at {fused} and {prepacked} of eager".format(words, **ratio, prepacked=ratio["fused-prepacked"]) in README
+        assert (
+            "{} at {fused} and {prepacked} of eager".format(words, **ratio, prepacked=ratio["fused-prepacked"])
+            in README
+        )
