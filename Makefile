@@ -64,12 +64,16 @@ sanitize: $(VENV)/installed
 	PYTHONPATH=$(CURDIR)/$(THREADED)/lib PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 LD_PRELOAD="$(shell $(CXX) -print-file-name=libtsan.so)" \
 		$(WATCHED) $(BIN)/pytest -n 0 -k one-inside tests/test_threads.py
 
-# the kernels for ARM (NEON), without torch, on an emulated processor; apt-get install g++-aarch64-linux-gnu qemu-user
+# the kernels for ARM (NEON), without torch, on an emulated processor: the bits of one thread, and the numbers of this processor's portable
+# kernels, of which the tests say how right they are; apt-get install g++-aarch64-linux-gnu qemu-user
+ALONE := -std=c++20 -O2 -Werror=switch -pthread -static -Icsrc tests/backends/threads.cpp \
+	$(shell find csrc/cpu -name '*.cpp' -not -name '*_binding.cpp')
 arm:
 	mkdir -p build/arm
-	aarch64-linux-gnu-g++ -std=c++20 -O2 -Werror=switch -pthread -static -Icsrc tests/backends/threads.cpp \
-		$$(find csrc/cpu -name '*.cpp' -not -name '*_binding.cpp') -o build/arm/threads
-	qemu-aarch64 build/arm/threads
+	$(CXX) $(ALONE) -o build/arm/here
+	aarch64-linux-gnu-g++ $(ALONE) -o build/arm/threads
+	build/arm/here write build/arm/expected
+	qemu-aarch64 build/arm/threads compare build/arm/expected
 
 # one wheel for Python 3.10 and torch 2.11 and everything newer, in dist/; its tag says from which glibc on
 wheel: $(VENV)/installed

@@ -4,14 +4,18 @@
 //   read, each on
 //                    threads of its own; their results must have the bits of a single thread's
 //   threads race     the two callers write the same maps: the sanitizer has to report it
+//   threads write FILE     as the first, and the results of the portable kernels into a file
+//   threads compare FILE   as the first, and those results have to be the file's, but for roundings
 //
-// `make sanitize` builds and runs both.
+// `make sanitize` builds and runs the first two; `make arm` the others, for two kinds of processor.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/capability.h"
@@ -205,18 +209,56 @@ struct Passes {
   }
 };
 
+// Results in a file: written, or compared with what is there.
+class Transcript {
+ public:
+  Transcript(const std::string& mode, const char* path)
+      : writes_(mode == "write"), file_(std::fopen(path, writes_ ? "wb" : "rb")) {}
+  ~Transcript() {
+    if (file_ != nullptr) std::fclose(file_);
+  }
+
+  bool holds(const Written<float>& w) { return holds(w.out) & holds(w.dx) & holds(w.dweight) & holds(w.sums); }
+
+ private:
+  bool holds(const std::vector<float>& values) {
+    if (file_ == nullptr) return false;
+    if (writes_) return std::fwrite(values.data(), sizeof(float), values.size(), file_) == values.size();
+    std::vector<float> expected(values.size());
+    if (std::fread(expected.data(), sizeof(float), expected.size(), file_) != expected.size()) return false;
+    double largest = 0, difference = 0;
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (!std::isfinite(values[i])) return false;
+      largest = std::fmax(largest, std::fabs(expected[i]));
+      difference = std::fmax(difference, std::fabs(values[i] - expected[i]));
+    }
+    return difference <= 1e-5 * largest;
+  }
+
+  bool writes_;
+  std::FILE* file_;
+};
+
+struct Run {
+  bool race = false;
+  Transcript* transcript = nullptr;  // of the portable kernels
+};
+
 // Two callers at once; whether both have the bits of one that is alone.
 template <class Work, class Kernels>
-bool agree(const std::string& name, const Shape& shape, const Kernels& kernels, bool race) {
+bool agree(const std::string& name, const Shape& shape, const Kernels& kernels, const Run& run) {
   Work work(shape);
   Written<typename Work::Value> wanted(shape), one(shape), two(shape);
   work.run(kernels, alone, &wanted);
-  std::thread other([&] { work.run(kernels, spread, race ? &one : &two); });
+  std::thread other([&] { work.run(kernels, spread, run.race ? &one : &two); });
   work.run(kernels, spread, &one);
   other.join();
-  const bool same = race || (one == wanted && two == wanted);
-  std::printf("%s %s\n", name.c_str(), same ? "ok" : "differs from one thread");
-  return same;
+  const bool same = run.race || (one == wanted && two == wanted);
+  bool right = true;
+  if constexpr (std::is_same_v<typename Work::Value, float>)
+    right = run.transcript == nullptr || run.transcript->holds(wanted);
+  std::printf("%s %s\n", name.c_str(), !same ? "differs from one thread" : right ? "ok" : "differs from the file");
+  return same && right;
 }
 
 template <class T>
@@ -226,31 +268,32 @@ struct ConvolutionOf : Convolution<T> {
 };
 
 template <class Value>
-bool convolutions(const std::string& name, const ConvKernelsOf<Value>& kernels, bool race) {
+bool convolutions(const std::string& name, const ConvKernelsOf<Value>& kernels, const Run& run) {
   bool right = true;
   // Winograd's by either tiles, a strided one, a product with more than one panel, an odd rest, few pixels
   for (const Shape& shape : {Shape{2, 20, 64, 64, 3, 1}, Shape{2, 10, 64, 64, 3, 1}, Shape{2, 17, 32, 48, 3, 2},
                              Shape{2, 14, 72, 136, 1, 1}, Shape{3, 13, 34, 18, 3, 1}, Shape{1, 5, 64, 96, 3, 1}})
-    right &= agree<ConvolutionOf<Value>>(name + " convolution " + std::to_string(shape.in_c), shape, kernels, race);
+    right &= agree<ConvolutionOf<Value>>(name + " convolution " + std::to_string(shape.in_c), shape, kernels, run);
   return right;
 }
 
-bool passes(const std::string& name, const PassKernels& kernels, bool race) {
+bool passes(const std::string& name, const PassKernels& kernels, const Run& run) {
   bool right = true;
   for (const Shape& shape : {Shape{4, 20, 48, 48, 1, 1}, Shape{4, 26, 5, 5, 1, 1}})
-    right &= agree<Passes>(name + " passes " + std::to_string(shape.in_c), shape, kernels, race);
+    right &= agree<Passes>(name + " passes " + std::to_string(shape.in_c), shape, kernels, run);
   return right;
 }
 
-bool everything(bool race) {
-  bool right = convolutions("default", conv_kernels_default, race) & passes("default", pass_kernels_default, race);
+bool everything(const Run& run) {
+  bool right = convolutions("default", conv_kernels_default, run) & passes("default", pass_kernels_default, run);
 #if defined(__x86_64__)
+  const Run others{run.race};
   if (capability_supported(Capability::avx2))
-    right &= convolutions("avx2", conv_kernels_avx2, race) & passes("avx2", pass_kernels_avx2, race);
+    right &= convolutions("avx2", conv_kernels_avx2, others) & passes("avx2", pass_kernels_avx2, others);
   if (capability_supported(Capability::avx512))
-    right &= convolutions("avx512", conv_kernels_avx512, race) & passes("avx512", pass_kernels_avx512, race);
+    right &= convolutions("avx512", conv_kernels_avx512, others) & passes("avx512", pass_kernels_avx512, others);
   if (capability_supported(Capability::avx512_bf16))
-    right &= convolutions("avx512_bf16", conv_kernels_avx512_bf16, race);
+    right &= convolutions("avx512_bf16", conv_kernels_avx512_bf16, others);
 #endif
   return right;
 }
@@ -258,4 +301,9 @@ bool everything(bool race) {
 }  // namespace
 }  // namespace fusedres
 
-int main(int count, char** words) { return fusedres::everything(count > 1 && std::string(words[1]) == "race") ? 0 : 1; }
+int main(int count, char** words) {
+  const std::string mode = count > 1 ? words[1] : "";
+  if (count < 3) return fusedres::everything({mode == "race"}) ? 0 : 1;
+  fusedres::Transcript transcript(mode, words[2]);
+  return fusedres::everything({false, &transcript}) ? 0 : 1;
+}
