@@ -14,6 +14,13 @@ endif
 # an environment that keeps Python from keeping what it has compiled has every test's process compile all of the sources again
 unexport PYTHONDONTWRITEBYTECODE
 
+# in front of what takes minutes without a word: a line every ten seconds
+PATIENTLY = @patiently() { \
+		"$$@" & job=$$!; s=0; \
+		while kill -0 $$job 2>/dev/null; do sleep 1; s=$$((s + 1)); [ $$((s % 10)) -ne 0 ] || echo "... $$s s"; done; \
+		wait $$job; \
+	}; patiently
+
 .PHONY: demo test lint docs bench studies gpu sanitize arm wheel clean
 
 demo: $(VENV)/installed
@@ -108,15 +115,15 @@ else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo "2 of 3: PyTorch and what builds the extension, a minute or two of downloads"
-	$(BIN)/pip install --quiet $(TORCH) "setuptools>=77,<82" wheel ninja
+	$(PATIENTLY) $(BIN)/pip install --quiet $(TORCH) "setuptools>=77,<82" wheel ninja
 	@echo "3 of 3: the C++ kernels, compiled for every instruction set, a minute or two; tools for tests and benchmarks"
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,bench]"
+	$(PATIENTLY) $(BIN)/pip install --quiet --no-build-isolation -e ".[dev,bench]"
 endif
 	touch $@
 
 # other people's engines, which bench.models sets beside ours
 $(VENV)/peers: $(VENV)/installed
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[bench-peers]"
+	$(PATIENTLY) $(BIN)/pip install --quiet --no-build-isolation -e ".[bench-peers]"
 	touch $@
 
 clean:
