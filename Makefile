@@ -56,7 +56,7 @@ sanitize: $(VENV)/installed
 	FUSEDRES_BUILD=cpu FUSEDRES_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib PYTHONSAFEPATH=1 LD_PRELOAD="$(RUNTIMES)" \
 		ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/pytest -n 2 -k "not memory" --backend cpp tests/backends/test_cpp.py tests/backends/test_cpp_extension.py \
+		$(BIN)/pytest -n 2 -k "not memory" --backend cpp tests/backends/test_cpp.py tests/backends/test_cpp_extension.py tests/backends/test_cpp_winograd.py \
 		tests/backends/test_contract.py tests/backends/test_contract_edges.py tests/backends/test_tape.py \
 		tests/backends/test_tape_launches.py::test_convolutions_of_the_library_stand_between_launches \
 		tests/backends/test_tape_launches.py::test_a_refused_launch_raises tests/blocks/test_unchanged.py tests/test_threads.py tests/test_prepack.py
