@@ -73,7 +73,7 @@ sanitize: $(VENV)/installed
 
 # the kernels for ARM (NEON), without torch, on an emulated processor: the bits of one thread, and the numbers of this processor's portable
 # kernels, of which the tests say how right they are; apt-get install g++-aarch64-linux-gnu qemu-user
-ALONE := -std=c++20 -O2 -Werror=switch -pthread -static -Icsrc tests/backends/threads.cpp \
+ALONE = -std=c++20 -O2 -Werror=switch -pthread -static -Icsrc tests/backends/threads.cpp \
 	$(shell find csrc/cpu -name '*.cpp' -not -name '*_binding.cpp')
 arm:
 	mkdir -p build/arm

@@ -1,8 +1,8 @@
 """A stretch: fused blocks that hand their maps to each other, in inference recorded and played as one schedule.
 
-Between two blocks there is Python that asks what has changed since the last call: some 60 us a block, and 300 where maps of megabytes have
-driven all that it reads out of the caches. In a stretch all of it is asked at once, in front of the first block; then the schedules of all
-blocks go by (:mod:`fusedres.backends.tape`) without Python in between, and on a GPU all launches are queued by one call.
+Between two blocks there is Python that asks what has changed since the last call, and whatever it reads has been driven out of the caches by
+the maps in between. In a stretch all of it is asked at once, in front of the first block; then the schedules of all blocks go by
+(:mod:`fusedres.backends.tape`) without Python in between, and on a GPU all launches are queued by one call.
 
 What is recorded is the blocks' own run, one by one, with all of its checks. It is played while every object that one of them depends on is
 the very same (:mod:`.reading`); what changes inside of tensors (dtype, shape, strides) a tape checks by itself. Whatever is in the way, the
