@@ -1,6 +1,6 @@
 """A stretch: fused blocks that hand their maps to each other, in inference recorded and played as one schedule.
 
-Between two blocks there is Python that asks what has changed since the last call, and whatever it reads has been driven out of the caches by
+Between two blocks there is Python that asks what has changed since the last call, and what it reads has been driven out of the caches by
 the maps in between. In a stretch all of it is asked at once, in front of the first block; then the schedules of all blocks go by
 (:mod:`fusedres.backends.tape`) without Python in between, and on a GPU all launches are queued by one call.
 
