@@ -137,9 +137,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "timm-densenet169": (lambda: timm("densenet169"), IMAGE, 8),
     "timm-gernet-s": (lambda: timm("gernet_s"), IMAGE, 16),
     "timm-cspresnet50": (lambda: timm("cspresnet50"), IMAGE, 17),
-    "timm-repvgg-a0": (lambda: timm("repvgg_a0"), IMAGE, 39),
+    "timm-repvgg-a0": (lambda: timm("repvgg_a0"), IMAGE, 27),
     "timm-dla34": (lambda: timm("dla34"), IMAGE, 8),
-    "timm-selecsls42": (lambda: timm("selecsls42"), (6, 3, 64, 64), 41),  # maps of one pixel, as above
+    "timm-selecsls42": (lambda: timm("selecsls42"), (6, 3, 64, 64), 12),  # maps of one pixel, as above
     "torchvision-resnet34": (lambda: torchvision("resnet34"), IMAGE, 17),
     "torchvision-mnasnet": (lambda: torchvision("mnasnet0_5"), IMAGE, 17),
     "torchvision-fcn-resnet50": (lambda: torchvision_segmentation("fcn_resnet50"), IMAGE, 17),

@@ -6,8 +6,9 @@ import contextlib
 import functools
 import inspect
 import operator
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -274,6 +275,47 @@ class Ran(NamedTuple):
     record: CallRecord | None
 
 
+class PartCall(NamedTuple):
+    """A part that ran fused, so that the same can be run again: ``spec`` on the map ``given``, as it ``entered``, and on ``beside``, with
+    the ``stats`` of the map, into ``out``; ``counters``, those of its BatchNorms. ``lasts``: the description is that of the next call, too.
+    It gave ``y`` and its ``y_stats``."""
+
+    backend: Backend
+    spec: BlockSpec
+    counters: dict[Tensor, int]
+    given: Tensor
+    entered: Tensor
+    beside: Tensor | None
+    stats: Tensor | None
+    out: Tensor | None
+    lasts: bool
+    y: Tensor
+    y_stats: Tensor | None
+
+
+#: of a thread: where the parts that run fused are written down
+_following = threading.local()
+
+
+@contextlib.contextmanager
+def follow() -> Iterator[list[PartCall]]:
+    """The parts that this thread runs fused inside the ``with``, in their order."""
+    previous = getattr(_following, "calls", None)
+    _following.calls = calls = list[PartCall]()
+    try:
+        yield calls
+    finally:
+        _following.calls = previous
+
+
+def count(counters: dict[Tensor, int]) -> None:
+    """Add to each of the ``counters`` how often its BatchNorm is about to use a batch."""
+    if counters:
+        times = [*counters.values()]
+        # one number for all, as nearly always, takes half as long as one for each
+        torch._foreach_add_([*counters], times[0] if times.count(times[0]) == len(times) else times)
+
+
 _AS_IT_IS = contextlib.nullcontext()
 _shape, _needs_grad = operator.attrgetter("shape"), operator.attrgetter("requires_grad")
 
@@ -307,16 +349,17 @@ def run_part(
     prepared, given_order = arrive(given, prepared)
     beside, beside_order = (None, given_order) if source is None else arrive(source, source.x)
     maps = (prepared,) if beside is None else (prepared, beside)
-    if counters:
-        times = [*counters.values()]
-        # one number for all, as nearly always, takes half as long as one for each
-        torch._foreach_add_([*counters], times[0] if times.count(times[0]) == len(times) else times)
+    count(counters)
     if place is not None and not (
         spec.writes_into and place.dtype == prepared.dtype and place.shape == spec.out_shape(tuple(prepared.shape))
     ):
         place = None
     with torch.autocast(prepared.device.type, enabled=False) if autocast else _AS_IT_IS:
         y, stats = spec.run(backend, prepared, beside, stats=given.stats, out=place)
+    followed = getattr(_following, "calls", None)
+    if followed is not None:
+        lasts = part.lasting is not None and with_recompute(part.lasting, state) is spec
+        followed.append(PartCall(backend, spec, counters, x, prepared, beside, given.stats, place, lasts, y, stats))
     order = None
     if y is not place and (given_order is not None or beside_order is not None):
         order = behind(spec, given_order, beside_order)

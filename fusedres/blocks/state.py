@@ -63,8 +63,8 @@ class BlockState:
     those of a general block by mode and form of the call; None: to be read when they are needed.
 
     ``reading`` is what the block has read of itself (:mod:`fusedres.blocks.reading`), ``plan`` what a compiler has last traced
-    (:mod:`fusedres.blocks.plan`), ``stretch`` what of it is one schedule in inference (:mod:`fusedres.blocks.stretch`). ``outcome`` and
-    ``records`` are the last call's, one record for each part, None for one that ran its original modules; all of them but ``stretch`` are
+    (:mod:`fusedres.blocks.plan`), ``stretches`` what of it is asked once, without gradients and with them (:mod:`fusedres.blocks.stretch`).
+    ``outcome`` and ``records`` are the last call's, one record for each part, None for one that ran its original modules; all of them are
     replaced as a whole and never written into, so that threads do not see half of them.
     """
 
@@ -75,7 +75,7 @@ class BlockState:
     flows: Flows | None = None
     reading: Reading | None = field(default=None, repr=False)
     plan: Plan | None = field(default=None, repr=False)
-    stretch: Stretch | None = field(default=None, repr=False)
+    stretches: tuple[Stretch, Stretch] | None = field(default=None, repr=False)
     outcome: Outcome | None = None
     records: tuple[CallRecord | None, ...] = ()
     module: weakref.ref[nn.Module] | None = field(default=None, repr=False)

@@ -1,16 +1,18 @@
-"""A stretch: fused blocks that hand their maps to each other, in inference recorded and played as one schedule.
+"""A stretch: fused blocks that hand their maps to each other, asked once, in front of the first, whether anything has changed.
 
 Between two blocks there is Python that asks what has changed since the last call, and what it reads has been driven out of the caches by
-the maps in between. In a stretch all of it is asked at once, in front of the first block; then the schedules of all blocks go by
-(:mod:`fusedres.backends.tape`) without Python in between, and on a GPU all launches are queued by one call.
+the maps in between. In a stretch all of it is asked at once. Without gradients the schedules of all blocks are one that is recorded, and
+then goes by (:mod:`fusedres.backends.tape`) without Python in between, so that on a GPU all launches are queued by one call. Where
+gradients are recorded the parts of all blocks run one after the other, each a node of autograd, so that gradients arrive block by block.
 
-What is recorded is the blocks' own run, one by one, with all of its checks. It is played while every object that one of them depends on is
-the very same (:mod:`.reading`); what changes inside of tensors (dtype, shape, strides) a tape checks by itself. Whatever is in the way, the
-blocks run one by one.
+What is recorded is the blocks' own run, one by one, with all of its checks. It is repeated while every object that one of them depends on
+is the very same (:mod:`.reading`); what changes inside of tensors (dtype, shape, strides) a tape checks by itself, and in front of a run
+that records gradients is asked here. Whatever is in the way, the blocks run one by one.
 """
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -19,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import select, tape
+from ..backends.contract import Backend
 from ..errors import Unsupported
 from ..recognition import BlockGraph, Flow
+from ..specs import BlockSpec
 from ..swap import state_of
-from .base import autocast_dtype
-from .handover import Handover, calls_directly, is_direct
+from .base import PartCall, autocast_dtype, count, follow
+from .handover import Handover, calls_directly, enter, is_direct
 from .reading import Seen
 from .state import BlockState, CallRecord, Outcome
 
@@ -31,21 +35,65 @@ from .state import BlockState, CallRecord, Outcome
 RUNS_BEFORE = 1
 #: runs for maps of one kind after which a stretch that was never played is given up: the backend does not record, or could not
 RUNS_IN_VAIN = tape.RUNS_BEFORE_RECORDING + 2
+#: runs with gradients, for maps of one kind, after which it is: every one was of tensors of other measures than the one before
+MOST_RUNS_OF_A_ROW = 8
 #: runs before a stretch that was given up is looked at again, twice as many each time: what was in the way may be gone, and asking costs
 RUNS_AFTER_FAILURE, MOST_RUNS_AFTER_FAILURE = 16, 4096
 
 
 class _Left(NamedTuple):
-    """What a run leaves beside its output: how the calls of the blocks went, and whether the output owes eager's memory format."""
+    """What a run leaves beside its output: how the calls of the blocks went, who keeps the output, and whether that owes eager's memory
+    format."""
 
     calls: tuple[tuple[BlockState, Outcome | None, tuple[CallRecord | None, ...]], ...]
+    keeper: BlockState | None
     owes_nchw: bool
+
+    def behind(self, y: Tensor, stats: Tensor | None = None) -> Handover:
+        """The output ``y`` on its way, with the blocks told how they went."""
+        for state, outcome, records in self.calls:
+            state.outcome, state.records = outcome, records
+        return Handover(y, stats, self.keeper, self.owes_nchw)
+
+
+class _Step(NamedTuple):
+    """A part in a row: of which maps it reads (0: the row's, i: that behind step i), which comes in from outside in another memory format
+    (``enters``), and whether it is handed the map's statistics."""
+
+    spec: BlockSpec
+    given: int
+    enters: bool
+    beside: int | None
+    with_stats: bool
+
+
+class _Row(NamedTuple):
+    """The parts of a stretch as they run where gradients are recorded: the ``measures`` of the tensors that they read, the ``counters`` of
+    all their BatchNorms, the ``steps``, whether the output has its statistics with it, and what is ``left``."""
+
+    measures: list[Any]
+    counters: dict[Tensor, int]
+    steps: list[_Step]
+    measured: bool
+    left: _Left
+
+    def run(self, backend: Backend, x: Tensor) -> Handover:
+        """The output for a map like the one that it was made of."""
+        count(self.counters)
+        maps: list[tuple[Tensor, Tensor | None]] = [(x, None)]
+        for spec, given, enters, beside, with_stats in self.steps:
+            of, stats = maps[given]
+            source = None if beside is None else maps[beside][0]
+            of = enter(of) if enters else of
+            maps.append(spec.run(backend, of, source, stats=stats if with_stats else None))
+        y, stats = maps[-1]
+        return self.left.behind(y, stats if self.measured else None)
 
 
 class _Known(NamedTuple):
     """A stretch that was looked at: its ``length`` in steps, everything that its blocks depend on, the classes of those that are called,
     the states of all, the tensors that they read, and what the backend has recorded of them (``memo``). By kind of map, how often they ran
-    one by one, and what that ``left``."""
+    one by one, and what that ``left``, or the ``rows`` that it was, None where it is none."""
 
     length: int
     seen: Seen
@@ -55,12 +103,15 @@ class _Known(NamedTuple):
     memo: dict[Any, Any]
     runs: dict[Any, int]
     left: dict[Any, _Left]
+    rows: dict[Any, _Row | None]
 
     def holds(self) -> bool:
         """Whether nothing has changed since."""
         return all(map(calls_directly, self.classes)) and self.seen.holds()
 
 
+#: of a tensor, what the checks of descriptions ask, and whether autograd records
+_measures = operator.attrgetter("dtype", "device", "shape", "requires_grad")
 #: of a thread: whether a stretch runs, so that those that begin inside of it leave recording to it
 _inside = threading.local()
 
@@ -99,8 +150,7 @@ def as_one(block: nn.Module, state: BlockState, given: Handover, steps: Steps) -
     """The ``steps`` of a ``block`` that has been read, the first of them from the recording where there is one."""
     x = given.x
     if (
-        torch.is_grad_enabled()
-        or type(x) is not Tensor
+        type(x) is not Tensor
         or given.stats is not None
         or given.keeper is not None
         or getattr(_inside, "a_stretch", False)
@@ -108,13 +158,13 @@ def as_one(block: nn.Module, state: BlockState, given: Handover, steps: Steps) -
         or autocast_dtype(x) is not None
     ):
         return steps.run_all(given)
-    if state.stretch is None:
-        state.stretch = Stretch()
-    return state.stretch.run(block, given, steps)
+    if state.stretches is None:
+        state.stretches = Stretch(), Stretch()
+    return state.stretches[torch.is_grad_enabled()].run(block, given, steps)
 
 
 class Stretch:
-    """The stretch at the beginning of a block. Threads that come together replace what is known as a whole."""
+    """The stretch at the beginning of a block, with gradients or without. Threads that come together replace what is known as a whole."""
 
     __slots__ = ("_failures", "_known", "_wait")
 
@@ -131,14 +181,16 @@ class Stretch:
         known = self._look(block, steps) if backend is not None else None
         if backend is None or known is None:
             return steps.run_all(given)
+        way = self._as_row if torch.is_grad_enabled() else self._as_schedule
+        behind = way(backend, known, given, steps)
+        return behind if known.length == steps.count else steps.run(known.length, steps.count, behind)
+
+    def _as_schedule(self, backend: Backend, known: _Known, given: Handover, steps: Steps) -> Handover:
+        """The output of what is known, without gradients."""
         ran: list[Handover] = []
 
         def schedule() -> tuple[Tensor]:
-            _inside.a_stretch = True
-            try:
-                ran.append(steps.run(0, known.length, given))
-            finally:
-                _inside.a_stretch = False
+            ran.append(_one_by_one(known, given, steps))
             return (ran[0].x,)
 
         which = ("stretch", given.owes_nchw)
@@ -146,16 +198,26 @@ class Stretch:
         kind = (*which, backend.name, given.x.device, tape.measures(given.x))
         left = known.left.get(kind)
         if ran:
-            self._note(known, kind, ran[0])
-            (behind,) = ran
-        elif left is None or y is None:  # another thread has recorded it at this moment
-            return steps.run_all(given)
-        else:
+            known.left[kind] = self._note(known, kind, ran[0], RUNS_IN_VAIN)
+            return ran[0]
+        if left is None or y is None:  # another thread has recorded it at this moment
+            return _one_by_one(known, given, steps)
+        self._failures = 0
+        return left.behind(y)
+
+    def _as_row(self, backend: Backend, known: _Known, given: Handover, steps: Steps) -> Handover:
+        """The output of what is known, with gradients."""
+        kind = (given.owes_nchw, backend.name, given.x.device, tape.measures(given.x), given.x.requires_grad)
+        measures = [*map(_measures, known.tensors)]
+        row = known.rows.get(kind)
+        if row is not None and row.measures == measures:
             self._failures = 0
-            for state, outcome, records in left.calls:
-                state.outcome, state.records = outcome, records
-            behind = Handover(y, owes_nchw=left.owes_nchw)
-        return behind if known.length == steps.count else steps.run(known.length, steps.count, behind)
+            return row.run(backend, given.x)
+        with follow() as calls:
+            behind = _one_by_one(known, given, steps)
+        left = self._note(known, kind, behind, MOST_RUNS_OF_A_ROW)
+        known.rows[kind] = _row(backend, measures, given.x, calls, behind, left)
+        return behind
 
     def _look(self, block: nn.Module, steps: Steps) -> _Known | None:
         """What is known of the stretch; None where it cannot be recorded now."""
@@ -168,20 +230,60 @@ class Stretch:
             self._give_up()
         return known
 
-    def _note(self, known: _Known, kind: Any, y: Handover) -> None:
-        """Leave in ``known`` that its blocks ran, one by one, and gave ``y``."""
+    def _note(self, known: _Known, kind: Any, y: Handover, most: int) -> _Left:
+        """What a run of its blocks, one by one, has left, which gave ``y``. Given up where nothing can come of it, as after ``most``."""
         calls = tuple((state, state.outcome, state.records) for state in known.states)
         times = known.runs[kind] = known.runs.get(kind, 0) + 1
-        known.left[kind] = _Left(calls, y.owes_nchw)
         fused = all(outcome is not None and outcome.fused for _, outcome, _ in calls)
-        alone = y.stats is None and y.keeper is None
-        if not fused or not alone or times > RUNS_IN_VAIN or len(known.runs) > tape.MOST_SCHEDULES:
+        alone = torch.is_grad_enabled() or (y.stats is None and y.keeper is None)
+        if not fused or not alone or times > most or len(known.runs) > tape.MOST_SCHEDULES:
             self._give_up()
+        return _Left(calls, y.keeper, y.owes_nchw)
 
     def _give_up(self) -> None:
         self._known = None
         self._wait = min(RUNS_AFTER_FAILURE << self._failures, MOST_RUNS_AFTER_FAILURE)
         self._failures = min(self._failures + 1, MOST_RUNS_AFTER_FAILURE.bit_length())
+
+
+def _one_by_one(known: _Known, given: Handover, steps: Steps) -> Handover:
+    """The output of what is known, block by block."""
+    _inside.a_stretch = True
+    try:
+        return steps.run(0, known.length, given)
+    finally:
+        _inside.a_stretch = False
+
+
+def _row(
+    backend: Backend, measures: list[Any], x: Tensor, calls: list[PartCall], behind: Handover, left: _Left
+) -> _Row | None:
+    """The row that ``calls`` were, from ``x`` to what is ``behind`` them; None where one of them will not be the same the next time, was
+    handed a map that no other gave, or something else came between the last one and the output."""
+    at, stats = {id(x): 0}, list[Tensor | None]([None])
+    counters: dict[Tensor, int] = {}
+    steps: list[_Step] = []
+    for call in calls:
+        given, enters = at.get(id(call.given)), call.entered is not call.given
+        beside = None if call.beside is None else at.get(id(call.beside))
+        if (
+            not call.lasts
+            or call.backend is not backend
+            or call.out is not None
+            or given is None
+            or (beside is None) != (call.beside is None)
+            or call.stats is not None
+            and call.stats is not stats[given]
+        ):
+            return None
+        steps.append(_Step(call.spec, given, enters, beside, call.stats is not None))
+        at[id(call.y)] = len(steps)
+        stats.append(call.y_stats)
+        for counter, times in call.counters.items():
+            counters[counter] = counters.get(counter, 0) + times
+    if not calls or behind.x is not calls[-1].y or (behind.stats is not None and behind.stats is not stats[-1]):
+        return None
+    return _Row(measures, counters, steps, behind.stats is not None, left)
 
 
 def _look_at(block: nn.Module, steps: Steps) -> _Known | None:
@@ -212,4 +314,4 @@ def _look_at(block: nn.Module, steps: Steps) -> _Known | None:
     if length == 0 or parts < 2 or not kept:
         return None
     classes = tuple(dict.fromkeys(map(type, called)))
-    return _Known(length, Seen([*modules], tuple(graphs), {}), classes, tuple(states), tensors, {}, {}, {})
+    return _Known(length, Seen([*modules], tuple(graphs), {}), classes, tuple(states), tensors, {}, {}, {}, {})

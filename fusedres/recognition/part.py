@@ -47,6 +47,12 @@ class Part:
                 self._known = known
         return known[:2]
 
+    @property
+    def lasting(self) -> BlockSpec | None:
+        """What :meth:`describe` gives as long as nothing of the piece changes; None where each call has one of its own."""
+        known = self._known
+        return known[0] if isinstance(known, tuple) else None
+
     def check(self, spec: BlockSpec, *maps: Tensor) -> None:
         """``spec.check(*maps)``, unless it has passed for maps and tensors like these."""
         known, measures = self._known, None

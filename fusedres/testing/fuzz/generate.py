@@ -44,6 +44,7 @@ _ROWS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 _STEPS = ("train",) * 7 + ("no_grad", "inference", "penalty", "double")
 _SERVED = ("no_grad", "no_grad", "inference")
+_TRAINED = ("train",) * 5 + ("no_grad", "penalty", "double")
 _ACTIVATIONS = tuple(snippets.ACTIVATIONS)
 _FORMS = ("module", "module_", "function", "function_", "torch", "method", "method_")
 #: what draws or branches by the sign of a value, which rounding decides in low precision
@@ -208,12 +209,14 @@ class Generator:
 
     def steps(self) -> tuple[Step, ...]:
         found = []
-        # a model that serves is called so often that blocks in a row become one schedule
+        # a model that serves, or trains on, is called so often that blocks in a row are asked once for all
         serves = self._maybe(0.2)
-        for number in range(self._pick((4, 5, 6) if serves else (1, 2, 2, 3))):
-            kind = self._pick(_SERVED if serves else _STEPS)
-            training = not serves and not self._maybe(0.25) and kind != "inference"
-            changed = number > 0 and self._maybe(0.4 if serves else 0.6) or number == 0 and self._maybe(0.1)
+        goes_on = serves or self._maybe(0.25)
+        kinds = _SERVED if serves else _TRAINED if goes_on else _STEPS
+        for number in range(self._pick((4, 5, 6) if goes_on else (1, 2, 2, 3))):
+            kind = self._pick(kinds)
+            training = not serves and (goes_on or not self._maybe(0.25)) and kind != "inference"
+            changed = number > 0 and self._maybe(0.4 if goes_on else 0.6) or number == 0 and self._maybe(0.1)
             change = self._pick(tuple(changes.CHANGES)) if changed else ""
             found.append(Step(kind, training, change, self._random.randrange(64) if changed else 0))
         return tuple(found)
