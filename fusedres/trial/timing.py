@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,11 +46,18 @@ def seconds_per_call(step: Callable[[], None], calls: int, device: torch.device)
     return start.elapsed_time(end) / 1e3 / calls
 
 
+#: of quiet between two steps of a round on a CPU: thread pools wait for more work at full speed for some milliseconds after their last
+SETTLING = 0.02
+
+
 def in_turns(steps: Sequence[Step], rounds: int, device: torch.device, advance: Callable[[int], None]) -> None:
     """Time every step once in each of ``rounds``, so that what happens on the machine happens to all; ``advance`` hears of each round.
-    A round starts with another step: nobody always runs in the wake of the same one."""
+    Each round has an order of its own, the same in every run, and on a CPU a pause in front of each step: nobody always runs in the wake of
+    the same one."""
+    shuffled = random.Random(0)
     for i in range(rounds):
         advance(i)
-        start = i % max(1, len(steps))
-        for step in (*steps[start:], *steps[:start]):
+        for step in shuffled.sample(steps, len(steps)):
+            if device.type == "cpu":
+                time.sleep(SETTLING)
             step.seconds.append(seconds_per_call(step.call, step.calls, device))
