@@ -30,6 +30,7 @@ from .reduce import merge
 from .tiles import (
     DESCRIPTOR_ALIGN,
     MOST_BOX,
+    SPECIALIZED,
     Arch,
     ConvConfig,
     ConvSize,
@@ -38,9 +39,6 @@ from .tiles import (
     has_descriptors,
     is_described,
 )
-
-#: families whose matrix units keep sums in memory of their own, from which warps of their own can finish a tile
-SPECIALIZED = ("sm_100", "sm_103")
 
 
 @triton.jit(do_not_specialize=(*SIZES, "steps"))
@@ -129,13 +127,14 @@ def _forward(
     """``given``: as conv_forward.py's. None for a form that has no descriptors, and for a GPU that has none."""
     batch, channels, height, width = x.shape
     outputs, _, *kernel = weight.shape
-    plain = kernel == [1, 1] and weight.shape[1] == channels and is_plain(geometry)
-    size = ConvSize(x.rows, channels, outputs, 1, x.dtype.itemsize)
-    pitches = [x.pitch, outputs if given is None else given.pitch, pitch_or_zero(residual)]
+    size = ConvSize(x.rows, channels, outputs, kernel[0] * kernel[1], x.dtype.itemsize)
+    pitches = x.pitch, outputs if given is None else given.pitch, pitch_or_zero(residual)
     interpreted = x.device.type == "cpu"
-    if not (interpreted or has_descriptors(arch)) or not is_described(size, tuple(pitches), plain):
-        return None
-    if max(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) > MOST_BOX:
+    if (
+        not (interpreted or has_descriptors(arch))
+        or not is_described(size, pitches, geometry)
+        or max(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) > MOST_BOX
+    ):
         return None
     out = map_form((batch, outputs, height, width), x) if given is None else given
     check("forward", 1, arch, config)
@@ -156,15 +155,10 @@ def _forward(
         },
         rows=rows, steps=steps, K=outputs, OUT_ACT=out_act, ALIGN_K=align(outputs), PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, STAGES=config.num_stages,
-        WHOLE=steps == 1, SPECIALIZE=arch.family in SPECIALIZED, num_warps=config.num_warps,
+        WHOLE=steps == 1, SPECIALIZE=arch.family in SPECIALIZED and steps > 1, num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
     return _Forward(launch, out, partials, rows, config.BLOCK_M)
-
-
-def is_plain(geometry: Geometry) -> bool:
-    """Whether a 1x1 of that geometry is a product of matrices."""
-    return max(geometry.stride) == 1 and not any(geometry.padding) and geometry.groups == 1
 
 
 def programs_of(config: ConvConfig, size: ConvSize, has_residual: bool, arch: Arch) -> int:

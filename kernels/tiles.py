@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from .operands import Geometry
 
 EPILOGUE_BYTES = 24 * 1024  # shared memory that epilogues use beside the loop's stages, at most
 STEP_BYTES = 128  # of the reduced dimension, a step: what a warp's widest loads take of a row
@@ -341,8 +344,12 @@ def conv_candidates(kernel: str, size: ConvSize, arch: Arch) -> list[ConvConfig]
 MOST_BOX = 256  # values of a side of what a descriptor moves at once
 #: what a descriptor's base, and the distance of its rows, are multiples of, in bytes
 DESCRIPTOR_ALIGN = 16
-# BLOCK_M, BLOCK_N, warps, of which a thread holds at most 64 sums beside a residual: with more, they spill
-DESCRIBED_CANDIDATES = ((64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8), (256, 128, 8))
+#: families whose matrix units keep sums in memory of their own, from which warps of their own can finish a tile
+SPECIALIZED = ("sm_100", "sm_103")
+# BLOCK_M, BLOCK_N, warps
+DESCRIBED_CANDIDATES = (
+    (128, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8), (256, 128, 8),
+)  # fmt: skip
 
 
 def has_descriptors(arch: Arch) -> bool:
@@ -350,20 +357,25 @@ def has_descriptors(arch: Arch) -> bool:
     return arch.family.startswith("sm_") and int(arch.family[3:].rstrip("af")) >= 90
 
 
-def is_described(size: ConvSize, pitches: tuple[int, ...], is_plain: bool) -> bool:
-    """Whether descriptors can say a forward of that ``size``: a product of matrices (``is_plain``: one tap, stride 1, no padding, no groups)
-    of an input that is multiplied as it is (nothing ``pending``), whose weight and maps, of so many ``pitches``, have aligned rows."""
+def is_described(size: ConvSize, pitches: tuple[int, ...], geometry: Geometry) -> bool:
+    """Whether descriptors can say a forward of that ``size``: a product of matrices (one tap, stride 1, no padding, no groups), whose weight
+    and maps, of so many ``pitches``, have aligned rows. What is pending on its input they cannot."""
+    plain = size.taps == 1 and max(geometry.stride) == 1 and not any(geometry.padding) and geometry.groups == 1
     aligned = all(pitch * size.itemsize % DESCRIPTOR_ALIGN == 0 for pitch in (size.channels, *pitches))
-    return is_plain and not size.pending and aligned and min(size.rows, size.channels, size.outputs) > 0
+    return plain and aligned and min(size.rows, size.channels, size.outputs) > 0
 
 
 def described_candidates(size: ConvSize, has_residual: bool, arch: Arch) -> list[ConvConfig]:
     """The tiles by descriptors that are worth a measurement: steps of a line of shared memory (STEP_BYTES), and of all channels where
-    that are two lines, whose loop is only that over tiles."""
+    that are two lines, whose loop is only that over tiles. None on a GPU without them."""
+    if not has_descriptors(arch):
+        return []
     line = STEP_BYTES // size.itemsize
+    # sums of a thread: with more, they spill beside a residual, and where warps that finish tiles have registers of their own
+    most = 64 if has_residual or arch.family in SPECIALIZED else 128
     found: list[ConvConfig] = []
     for block_m, block_n, warps in DESCRIBED_CANDIDATES:
-        fits = block_m * block_n // (32 * warps) <= (64 if has_residual else 128) and block_n < 2 * size.outputs
+        fits = block_m * block_n // (32 * warps) <= most and block_n < 2 * size.outputs
         for block_k in {block(size.channels, 16, line), block(size.channels, 16, 2 * line)} if fits else ():
             if block_k > line and block_k < size.channels:
                 continue
