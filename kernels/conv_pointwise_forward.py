@@ -162,11 +162,11 @@ def _forward(
 
 
 def programs_of(config: ConvConfig, size: ConvSize, has_residual: bool, arch: Arch) -> int:
-    """One on each multiprocessor, or two where shared memory and registers (of which a thread may take half) hold them."""
+    """One on each multiprocessor, or two where shared memory and registers hold them."""
     maps = 2 if has_residual else 1
     operands = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * config.num_stages
     shared = (operands + maps * config.BLOCK_M * config.BLOCK_N) * size.itemsize
-    two = 2 * shared <= arch.shared and config.num_warps <= 4
+    two = 2 * shared <= arch.shared and config.num_warps <= 4 and arch.family not in SPECIALIZED
     return arch.multiprocessors * (2 if two else 1)
 
 

@@ -99,9 +99,12 @@ def may_be_described(problem: Problem) -> bool:
     """Whether tensor descriptors can say it: a forward of such a form, with nothing pending on its input (:func:`~.tiles.is_described`). A
     residual's pitch is no part of a problem: one that is not aligned is left to the other kernel by the launcher."""
     pending = "scale_shift" in problem.features or not _KINDS.isdisjoint(problem.features)
+    # float32's own products have their operands in registers, which spill
+    exact = problem.dtype == "float32" and "tf32" not in problem.features
     return (
         problem.op == "forward"
         and not pending
+        and not exact
         and tiles.is_described(problem.size, (problem.x_pitch, problem.y_pitch), problem.geometry)
     )
 

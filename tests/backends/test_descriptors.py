@@ -244,12 +244,13 @@ def test_a_measured_plan_has_it():
 
 def test_tune_measures_it_from_hopper_on_where_descriptors_can_say_it():
     device = torch.device("meta")
-    for arch, name, expected in (
-        (HOPPER, None, True), (Arch("sm_80", 163 * 1024, 32), None, False), (HOPPER, "a pending BatchNorm", False),
-        (HOPPER, "a pending activation", False), (HOPPER, "a pitch between", False), (HOPPER, "stride", False),
+    for arch, name, tf32, expected in (
+        (HOPPER, None, True, True), (HOPPER, None, False, False), (Arch("sm_80", 163 * 1024, 32), None, True, False),
+        (HOPPER, "a pending BatchNorm", True, False), (HOPPER, "a pending activation", True, False),
+        (HOPPER, "a pitch between", True, False), (HOPPER, "stride", True, False),
     ):  # fmt: skip
         arguments = given(SHAPE) if name is None else OTHERS[name]()
-        with record(arch=arch):
+        with record(arch=arch), torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
             [problem] = BACKEND.tuner.problems("conv_forward", *arguments)
             first, *others = BACKEND.tuner.candidates(problem, device)
         assert first == FUSED and any(plan.config.descriptors for plan in others) == expected, name
