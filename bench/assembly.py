@@ -71,8 +71,8 @@ def instructions(listing: str) -> list[str]:
 
 
 def shortest_cycle(listing: str, word: str) -> int:
-    """The instructions of the shortest way from an instruction ``word`` back to it, the least of all of them: a step of a loop, without what
-    a branch skips. 0 where no way leads back."""
+    """The instructions of the shortest way from an instruction ``word`` back to it, of all of them: a step of a loop, without what a branch
+    skips. 0 where no way leads back."""
     code, labels = list[str](), dict[str, int]()
     for line in listing.splitlines():
         if label := LABEL.match(line):

@@ -336,7 +336,7 @@ def compile_all(
         return
     # spawned: a forked child of a process in which torch has started threads may hang
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers or os.cpucount(), mp_context=context) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
         waiting = {
             pool.submit(compile_variant, variant, ARCHITECTURES[arch]): (arch, variant) for arch, variant in jobs
         }

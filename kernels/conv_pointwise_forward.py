@@ -1,8 +1,8 @@
 """Convolution forward of a dense 1x1 of stride 1 as a product of matrices by tensor descriptors: for NVIDIA's GPUs from Hopper on, whose
 copy engine (TMA) moves boxes between memory and shared memory, while threads compute.
 
-Reads x (M*C values, M pixels), the weight (K*C, once per tile of rows, from L2), the residual (M*K); writes out (M*K): map or channel slice,
-whose pitch is the descriptor's stride, so that nothing is masked. Epilogue and partials of statistics as in conv_forward.py. x is
+Reads x (M*C values, M pixels), the weight (K*C, once per tile of rows, from L2), the residual (M*K); writes out (M*K): a map or channel
+slice, whose pitch is the descriptor's stride, so that nothing is masked. Epilogue and partials of statistics as in conv_forward.py. x is
 multiplied as it is: with something pending on it, operands go through registers, and the loop is no shorter than conv_forward.py's.
 
 Programs are persistent: each computes every so many-th tile, one loop over the steps of all of its tiles, so that the loads of the next
@@ -141,7 +141,9 @@ def _forward(
     rows, tiles = x.rows, cdiv(x.rows, config.BLOCK_M)
     steps = cdiv(channels, config.BLOCK_K)
     partials = partials_form(2, tiles, outputs, x) if reduces else None
-    programs = min(tiles * cdiv(outputs, config.BLOCK_N), limit or programs_of(config, size, residual is not None, arch))
+    programs = min(
+        tiles * cdiv(outputs, config.BLOCK_N), limit or programs_of(config, size, residual is not None, arch)
+    )
     launch = Prepared(
         conv_pointwise_forward_kernel, (programs,), arch,
         {

@@ -1,5 +1,4 @@
-"""Arithmetic on a tile in registers, shared by all kernels: vectors, scale and shift, what a convolution does to its sums, moments and their
-merges."""
+"""Arithmetic on a tile in registers, shared by all kernels: vectors, scale and shift, epilogues, moments and their merges."""
 
 from __future__ import annotations
 
@@ -67,7 +66,7 @@ def store_partial(partials, index, part, parts, c, C, value):
 
 @triton.jit
 def epilogue(acc, other, n, inside, bias, scale, shift, other_scale, other_shift, ACT: tl.constexpr):
-    """What a convolution does to its sums ``acc`` of columns ``n``: bias, scale and shift, the tile ``other`` of its residual, activation."""
+    """What a convolution does to its sums ``acc`` of columns ``n``: bias, scale and shift, a tile ``other`` of the residual, activation."""
     if bias is not None:
         acc += vector(bias, n, inside, 0.0)[None, :]
     if scale is not None:
@@ -79,8 +78,8 @@ def epilogue(acc, other, n, inside, bias, scale, shift, other_scale, other_shift
 
 @triton.jit
 def store_moments(partials, tile, tiles, n, inside, K, stored, valid):
-    """The mean and M2 of the ``valid`` rows of a tile, as partials [2, tiles, K]: of what is ``stored``, so that they normalise exactly what
-    the next reader loads."""
+    """The mean and M2 of the ``valid`` rows of a tile, as partials [2, tiles, K]: of what is ``stored``, so that they normalise exactly
+    what the next reader loads."""
     zeros = tl.zeros(stored.shape, tl.float32)
     _, mean, m2 = moments_of_rows(valid.to(tl.float32), stored.to(tl.float32), zeros)
     tl.store(partials + tile * K + n, mean, mask=inside)

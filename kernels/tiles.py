@@ -43,9 +43,7 @@ def arch_of_gpu(device: torch.device) -> Arch:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         name, *_ = properties.gcnArchName.split(":")
-        return Arch(
-            name, properties.shared_memory_per_block, properties.warp_size, properties.multi_processor_count
-        )
+        return Arch(name, properties.shared_memory_per_block, properties.warp_size, properties.multi_processor_count)
     return Arch(
         f"sm_{properties.major}{properties.minor}",
         properties.shared_memory_per_block_optin,
@@ -358,8 +356,8 @@ def has_descriptors(arch: Arch) -> bool:
 
 
 def is_described(size: ConvSize, pitches: tuple[int, ...], geometry: Geometry) -> bool:
-    """Whether descriptors can say a forward of that ``size``: a product of matrices (one tap, stride 1, no padding, no groups), whose weight
-    and maps, of so many ``pitches``, have aligned rows. What is pending on its input they cannot."""
+    """Whether descriptors can say a forward of that ``size``: a product of matrices (one tap, stride 1, no padding, no groups), whose
+    weight and maps, of so many ``pitches``, have aligned rows. What is pending on its input they cannot."""
     plain = size.taps == 1 and max(geometry.stride) == 1 and not any(geometry.padding) and geometry.groups == 1
     aligned = all(pitch * size.itemsize % DESCRIPTOR_ALIGN == 0 for pitch in (size.channels, *pitches))
     return plain and aligned and min(size.rows, size.channels, size.outputs) > 0

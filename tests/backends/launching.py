@@ -315,9 +315,7 @@ def described() -> dict[str, object]:
         x, out = map_of(48)[:, offset : offset + 16], map_of(32)
         weight = torch.zeros(24, 16, 1, 1, dtype=torch.bfloat16)
         with use_plan(plan):
-            BACKEND.conv_forward(
-                LazyMap(x), weight, None, Geometry((1, 1), (0, 0), (1, 1), 1), Epilogue(out[:, 8:])
-            )
+            BACKEND.conv_forward(LazyMap(x), weight, None, Geometry((1, 1), (0, 0), (1, 1), 1), Epilogue(out[:, 8:]))
         # address, channels, pixels, bytes from one to the next, and the box
         expected.append(
             [

@@ -35,7 +35,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.usefixtures("exact_and_unmeasured", "uninitialised_memory_is_nan"),
     pytest.mark.skipif(
-        not INTERPRETED and not tiles.has_descriptors(arch_of(torch.device("cuda"))), reason="this GPU has no descriptors"
+        not INTERPRETED and not tiles.has_descriptors(arch_of(torch.device("cuda"))),
+        reason="this GPU has no descriptors",
     ),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,7 +112,9 @@ def forward(backend, draw, case, plan, programs, *, x=None, bias=False, **behind
 @every(CASES)
 def test_in_training(config, case):
     """A bias, statistics, into a slice."""
-    conforms(config, lambda b, d: forward(b, d, *case, bias=True, stats=True, into=True), values=case[0].values, pad=PAD)
+    conforms(
+        config, lambda b, d: forward(b, d, *case, bias=True, stats=True, into=True), values=case[0].values, pad=PAD
+    )
 
 
 @every(CASES, turn=1)
