@@ -43,7 +43,7 @@ ISSUES = 4
 def nearest(problem: Problem, architecture: Architecture) -> ConvConfig:
     """The candidate whose tile is as large as the default one, or nearly so, and of those the one with the fewest steps."""
     default = tiles.forward_config(problem.size, architecture.arch)
-    found = tiles.described_candidates(problem.size, "residual" in problem.features, architecture.arch)
+    found = tiles.described_candidates(problem.size, problem.features, architecture.arch)
 
     def distance(one: ConvConfig) -> float:
         sides = (one.BLOCK_M / default.BLOCK_M, one.BLOCK_N / default.BLOCK_N)

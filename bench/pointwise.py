@@ -44,7 +44,7 @@ def ways(problem: Problem, arch: Arch) -> dict[str, list[tuple[Sequence[str], Pl
         return {
             "one kernel": [(("backward",), FUSED)], "two kernels": [(BOTH, FUSED)], "library": [(BOTH, LIBRARY)],
         }  # fmt: skip
-    described = tiles.described_candidates(problem.size, "residual" in problem.features, arch)
+    described = tiles.described_candidates(problem.size, problem.features, arch)
     needed = ("forward",)
     return {
         "descriptors": [(needed, Plan(True, tile)) for tile in described], "kernel": [(needed, FUSED)],

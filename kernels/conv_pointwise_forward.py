@@ -36,6 +36,7 @@ from .tiles import (
     ConvSize,
     cdiv,
     check,
+    described_bytes,
     has_descriptors,
     is_described,
 )
@@ -144,6 +145,8 @@ def _forward(
     programs = min(
         tiles * cdiv(outputs, config.BLOCK_N), limit or programs_of(config, size, residual is not None, arch)
     )
+    # warps that finish tiles have too few registers for what is loaded ahead
+    specialize = arch.family in SPECIALIZED and steps > 1
     launch = Prepared(
         conv_pointwise_forward_kernel, (programs,), arch,
         {
@@ -157,7 +160,7 @@ def _forward(
         },
         rows=rows, steps=steps, K=outputs, OUT_ACT=out_act, ALIGN_K=align(outputs), PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, STAGES=config.num_stages,
-        WHOLE=steps == 1, SPECIALIZE=arch.family in SPECIALIZED and steps > 1, num_warps=config.num_warps,
+        WHOLE=steps == 1, SPECIALIZE=specialize, num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
     return _Forward(launch, out, partials, rows, config.BLOCK_M)
@@ -165,10 +168,8 @@ def _forward(
 
 def programs_of(config: ConvConfig, size: ConvSize, has_residual: bool, arch: Arch) -> int:
     """One on each multiprocessor, or two where shared memory and registers hold them."""
-    maps = 2 if has_residual else 1
-    operands = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * config.num_stages
-    shared = (operands + maps * config.BLOCK_M * config.BLOCK_N) * size.itemsize
-    two = 2 * shared <= arch.shared and config.num_warps <= 4 and arch.family not in SPECIALIZED
+    fits = 2 * described_bytes(config, size, has_residual) <= arch.shared
+    two = fits and config.num_warps <= 4 and arch.family not in SPECIALIZED
     return arch.multiprocessors * (2 if two else 1)
 
 

@@ -8,6 +8,7 @@ convolution of several taps (3x3) is the library's in the default plan, so that 
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -346,7 +347,8 @@ DESCRIPTOR_ALIGN = 16
 SPECIALIZED = ("sm_100", "sm_103")
 # BLOCK_M, BLOCK_N, warps
 DESCRIBED_CANDIDATES = (
-    (128, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8), (256, 64, 8), (256, 128, 8),
+    (128, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 256, 8), (256, 64, 8),
+    (256, 128, 8),
 )  # fmt: skip
 
 
@@ -363,27 +365,40 @@ def is_described(size: ConvSize, pitches: tuple[int, ...], geometry: Geometry) -
     return plain and aligned and min(size.rows, size.channels, size.outputs) > 0
 
 
-def described_candidates(size: ConvSize, has_residual: bool, arch: Arch) -> list[ConvConfig]:
+def described_bytes(config: ConvConfig, size: ConvSize, has_residual: bool) -> int:
+    """The shared memory of a program by descriptors: a residual is loaded like an operand where all channels are one step, else in the
+    epilogue."""
+    whole, out = config.BLOCK_K >= size.channels, config.BLOCK_M * config.BLOCK_N * size.itemsize
+    step = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size.itemsize + (out if has_residual and whole else 0)
+    return config.num_stages * step + out + (out if has_residual and not whole else 0) + 1024
+
+
+def described_candidates(size: ConvSize, features: Collection[str], arch: Arch) -> list[ConvConfig]:
     """The tiles by descriptors that are worth a measurement: steps of a line of shared memory (STEP_BYTES), and of all channels where
-    that are two lines, whose loop is only that over tiles. None on a GPU without them."""
+    that are two lines, whose loop is only that over tiles. ``features``: a problem's, by which a residual is found, and whether it is
+    normalised. None on a GPU without descriptors."""
     if not has_descriptors(arch):
         return []
     line = STEP_BYTES // size.itemsize
+    has_residual, specialized = "residual" in features, arch.family in SPECIALIZED
     # sums of a thread: with more, they spill beside a residual, and where warps that finish tiles have registers of their own
-    most = 64 if has_residual or arch.family in SPECIALIZED else 128
+    most = 64 if has_residual or specialized else 128
+    most_in_steps = 32 if "residual_scale_shift" in features and specialized else most
     found: list[ConvConfig] = []
     for block_m, block_n, warps in DESCRIBED_CANDIDATES:
-        fits = block_m * block_n // (32 * warps) <= most and block_n < 2 * size.outputs
-        for block_k in {block(size.channels, 16, line), block(size.channels, 16, 2 * line)} if fits else ():
-            if block_k > line and block_k < size.channels:
-                continue
+        sums = block_m * block_n // (32 * warps)
+        for block_k in {block(size.channels, 16, line), block(size.channels, 16, 2 * line)}:
             whole = block_k >= size.channels
-            out = block_m * block_n * size.itemsize
-            # a residual is loaded like an operand where there is one step, else in the epilogue
-            step = (block_m + block_n) * block_k * size.itemsize + (out if has_residual and whole else 0)
-            kept = out + (out if has_residual and not whole else 0) + 1024
-            count = min(4, (arch.shared - kept) // step)
-            found += [ConvConfig(block_m, block_n, block_k, warps, count, True)] if count > 1 else []
+            if (
+                sums > (most if whole else most_in_steps)
+                or block_n >= 2 * size.outputs
+                or (block_k > line and not whole)
+            ):
+                continue
+            tile = ConvConfig(block_m, block_n, block_k, warps, 4, True)
+            while tile.num_stages > 1 and described_bytes(tile, size, has_residual) > arch.shared:
+                tile = replace(tile, num_stages=tile.num_stages - 1)
+            found += [tile] if tile.num_stages > 1 else []
     return sorted(found, key=lambda config: config.BLOCK_K)
 
 

@@ -170,7 +170,7 @@ class TritonTuner:
         """The fused plans that are worth a measurement, the default tile first."""
         arch, described = arch_of(device), list[tiles.ConvConfig]()
         if may_be_described(problem):
-            described = tiles.described_candidates(problem.size, "residual" in problem.features, arch)
+            described = tiles.described_candidates(problem.size, problem.features, arch)
         return [
             FUSED,
             *(Plan(True, c) for c in (*tiles.conv_candidates(problem.op, problem.size, arch), *described)),

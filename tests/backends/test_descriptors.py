@@ -264,14 +264,14 @@ def test_candidates_fit(family):
     """Into shared memory, with at least two steps on their way; whole inputs, where that is a tile, once."""
     arch = Arch(family, (99 if family == "sm_120" else 227) * 1024, 32)
     for channels, outputs, itemsize in ((64, 256, 2), (128, 512, 2), (1024, 256, 2), (96, 64, 4)):
-        for residual in (False, True):
-            found = tiles.described_candidates(ConvSize(10**6, channels, outputs, 1, itemsize), residual, arch)
+        for features in ((), ("residual",), ("residual", "residual_scale_shift")):
+            found = tiles.described_candidates(ConvSize(10**6, channels, outputs, 1, itemsize), features, arch)
             assert found and len(set(found)) == len(found)
             for one in found:
                 step = (one.BLOCK_M + one.BLOCK_N) * one.BLOCK_K * itemsize
                 out = one.BLOCK_M * one.BLOCK_N * itemsize
                 assert one.descriptors and one.num_stages > 1 and max(one.BLOCK_M, one.BLOCK_N, one.BLOCK_K) <= 256
-                assert one.num_stages * step + (2 if residual else 1) * out <= arch.shared
+                assert one.num_stages * step + (2 if features else 1) * out <= arch.shared
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the GPU's own first use is test_selfcheck.py's")
