@@ -65,6 +65,44 @@ def longest_loop(listing: str) -> int:
     return max((last - first + 1 for first, last in inner), default=0)
 
 
+def instructions(listing: str) -> list[str]:
+    """The instructions of NVIDIA's machine code."""
+    return [found[1] for line in listing.splitlines() if (found := INSTRUCTION.match(line))]
+
+
+def shortest_cycle(listing: str, word: str) -> int:
+    """The instructions of the shortest way from an instruction ``word`` back to it, of all of them: a step of a loop, without what a branch
+    skips. 0 where no way leads back."""
+    code, labels = list[str](), dict[str, int]()
+    for line in listing.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif found := INSTRUCTION.match(line):
+            code.append(found[1])
+    best = 0
+    for start in (i for i, text in enumerate(code) if re.search(rf"\b{word}\b", text)):
+        seen, front, length = {start}, [start], 0
+        while front and (not best or length < best):
+            length += 1
+            front = [after for at in front for after in _behind(code[at], at, labels) if after < len(code)]
+            if start in front:
+                best = length
+                break
+            front = [at for at in dict.fromkeys(front) if at not in seen]
+            seen.update(front)
+    return best
+
+
+def _behind(instruction: str, at: int, labels: dict[str, int]) -> list[int]:
+    """Where the program goes on."""
+    jump = JUMP.search(instruction)
+    if jump and jump[1] in labels:
+        # one under a condition may not be taken: of the thread (@P0), or of the warp (U), written beside the target
+        maybe = instruction.startswith("@") or re.search(r"\bBRA(\.\S+)? !?U", instruction)
+        return [labels[jump[1]], *([at + 1] if maybe else [])]
+    return [] if re.match(r"(EXIT|RET)\b", instruction) else [at + 1]
+
+
 def count(names: str, text: str) -> dict[str, int]:
     """How often each of the words ``names`` stands there, those that do."""
     counts = {name: len(re.findall(rf"\b{name}\b", text)) for name in names.split()}

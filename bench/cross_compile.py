@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import Progress
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fusedres
 from fusedres.backends import select
@@ -41,7 +42,7 @@ from fusedres.kernels.launch import Launch, record
 from fusedres.kernels.tiles import Arch
 
 from . import environment
-from .assembly import access_widths, count, longest_loop
+from .assembly import access_widths, count, instructions, longest_loop, shortest_cycle
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 MODELS = ("resnet50", "densenet121")
@@ -147,6 +148,8 @@ def variant(launch: Launch) -> Variant:
             # buffer instructions of AMD address what is smaller than 2 GB
             small = value.untyped_storage().nbytes() < 2**31
             attributes.append((i, ("tt.divisibility", "tt.pointer_range") if small else ("tt.divisibility",)))
+        elif isinstance(value, TensorDescriptor):
+            signature.append((parameter.name, f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"))
         else:
             kind = "fp32" if isinstance(value, float) else "i64" if value >= 2**31 else "i32"
             signature.append((parameter.name, kind))
@@ -215,7 +218,8 @@ def variants(arch: Arch, models: Sequence[str] = MODELS) -> dict[Variant, Use]:
 @dataclass
 class Figures:
     """How a variant compiled: counts of instructions, bytes of shared memory, and the narrowest load from and store to
-    each tensor in global memory, in bits. ``loop``: the instructions of the longest innermost loop, 0 where nobody looked."""
+    each tensor in global memory, in bits. ``loop``: the instructions of the longest innermost loop, 0 where nobody looked; ``step``: of the
+    shortest way from a matrix instruction back to it; ``total``: of the kernel; ``copies``: those of whole boxes (TMA)."""
 
     registers: int
     spills: int
@@ -224,6 +228,9 @@ class Figures:
     loads: dict[str, int] = field(default_factory=dict)
     stores: dict[str, int] = field(default_factory=dict)
     loop: int = 0
+    step: int = 0
+    total: int = 0
+    copies: dict[str, int] = field(default_factory=dict)
 
 
 def tool(name: str) -> str:
@@ -267,6 +274,9 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
         loads=loads,
         stores=stores,
         loop=longest_loop(listing.stdout),
+        step=shortest_cycle(listing.stdout, architecture.matrix),
+        total=len(instructions(listing.stdout)),
+        copies=count("UTMALDG UTMASTG", listing.stdout),
     )
 
 
@@ -326,7 +336,7 @@ def compile_all(
         return
     # spawned: a forked child of a process in which torch has started threads may hang
     context = get_context("spawn")
-    with ProcessPoolExecutor(workers or os.cpucount(), mp_context=context) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
         waiting = {
             pool.submit(compile_variant, variant, ARCHITECTURES[arch]): (arch, variant) for arch, variant in jobs
         }

@@ -147,10 +147,10 @@ def primitives(model: str, mode: str) -> Stage:
 
 
 def one_kernel(run: Run) -> list[str]:
-    """Both gradients of every 1x1 by one kernel, beside two, the library, and the floor."""
+    """Both gradients of every 1x1 by one kernel, beside two, the library, and the floor; and forwards by descriptors likewise."""
     sizes = ["--batch", "256"]
     if run.dry:
-        sizes = ["--model", "densenet121", "--batch", "2", "--resolution", "32", "--dtype", "float32", "--repeats", "1"]
+        sizes = ["--model", "resnet50", "--batch", "2", "--resolution", "32", "--dtype", "float32", "--repeats", "1"]
         sizes += ["--most", "1"]
     return ["-m", "bench.pointwise", "--device", run.device, *sizes, "--json", str(run.out / "pointwise.json")]
 
@@ -165,7 +165,7 @@ STAGES = (
     whole_models("eager fused", 256, graphs=False, name="models-256"),
     whole_models("eager fused", 256, graphs=True, name="models-256-graphs"),
     *(primitives(model, mode) for model in MODELS for mode in ("train", "infer")),
-    Stage("pointwise", one_kernel, most=60.0),
+    Stage("pointwise", one_kernel, most=120.0),
     # the sanitizer's kernels are among these, compiled when its turn comes
     Stage("kernel-tests", tests("backends", "test_apply_grad_coeff and float32", "--backend", "triton"), most=120.0),
     Stage("cuda-blocks", tests("test_gpu_cuda.py", "as_right"), most=60.0),
@@ -343,14 +343,19 @@ def _load(path: Path) -> object:
 
 def pointwise_table(records: list[dict]) -> list[str]:
     """The lines of what the stage of that name has left."""
-    head = ["model", "input", "outputs", "calls", "floor us", "one kernel us", "two kernels us", "library us"]
-    lines = ["", "## pointwise: both gradients of a 1x1", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for r in records:
-        times = [r["floor_seconds"], *(r["seconds"][way] for way in ("one kernel", "two kernels", "library"))]
-        shown = ["failed" if spent is None else f"{spent * 1e6:.0f}" for spent in times]
-        cells = [r["model"], "x".join(map(str, r["problem"]["x"])), r["problem"]["weight"][0], r["calls"], *shown]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines if records else []
+    lines = []
+    for op, title in (("backward", "both gradients"), ("forward", "forward, nothing pending on the input")):
+        of_op = [r for r in records if r["problem"]["op"] == op]
+        ways = list(of_op[0]["seconds"]) if of_op else []
+        head = ["model", "input", "outputs", "calls", "floor us", *(f"{way} us" for way in ways)]
+        if of_op:
+            lines += ["", f"## pointwise: {title} of a 1x1", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for r in of_op:
+            times = [r["floor_seconds"], *(r["seconds"][way] for way in ways)]
+            shown = ["failed" if spent is None else f"{spent * 1e6:.0f}" for spent in times]
+            cells = [r["model"], "x".join(map(str, r["problem"]["x"])), r["problem"]["weight"][0], r["calls"], *shown]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def markdown(outcomes: list[Outcome], run: Run) -> str:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .device import moments_of_rows, normalize, vector
+from .device import epilogue, normalize, store_moments, vector
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import Form, align, aligned, form, form_of, is_wide, map_form, offsets, partials_form, pitch_or_zero
 from .operands import Activation, Epilogue, Geometry, LazyMap
@@ -87,27 +87,16 @@ def conv_forward_kernel(
         b = tl.load(weight + b_at, mask=in_c[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     n += first_n
-    if bias is not None:
-        acc += vector(bias, n, in_n, 0.0)[None, :]
     valid = m < rows
     mask = valid[:, None] & in_n[None, :]
-    if out_scale is not None:
-        acc = normalize(acc, vector(out_scale, n, in_n, 1.0), vector(out_shift, n, in_n, 0.0))
+    other = None
     if residual is not None:
         other = tl.load(residual + offsets(m, residual_pitch, n, ALIGN_K, WIDE), mask=mask, other=0.0)
-        acc += normalize(other, vector(residual_scale, n, in_n, 1.0), vector(residual_shift, n, in_n, 0.0))
-    acc = activate(acc, OUT_ACT)
+    acc = epilogue(acc, other, n, in_n, bias, out_scale, out_shift, residual_scale, residual_shift, OUT_ACT)
     stored = acc.to(out.dtype.element_ty)
     tl.store(out + offsets(m, out_pitch, n, ALIGN_K, WIDE), stored, mask=mask)
     if partials is not None:
-        # of what is stored, so that they normalise exactly what the next reader loads
-        count = valid.to(tl.float32)
-        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        _, mean, m2 = moments_of_rows(count, stored.to(tl.float32), zeros)
-        tiles = tl.cdiv(rows, BLOCK_M)
-        all_k = K * tl.num_programs(1)
-        tl.store(partials + tile_m * all_k + n, mean, mask=in_n)
-        tl.store(partials + (tiles + tile_m) * all_k + n, m2, mask=in_n)
+        store_moments(partials, tile_m, tl.cdiv(rows, BLOCK_M), n, in_n, K * tl.num_programs(1), stored, valid)
 
 
 class _Forward(NamedTuple):

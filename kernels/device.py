@@ -1,9 +1,11 @@
-"""Arithmetic on a tile in registers, shared by all kernels: vectors, scale and shift, moments and their merges."""
+"""Arithmetic on a tile in registers, shared by all kernels: vectors, scale and shift, epilogues, moments and their merges."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .activations import activate
 
 
 @triton.jit
@@ -60,3 +62,25 @@ def add_row(mean, m2, value, step):
 def store_partial(partials, index, part, parts, c, C, value):
     """``value`` of channels ``c`` as ``partials[index, part, c]``, of a contiguous ``[.., parts, C]``."""
     tl.store(partials + (index * parts + part).to(tl.int64) * C + c, value, mask=c < C)
+
+
+@triton.jit
+def epilogue(acc, other, n, inside, bias, scale, shift, other_scale, other_shift, ACT: tl.constexpr):
+    """What a convolution does to its sums ``acc`` of columns ``n``: bias, scale and shift, a tile ``other`` of the residual, activation."""
+    if bias is not None:
+        acc += vector(bias, n, inside, 0.0)[None, :]
+    if scale is not None:
+        acc = normalize(acc, vector(scale, n, inside, 1.0), vector(shift, n, inside, 0.0))
+    if other is not None:
+        acc += normalize(other, vector(other_scale, n, inside, 1.0), vector(other_shift, n, inside, 0.0))
+    return activate(acc, ACT)
+
+
+@triton.jit
+def store_moments(partials, tile, tiles, n, inside, K, stored, valid):
+    """The mean and M2 of the ``valid`` rows of a tile, as partials [2, tiles, K]: of what is ``stored``, so that they normalise exactly
+    what the next reader loads."""
+    zeros = tl.zeros(stored.shape, tl.float32)
+    _, mean, m2 = moments_of_rows(valid.to(tl.float32), stored.to(tl.float32), zeros)
+    tl.store(partials + tile * K + n, mean, mask=inside)
+    tl.store(partials + (tiles + tile) * K + n, m2, mask=inside)

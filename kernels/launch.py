@@ -8,6 +8,7 @@ the addresses, and nothing is derived, bound or looked up by Triton again.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import struct
 import threading
@@ -18,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.runtime import build, driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import requests
 from .layout import Form
@@ -178,6 +180,8 @@ class Prepared:
     ``operands``: the forms of the tensors (None: absent), by the names of the kernel's parameters, in the order of its signature, where
     they come first. Several names are the rows of one tensor. Behind them come the ``late`` numbers, then ``numbers``. ``num_warps``
     counts warps of 32 threads, so that a configuration means the same number of threads everywhere; ``num_stages`` is Triton's.
+    ``boxes``: of which operands, maps or a 1x1's weight, the kernel takes a tensor descriptor, and the rows and channels that it moves at
+    once; their addresses are multiples of 16.
 
     Raises ValueError for tensors on several devices, and for another order than the signature's.
     """
@@ -188,6 +192,7 @@ class Prepared:
         grid: tuple[int, ...],
         arch: Arch,
         operands: Mapping[str, Form | None],
+        boxes: Mapping[str, tuple[int, int]] | None = None,
         *,
         num_warps: int,
         num_stages: int | None = None,
@@ -217,6 +222,11 @@ class Prepared:
         ]
         self._absent = [(None,) * len(names) for names in self._names]
         self._rest = tuple(numbers.values())
+        self._boxes = boxes or {}
+        self._described = [
+            _descriptor(form, self._boxes[names]) if form is not None and names in self._boxes else None
+            for names, form in operands.items()
+        ]
         # what Triton has compiled, by the current device and by which addresses 16 does not divide: that is in its specialisation
         self._compiled: dict[tuple[int, tuple[bool, ...]], tuple[Callable[..., None], CompiledKernel]] = {}
 
@@ -251,15 +261,17 @@ class Prepared:
             self._run_public(tensors, late)
             return None
         together, addresses = 0, []
-        for tensor, rows, absent in zip(tensors, self._rows, self._absent, strict=True):
+        for tensor, rows, absent, box in zip(tensors, self._rows, self._absent, self._described, strict=True):
             if tensor is None or rows is None:
                 addresses += absent
+            elif box is not None:
+                addresses.append(_over(tensor, box))
             else:
                 at = tensor.data_ptr()
                 for row in rows:
                     addresses.append(at + row)
                 together |= at
-        odd = tuple([bool(at and at & 15) for at in addresses]) if together & 15 else ()
+        odd = tuple([type(at) is int and at & 15 > 0 for at in addresses]) if together & 15 else ()
         ready = self._compiled.get((device, odd))
         if ready is None:
             found = self._run_public(tensors, late)
@@ -306,12 +318,25 @@ class Prepared:
     def _named(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> dict[str, Any]:
         """Every argument and option by name."""
         arguments: dict[str, Any] = {}
-        for names, tensor in zip(self._names, tensors, strict=True):
+        for names, tensor, box in zip(self._names, tensors, self._described, strict=True):
             if tensor is None or len(names) == 1:
-                arguments |= dict.fromkeys(names, tensor)
+                arguments |= dict.fromkeys(names, tensor if tensor is None or box is None else _over(tensor, box))
             else:
                 arguments |= zip(names, tensor.unbind(0), strict=True)
         return arguments | dict(zip(self._late, late, strict=True)) | self._numbers | self._options
+
+
+def _descriptor(form: Form, box: tuple[int, int]) -> TensorDescriptor:
+    """Of a map as a matrix of pixels by channels, in boxes of so many; over nothing yet."""
+    shape, strides = [form.rows, form.shape[1]], [form.pitch, 1]
+    return TensorDescriptor(torch.empty(0, dtype=form.dtype, device="meta"), shape, strides, list(box))
+
+
+def _over(tensor: Tensor, described: TensorDescriptor) -> TensorDescriptor:
+    """The same descriptor over a ``tensor``, without the checks of what is known of its form."""
+    found = copy.copy(described)
+    found.base = tensor
+    return found
 
 
 #: of what Triton knows about a kernel: where one is true or not zero, its launch asks the driver for more

@@ -8,10 +8,14 @@ convolution of several taps (3x3) is the library's in the default plan, so that 
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from .operands import Geometry
 
 EPILOGUE_BYTES = 24 * 1024  # shared memory that epilogues use beside the loop's stages, at most
 STEP_BYTES = 128  # of the reduced dimension, a step: what a warp's widest loads take of a row
@@ -20,11 +24,12 @@ REGISTERS = 224  # of a thread's 255, so that addresses and masks find room
 
 class Arch(NamedTuple):
     """What tiles must know of a device: its ``family`` as compilers name it (``"sm_90"``, ``"gfx942"``), the bytes of shared memory that a
-    block may take, and the threads of a warp."""
+    block may take, the threads of a warp, and how many multiprocessors it has."""
 
     family: str
     shared: int
     warp: int
+    multiprocessors: int = 132
 
 
 #: where no device says otherwise
@@ -39,9 +44,12 @@ def arch_of_gpu(device: torch.device) -> Arch:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         name, *_ = properties.gcnArchName.split(":")
-        return Arch(name, properties.shared_memory_per_block, properties.warp_size)
+        return Arch(name, properties.shared_memory_per_block, properties.warp_size, properties.multi_processor_count)
     return Arch(
-        f"sm_{properties.major}{properties.minor}", properties.shared_memory_per_block_optin, properties.warp_size
+        f"sm_{properties.major}{properties.minor}",
+        properties.shared_memory_per_block_optin,
+        properties.warp_size,
+        properties.multi_processor_count,
     )
 
 
@@ -62,7 +70,9 @@ def block(size: int, smallest: int, largest: int) -> int:
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """The tile of a convolution: BLOCK_M rows, BLOCK_N columns, BLOCK_K of the reduced dimension a step; warps of 32 threads.
+    """The tile of a convolution: BLOCK_M rows, BLOCK_N columns, BLOCK_K of the reduced dimension a step; warps of 32 threads. With
+    ``descriptors`` a 1x1 that has such a form (:func:`is_described`) loads and stores by tensor descriptors (conv_pointwise_forward.py);
+    everything else is as without.
 
     Raises ValueError for what is no tile: blocks are powers of two from 16 on, warps powers of two up to 16, stages at least 1.
     """
@@ -72,10 +82,12 @@ class ConvConfig:
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
     def __post_init__(self) -> None:
         values = (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps, self.num_stages)
         powers = all(type(v) is int and v > 0 for v in values) and all(v & (v - 1) == 0 for v in values[:4])
+        powers = powers and type(self.descriptors) is bool
         if not powers or min(values[:3]) < 16 or self.num_warps > 16:
             raise ValueError(
                 f"{self} is no tile: blocks are powers of two from 16 on, num_warps a power of two up to 16, num_stages at least 1"
@@ -83,7 +95,8 @@ class ConvConfig:
 
     def __str__(self) -> str:
         blocks = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}"
-        return f"{blocks}, {self.num_warps} warps, {self.num_stages} stages"
+        by = ", descriptors" if self.descriptors else ""
+        return f"{blocks}, {self.num_warps} warps, {self.num_stages} stages{by}"
 
 
 class ConvSize(NamedTuple):
@@ -323,6 +336,70 @@ def conv_candidates(kernel: str, size: ConvSize, arch: Arch) -> list[ConvConfig]
             found.append(ConvConfig(block_m, block_n, block_k, warps, stages(step, arch)))
     least = min(map(waste, found), default=0.0)
     return [config for config in found if waste(config) <= 1.25 * least]
+
+
+# ---- by tensor descriptors -------------------------------------------------------------------------------------------
+
+MOST_BOX = 256  # values of a side of what a descriptor moves at once
+#: what a descriptor's base, and the distance of its rows, are multiples of, in bytes
+DESCRIPTOR_ALIGN = 16
+#: families whose matrix units keep sums in memory of their own, from which warps of their own can finish a tile
+SPECIALIZED = ("sm_100", "sm_103")
+# BLOCK_M, BLOCK_N, warps
+DESCRIBED_CANDIDATES = (
+    (128, 32, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 256, 8), (256, 64, 8),
+    (256, 128, 8),
+)  # fmt: skip
+
+
+def has_descriptors(arch: Arch) -> bool:
+    """Whether its memory is copied by tensor descriptors: NVIDIA's from compute capability 9.0 on."""
+    return arch.family.startswith("sm_") and int(arch.family[3:].rstrip("af")) >= 90
+
+
+def is_described(size: ConvSize, pitches: tuple[int, ...], geometry: Geometry) -> bool:
+    """Whether descriptors can say a forward of that ``size``: a product of matrices (one tap, stride 1, no padding, no groups), whose
+    weight and maps, of so many ``pitches``, have aligned rows. What is pending on its input they cannot."""
+    plain = size.taps == 1 and max(geometry.stride) == 1 and not any(geometry.padding) and geometry.groups == 1
+    aligned = all(pitch * size.itemsize % DESCRIPTOR_ALIGN == 0 for pitch in (size.channels, *pitches))
+    return plain and aligned and min(size.rows, size.channels, size.outputs) > 0
+
+
+def described_bytes(config: ConvConfig, size: ConvSize, has_residual: bool) -> int:
+    """The shared memory of a program by descriptors: a residual is loaded like an operand where all channels are one step, else in the
+    epilogue."""
+    whole, out = config.BLOCK_K >= size.channels, config.BLOCK_M * config.BLOCK_N * size.itemsize
+    step = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size.itemsize + (out if has_residual and whole else 0)
+    return config.num_stages * step + out + (out if has_residual and not whole else 0) + 1024
+
+
+def described_candidates(size: ConvSize, features: Collection[str], arch: Arch) -> list[ConvConfig]:
+    """The tiles by descriptors that are worth a measurement: steps of a line of shared memory (STEP_BYTES), and of all channels where
+    that are two lines, whose loop is only that over tiles. ``features``: a problem's, by which a residual is found, and whether it is
+    normalised. None on a GPU without descriptors."""
+    if not has_descriptors(arch):
+        return []
+    line = STEP_BYTES // size.itemsize
+    has_residual, specialized = "residual" in features, arch.family in SPECIALIZED
+    # sums of a thread: with more, they spill beside a residual, and where warps that finish tiles have registers of their own
+    most = 64 if has_residual or specialized else 128
+    most_in_steps = 32 if "residual_scale_shift" in features and specialized else most
+    found: list[ConvConfig] = []
+    for block_m, block_n, warps in DESCRIBED_CANDIDATES:
+        sums = block_m * block_n // (32 * warps)
+        for block_k in {block(size.channels, 16, line), block(size.channels, 16, 2 * line)}:
+            whole = block_k >= size.channels
+            if (
+                sums > (most if whole else most_in_steps)
+                or block_n >= 2 * size.outputs
+                or (block_k > line and not whole)
+            ):
+                continue
+            tile = ConvConfig(block_m, block_n, block_k, warps, 4, True)
+            while tile.num_stages > 1 and described_bytes(tile, size, has_residual) > arch.shared:
+                tile = replace(tile, num_stages=tile.num_stages - 1)
+            found += [tile] if tile.num_stages > 1 else []
+    return sorted(found, key=lambda config: config.BLOCK_K)
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,8 @@ class _Watch:
 
     def _elements(self, what: str, pointers: TensorHandle, mask: TensorHandle) -> Iterator[tuple[_Memory, np.ndarray]]:
         """The elements behind the addresses that are not masked, by memory."""
-        addresses = pointers.data.astype(np.int64)[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
+        inside = np.asarray(mask.data).astype(bool)  # of a descriptor's box an array, whose ``data`` is its buffer
+        addresses = pointers.data.astype(np.int64)[np.broadcast_to(inside, pointers.data.shape)]
         left = addresses.size
         for memory in self._memories:
             here = addresses[(addresses >= memory.first) & (addresses < memory.last)]
@@ -235,14 +236,17 @@ def watched() -> Iterator[_Watch]:
         return (x * height + y) * depth + z
 
     def watched_run(self: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        watch.begin(self.__name__, [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.numel()])
+        given = [getattr(a, "base", a) for a in (*args, *kwargs.values())]  # of a tensor descriptor what it is over
+        watch.begin(self.__name__, [a for a in given if isinstance(a, torch.Tensor) and a.numel()])
         result = run(self, *args, grid=grid, warmup=warmup, **kwargs)
         watch.end()
         return result
 
-    def watched_load(self: InterpreterBuilder, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+    def watched_load(
+        self: InterpreterBuilder, pointers: TensorHandle, mask: TensorHandle, *rest: Any, **options: Any
+    ) -> TensorHandle:
         watch.load(number(self), pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
     def watched_store(
         self: InterpreterBuilder, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any

@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 pytest.importorskip("torchvision")
 pytest.importorskip("rich")
 
+from bench.assembly import instructions, longest_loop, shortest_cycle  # noqa: E402
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -75,6 +77,41 @@ def test_representative_variants_compile_well(tmp_path):
     } <= kernels
     assert all(row["loop"] > 100 for row in rows if row["kernel"].startswith("conv_"))
     assert "## sm_90" in (tmp_path / "cross-compile.md").read_text()
+
+
+LISTING = """
+.L_x_0:
+        /*0000*/                   ISETP.GE P0, PT, R0, R1, PT ;
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+        /*0020*/                   IADD3 R2, R2, 1, RZ ;
+        /*0030*/                   IADD3 R3, R3, 1, RZ ;
+.L_x_1:
+        /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0050*/               @P1 BRA `(.L_x_0) ;
+        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_a_step_is_the_shortest_way_from_a_matrix_instruction_to_itself():
+    """Without what a branch skips; none leads back to what is behind the loop."""
+    assert longest_loop(LISTING) == 6 and shortest_cycle(LISTING, "HGMMA") == 4
+    assert shortest_cycle(LISTING, "HMMA") == 0 and len(instructions(LISTING)) == 9
+
+
+def test_a_pointwise_forward_by_descriptors_compiles_well(tmp_path):
+    """For Hopper and Blackwell: copies of boxes, matrix instructions, no spill, within shared memory, or the command fails."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = forked.python(
+        ["-m", "bench.descriptors", "--arch", "sm_90", "sm_100", "--models", "resnet50", "--most", "1", "--out", str(tmp_path)],
+        cwd=ROOT, env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}, timeout=3600,
+    )  # fmt: skip
+    assert done.returncode == 0 and "4 compiled, 0 with a fault" in done.stdout, done.stdout + done.stderr
+    page = (tmp_path / "descriptors.md").read_text()
+    assert page.count("| **descriptors** |") == 2 == page.count("UTMALDG") - 1, page
+    assert "## sm_90" in page and "## sm_100" in page
 
 
 UNKNOWN = """

@@ -28,6 +28,7 @@ from ..kernels import (
     conv_dgrad,
     conv_forward,
     conv_pointwise_backward,
+    conv_pointwise_forward,
     conv_wgrad,
     elementwise,
     highway,
@@ -80,6 +81,15 @@ def _parsed(x: LazyMap) -> Any:
 def _parsed_epilogue(epilogue: Epilogue) -> Any:
     """As :func:`_parsed`."""
     return epilogue._replace(act=parse(epilogue.act))
+
+
+def _forward(x: Any, weight: Tensor, bias: Tensor | None, geometry: Geometry, epilogue: Any, config: ConvConfig | None):
+    """A convolution by our kernels: by tensor descriptors where ``config`` says so and they can, else by conv_forward's."""
+    if config is not None and config.descriptors:
+        y = conv_pointwise_forward.conv_pointwise_forward(x, weight, bias, geometry, epilogue, config)
+        if y is not None:
+            return y
+    return conv_forward.conv_forward(x, weight, bias, geometry, epilogue, config)
 
 
 def _otherwise(problem: Problem) -> str:
@@ -241,9 +251,7 @@ class TritonBackend(Backend):
                 strict,
                 x.raw.device,
                 plan.config,
-                lambda config: conv_forward.conv_forward(
-                    _parsed(x), weight, bias, geometry, _parsed_epilogue(epilogue), config
-                ),
+                lambda config: _forward(_parsed(x), weight, bias, geometry, _parsed_epilogue(epilogue), config),
                 lambda: forward_problem(x, weight, bias, geometry, epilogue),
             )
             if y is not None:

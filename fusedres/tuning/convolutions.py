@@ -41,6 +41,8 @@ def operands(primitive: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
 # ---- the key of a call -----------------------------------------------------------------------------------------------
 
 
+_KINDS = frozenset(activations.KINDS)
+
 #: an operand or a property by name: whether it is there, or which activation
 Feature = tuple[str, bool | str]
 
@@ -90,6 +92,20 @@ def has_one_kernel(
         and max(geometry.stride) == 1
         and not any(geometry.padding)
         and tiles.has_both(weight.shape[0], dtype == torch.float32 and product_precision(dtype) == "ieee", arch)
+    )
+
+
+def may_be_described(problem: Problem) -> bool:
+    """Whether tensor descriptors can say it: a forward of such a form, with nothing pending on its input (:func:`~.tiles.is_described`). A
+    residual's pitch is no part of a problem: one that is not aligned is left to the other kernel by the launcher."""
+    pending = "scale_shift" in problem.features or not _KINDS.isdisjoint(problem.features)
+    # float32's own products have their operands in registers, which spill
+    exact = problem.dtype == "float32" and "tf32" not in problem.features
+    return (
+        problem.op == "forward"
+        and not pending
+        and not exact
+        and tiles.is_described(problem.size, (problem.x_pitch, problem.y_pitch), problem.geometry)
     )
 
 
@@ -152,7 +168,13 @@ class TritonTuner:
 
     def candidates(self, problem: Problem, device: torch.device) -> list[Plan]:
         """The fused plans that are worth a measurement, the default tile first."""
-        return [FUSED, *(Plan(True, c) for c in tiles.conv_candidates(problem.op, problem.size, arch_of(device)))]
+        arch, described = arch_of(device), list[tiles.ConvConfig]()
+        if may_be_described(problem):
+            described = tiles.described_candidates(problem.size, problem.features, arch)
+        return [
+            FUSED,
+            *(Plan(True, c) for c in (*tiles.conv_candidates(problem.op, problem.size, arch), *described)),
+        ]
 
     def recording(self, device: torch.device) -> AbstractContextManager[list[Launch]]:
         """A context in which meta tensors stand for tensors on ``device`` and nothing is launched; gives the list of launches."""

@@ -35,7 +35,7 @@ except ImportError:  # on Windows, where of two processes that write at once the
     fcntl = None
 
 #: of the files: raised with every change of what they hold
-FORMAT = 3
+FORMAT = 4
 
 
 class Problem(NamedTuple):

@@ -32,8 +32,10 @@ from fusedres.backends.triton import BACKEND, use_plan  # noqa: E402
 from fusedres.kernels import elementwise, launch, requests  # noqa: E402
 from fusedres.kernels.launch import Prepared, forget  # noqa: E402
 from fusedres.kernels.layout import form_of  # noqa: E402
-from fusedres.operands import GradTarget, LazyMap  # noqa: E402
+from fusedres.kernels.tiles import ConvConfig  # noqa: E402
+from fusedres.operands import Epilogue, GradTarget, LazyMap  # noqa: E402
 from fusedres.specs import Geometry, Norm  # noqa: E402
+from fusedres.tuning.plans import Plan  # noqa: E402
 
 seen: list[tuple] = []
 
@@ -296,6 +298,44 @@ def really_compiled() -> dict[str, object]:
     }
 
 
+def described() -> dict[str, object]:
+    """Of a kernel that takes tensor descriptors, compiled by Triton itself, at its first launch and at a later one over other tensors: what
+    the driver is given as maps of x, the weight and out, and whether observers are told of more than the launch."""
+    plan = Plan(True, ConvConfig(16, 16, 16, 4, 2, descriptors=True))
+    maps: list[list[tuple]] = []
+    expected: list[list[tuple]] = []
+    said: list[object] = []
+
+    def watcher(grid, block, shared, stream, function, parameters) -> None:
+        # of each descriptor the map, two sizes and two strides
+        read = [ctypes.string_at(parameters[5 * i], 48) for i in range(3)]
+        maps.append([tuple(int.from_bytes(one[at : at + 8], "little") for at in range(0, 48, 8)) for one in read])
+
+    def run(offset: int) -> None:
+        x, out = map_of(48)[:, offset : offset + 16], map_of(32)
+        weight = torch.zeros(24, 16, 1, 1, dtype=torch.bfloat16)
+        with use_plan(plan):
+            BACKEND.conv_forward(LazyMap(x), weight, None, Geometry((1, 1), (0, 0), (1, 1), 1), Epilogue(out[:, 8:]))
+        # address, channels, pixels, bytes from one to the next, and the box
+        expected.append(
+            [
+                (x.data_ptr(), 16, 18, 96, 16, 16), (weight.data_ptr(), 16, 24, 32, 16, 16),
+                (out.data_ptr() + 16, 24, 18, 64, 16, 16),
+            ]
+        )  # fmt: skip
+
+    callback = WATCHER(watcher)
+    with compiled(), requests.observed(lambda request, _: said.append(request)):
+        place = ctypes.c_void_p.in_dll(ctypes.CDLL("libcuda.so.1"), "fusedres_stub_watcher")
+        place.value = ctypes.cast(callback, ctypes.c_void_p).value
+        with mock.patch.object(triton.JITFunction, "_do_compile", original_compile):
+            public = [counted(lambda: run(8)), counted(lambda: run(16))]
+        place.value = None
+        for kernel in kernels().values():
+            kernel.module = None  # which it would unload when no driver is left
+    return {"same": maps == expected, "launches": len(maps), "public": public, "said": said}
+
+
 def refusals() -> list[str]:
     """What is said of tensors on two devices, and of arguments in another order than the kernel's."""
     x, found = form_of(map_of()), []
@@ -320,6 +360,7 @@ SCENES = (
     specialisations,
     watched,
     requests_are_tritons,
+    described,
     tapes_are_schedules,
     refusals,
 )

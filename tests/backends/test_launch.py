@@ -70,6 +70,11 @@ def test_what_triton_compiles_is_described_as_it_is_launched(found):
     assert found["really_compiled"] == {"launches": 2, "same": [True] * 2, "parameters": [True] * 2}
 
 
+def test_tensor_descriptors_are_over_the_tensors_of_each_launch(found):
+    """The second of two launches goes past Triton's public call; nobody else can say what the driver was asked for."""
+    assert found["described"] == {"same": True, "launches": 2, "public": [1, 0], "said": [None, None]}
+
+
 @needs_extension
 def test_a_tape_asks_the_driver_for_what_its_schedule_does(found):
     result = found["tapes_are_schedules"]
