@@ -2,13 +2,15 @@
 size.
 
 ``coefficients_kernel`` turns (mean, M2) or running statistics into scale and shift, mean and invstd, and updates the
-running statistics; ``gradient_kernel`` turns the two sums of backward into the pending form (p, q, r) of the gradient. Where
+running statistics; ``frozen_kernel`` does so for several BatchNorms that normalise by theirs, in one launch;
+``gradient_kernel`` turns the two sums of backward into the pending form (p, q, r) of the gradient. Where
 the moments or sums are a :class:`~fusedres.kernels.reduce.Reduction`, both merge them from the partials (2 * tiles * C
 float32 read) instead of reading them from a launch of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,10 @@ from .reduce import Reduction, merge_blocks, merge_warps, merged_moments, merged
 from .tiles import Arch, cdiv
 
 BLOCK_C = 256
+#: BatchNorms of one launch of ``frozen_kernel``
+TOGETHER = 8
+#: of whose multiple the channels of each begin there: 16 bytes divide their addresses
+ALIGN_C = 32
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -48,12 +54,48 @@ def coefficients_kernel(
         if running_mean is not None:
             blend(running_mean, c, inside, center, momentum)
             blend(running_var, c, inside, spread / unbiased_count, momentum)
+    store_coefficients(weight, bias, center, variance, eps, c, inside, scale, shift, out_mean, out_invstd)
+
+
+@triton.jit
+def store_coefficients(weight, bias, center, variance, eps, c, inside, scale, shift, out_mean, out_invstd):
+    """Scale and shift, mean and invstd of channels ``c`` from their mean ``center`` and ``variance``."""
     invstd = tl.rsqrt(variance + eps)
     gain = invstd * vector(weight, c, inside, 1.0)
     tl.store(scale + c, gain, mask=inside)
     tl.store(shift + c, vector(bias, c, inside, 0.0) - center * gain, mask=inside)
     tl.store(out_mean + c, center, mask=inside)
     tl.store(out_invstd + c, invstd, mask=inside)
+
+
+@triton.jit(do_not_specialize=[f"{name}{i}" for name in ("channels", "at") for i in range(8)])
+def frozen_kernel(
+    weight0, bias0, mean0, var0, weight1, bias1, mean1, var1, weight2, bias2, mean2, var2, weight3, bias3, mean3, var3,
+    weight4, bias4, mean4, var4, weight5, bias5, mean5, var5, weight6, bias6, mean6, var6, weight7, bias7, mean7, var7,
+    scale, shift, out_mean, out_invstd,
+    channels0, at0, eps0, channels1, at1, eps1, channels2, at2, eps2, channels3, at3, eps3,
+    channels4, at4, eps4, channels5, at5, eps5, channels6, at6, eps6, channels7, at7, eps7,
+    COUNT: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program (block, i): of BatchNorm i the block of channels; what it writes begins at its ``at``."""
+    weights = (weight0, weight1, weight2, weight3, weight4, weight5, weight6, weight7)
+    biases = (bias0, bias1, bias2, bias3, bias4, bias5, bias6, bias7)
+    means = (mean0, mean1, mean2, mean3, mean4, mean5, mean6, mean7)
+    variances = (var0, var1, var2, var3, var4, var5, var6, var7)
+    channels = (channels0, channels1, channels2, channels3, channels4, channels5, channels6, channels7)
+    ats = (at0, at1, at2, at3, at4, at5, at6, at7)
+    epsilons = (eps0, eps1, eps2, eps3, eps4, eps5, eps6, eps7)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    for i in tl.static_range(COUNT):
+        if tl.program_id(1) == i:
+            inside = c < channels[i]
+            center = vector(means[i], c, inside, 0.0)
+            variance = vector(variances[i], c, inside, 0.0)
+            at = ats[i]
+            store_coefficients(
+                weights[i], biases[i], center, variance, epsilons[i], c, inside,
+                scale + at, shift + at, out_mean + at, out_invstd + at,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -169,6 +211,65 @@ def bn_frozen(norm: Norm) -> tuple[Tensor, Tensor]:
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a BatchNorm without running statistics is no frozen one")
     return _write_coefficients(norm, None, None, 0, 0, 1)
+
+
+@prepare
+def _frozen(
+    parameters: tuple[_Parameters, ...], epsilons: tuple[float, ...], like: Form, arch: Arch
+) -> tuple[Form, tuple[int, ...], Prepared]:
+    """The form of what is written, where in it each BatchNorm begins, and the launch."""
+    channels = [own.running_mean.shape[0] if own.running_mean is not None else 0 for own in parameters]
+    starts = [0]
+    for size in channels:
+        starts.append(starts[-1] + cdiv(size, ALIGN_C) * ALIGN_C)
+    out = vectors_form(4, starts[-1], like)
+    missing = TOGETHER - len(parameters)
+    operands: dict[str, Form | None] = {}
+    for i, own in enumerate((*parameters, *[_Parameters(None, None, None, None)] * missing)):
+        operands |= {
+            f"weight{i}": own.weight,
+            f"bias{i}": own.bias,
+            f"mean{i}": own.running_mean,
+            f"var{i}": own.running_var,
+        }
+    numbers: dict[str, object] = {}
+    for i, (size, at, eps) in enumerate(
+        zip((*channels, *[0] * missing), (*starts[:-1], *[0] * missing), (*epsilons, *[0.0] * missing), strict=True)
+    ):
+        numbers |= {f"channels{i}": size, f"at{i}": at, f"eps{i}": eps}
+    launch = Prepared(
+        frozen_kernel, (cdiv(max(channels), BLOCK_C), len(parameters)), arch,
+        operands | {"scale shift out_mean out_invstd": out},
+        **numbers, COUNT=len(parameters), BLOCK_C=BLOCK_C, num_warps=4,
+    )  # fmt: skip
+    return out, tuple(starts[:-1]), launch
+
+
+def bn_frozen_together(norms: Sequence[Norm]) -> list[tuple[Tensor, Tensor]]:
+    """What :func:`bn_frozen` gives of each of the ``norms``, in a launch for every :data:`TOGETHER` of them. ValueError where one has no
+    running statistics."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(norms), TOGETHER):
+        group = norms[first : first + TOGETHER]
+        tensors: list[Tensor | None] = []
+        for norm in group:
+            if norm.running_mean is None or norm.running_var is None:
+                raise ValueError("a BatchNorm without running statistics is no frozen one")
+            tensors += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        like = next(t for t in tensors if t is not None)
+        form_out, starts, launch = _frozen(
+            tuple(map(_parameters, group)),
+            tuple(float(norm.eps) for norm in group),
+            form_of(like),
+            arch_of(like.device),
+        )
+        out = form_out.new()
+        launch(*tensors, *[None] * (4 * (TOGETHER - len(group))), out)
+        for start, mean in zip(starts, tensors[2::4], strict=True):
+            assert mean is not None
+            part = out[:, start : start + mean.shape[0]]
+            found.append((part[:2], part[2:]))
+    return found
 
 
 def _write_coefficients(

@@ -48,6 +48,7 @@ from .steps import (
     Refill,
     bias_grad,
     bias_grad_behind_norm,
+    frozen_ahead,
     gradients,
     identity_coeff,
     needs_autograd,
@@ -187,6 +188,7 @@ class Dense(BlockSpec):
 
     def forward(self, backend: Backend, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
         """``(buffer, its statistics, what backward needs: a flat row of _Kept)``; the last is empty without ``keep``."""
+        backend = frozen_ahead(backend, [norm for layer in self.layers for norm in (layer.norm1, layer.norm2)])
         end = x.shape[1]
         total = end + self.growth
         buffer = empty_map((x.shape[0], total, *x.shape[2:]), x)

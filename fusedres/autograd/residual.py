@@ -36,6 +36,7 @@ from ..specs import BlockSpec, Conv, Forward, Norm, Pool, Shape, Unit
 from .residual_backward import Kept, OfUnit, ResidualBackward, flatten, split
 from .steps import (
     conv_norm,
+    frozen_ahead,
     gradients,
     kept_map,
     mean_pool,
@@ -297,6 +298,7 @@ class Residual(BlockSpec):
 
     def infer(self, backend: Backend, x: Tensor, source: Tensor | None, out: Tensor | None) -> Tensor:
         """By running statistics: each convolution with its BatchNorm, activation and addition in one epilogue."""
+        backend = frozen_ahead(backend, self.norms)
         h, root = normalize(backend, self.first, x, None), x if source is None else source
         residual: LazyMap | None = None
         shortcut, n = self.shortcut, len(self.units)
@@ -337,6 +339,7 @@ class Residual(BlockSpec):
         self, backend: Backend, x: Tensor, source: Tensor | None, stats: Tensor | None, out: Tensor | None
     ) -> _Forward:
         """In training: every map raw, as backward reads it."""
+        backend = frozen_ahead(backend, self.norms)
         shortcut, n = self.shortcut, len(self.units)
         h = begin = normalize_input(backend, self.first, x, stats)
         state = _Forward([begin])

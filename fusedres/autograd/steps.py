@@ -3,7 +3,7 @@ where its backward is differentiated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,6 +27,13 @@ def new_reduction(backend: Backend, norm: Norm, channels: int, like: Tensor) -> 
 def new_stats(backend: Backend, norm: Norm | None, channels: int, like: Tensor) -> Reduction | None:
     """Room for the statistics that a BatchNorm in training needs, None where it uses the running ones."""
     return new_reduction(backend, norm, channels, like) if norm is not None and norm.training else None
+
+
+def frozen_ahead(backend: Backend, norms: Iterable[Norm | None]) -> Backend:
+    """The ``backend`` for a schedule with these ``norms``: where none of them uses its batch, and so none changes what another reads, it
+    may compute their scales and shifts at once, in front of all convolutions."""
+    found = [norm for norm in norms if norm is not None]
+    return backend if any(norm.training for norm in found) else backend.ahead(found)
 
 
 def normalize(backend: Backend, norm: Norm | None, raw: Tensor, stats: Reduction | None) -> LazyMap:

@@ -72,9 +72,9 @@ class Backend(ABC):
     """The primitives, once for a device family. A subclass that lacks one cannot be registered (:func:`fusedres.backends.select.register`).
 
     May be left out, with what follows: ``new_reduction`` and ``parameter_grad`` (reductions are tensors, merged where they are made),
-    ``routes`` (``report`` shows no plan per convolution), ``tuner`` (``fusedres.tune`` finds nothing to measure), ``run_schedule``
-    (schedules run in Python each time), ``keep_packed`` (weights are read as they are), ``distrusts`` (nothing is found out), ``notes``
-    (``doctor`` has nothing more to say).
+    ``ahead`` (each frozen BatchNorm has a step of its own), ``routes`` (``report`` shows no plan per convolution), ``tuner``
+    (``fusedres.tune`` finds nothing to measure), ``run_schedule`` (schedules run in Python each time), ``keep_packed`` (weights are read as
+    they are), ``distrusts`` (nothing is found out), ``notes`` (``doctor`` has nothing more to say).
     """
 
     #: what the user calls it
@@ -234,6 +234,11 @@ class Backend(ABC):
     def parameter_grad(self, sums: Reduction, row: int, dtype: torch.dtype) -> Tensor:
         """A row of ``sums``, after ``bn_backward``, as the gradient of a BatchNorm's parameter of ``dtype``."""
         return sums[row].to(dtype)
+
+    def ahead(self, norms: Sequence[Norm]) -> Backend:
+        """This backend for one schedule, none of whose BatchNorms ``norms`` uses its batch: one that has computed :meth:`bn_frozen` of all
+        of them in fewer steps. Itself where that gains nothing."""
+        return self
 
     def routes(self, primitive: str, *args: Any, **kwargs: Any) -> dict[str, str]:
         """Which way a call of ``conv_forward`` or ``conv_backward`` with these arguments runs, by ``"forward"``, ``"dgrad"`` and

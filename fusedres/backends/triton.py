@@ -56,7 +56,7 @@ from ..tuning.override import chosen_plan
 from ..tuning.override import use_plan as use_plan  # where a user finds it
 from ..tuning.plans import FUSED, LIBRARY, Plan, Problem
 from . import library_conv, tape
-from .contract import Backend, without_activation
+from .contract import Backend, Wrapped, without_activation
 
 #: where a primitive reduces to
 Room = Tensor | Reduction
@@ -494,11 +494,29 @@ class TritonBackend(Backend):
         """See the contract."""
         return batchnorm.bn_frozen(norm)
 
+    def ahead(self, norms: Sequence[Norm]) -> Backend:
+        """See the contract."""
+        return _Ahead(self, norms) if len(norms) > 1 else self
+
     def bn_backward(
         self, norm: Norm, sums: Room, count: int, mean_invstd: Tensor, coeff: Tensor, accumulate: bool = False
     ) -> None:
         """See the contract."""
         batchnorm.bn_backward(norm, sums, count, mean_invstd, coeff, accumulate)
+
+
+class _Ahead(Wrapped):
+    """The backend with what ``bn_frozen`` says of some BatchNorms."""
+
+    def __init__(self, inner: TritonBackend, norms: Sequence[Norm]) -> None:
+        super().__init__(inner)
+        # by identity: descriptions are compared by the values of their tensors
+        self._found = {id(norm): found for norm, found in zip(norms, batchnorm.bn_frozen_together(norms), strict=True)}
+
+    def bn_frozen(self, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See the contract."""
+        found = self._found.get(id(norm))
+        return self.inner.bn_frozen(norm, dtype) if found is None else found
 
 
 BACKEND = TritonBackend()
