@@ -221,10 +221,11 @@ def test_roofline_counts_totals_without_running(tmp_path, capsys):
     assert all(f"## resnet18 {r['mode']}, batch 64" in page.read_text() for r in records)
     for counted in records:
         assert counted["bytes"] == sum(c["read"] + c["written"] for c in counted["calls"]) < counted["eager_bytes"]
-        # what is launched moves what the schedule counts, and each call is a launch at least
+        # what is launched moves what the schedule counts, and each call is a launch at least, but that frozen BatchNorms share one
         fused = counted["launches"]["fused"]
         assert fused["bytes"] == pytest.approx(counted["bytes"], rel=0.1)
-        assert fused["kernels"] + fused["operators"] >= len(counted["calls"])
+        own = sum(counted["mode"] == "train" or c["label"] != "C-sized" for c in counted["calls"])
+        assert fused["kernels"] + fused["operators"] >= own > 0
         # whose convolutions are the library's, between passes
         assert fused["bytes"] < counted["launches"]["cuda"]["bytes"] < counted["eager_bytes"]
 
