@@ -92,6 +92,13 @@ def one_by_one(model: nn.Module) -> nn.Module:
     return twin
 
 
+def added_by(run: Callable[[], object], count: list[int]) -> int:
+    """What ``run`` adds to a count."""
+    before = count[0]
+    run()
+    return count[0] - before
+
+
 def _own_forward(model: nn.Module) -> None:
     model.layer2[0].forward = lambda x: x.new_ones(x.shape[0], 32, x.shape[2] // 2, x.shape[3] // 2)
 

@@ -12,7 +12,6 @@ that records gradients is asked here. Whatever is in the way, the blocks run one
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -110,10 +109,13 @@ class _Known(NamedTuple):
         return all(map(calls_directly, self.classes)) and self.seen.holds()
 
 
-#: of a tensor, what the checks of descriptions ask, and whether autograd records
-_measures = operator.attrgetter("dtype", "device", "shape", "requires_grad")
 #: of a thread: whether a stretch runs, so that those that begin inside of it leave recording to it
 _inside = threading.local()
+
+
+def _measures(t: Tensor) -> tuple[Any, ...]:
+    """What the checks of descriptions ask of a tensor, what the output's memory format follows from, and whether autograd records."""
+    return t.dtype, t.device, t.shape, t.stride(), t.requires_grad
 
 
 def through(modules: Iterable[nn.Module]) -> list[nn.Module] | None:

@@ -200,6 +200,7 @@ def test_what_descriptors_cannot_say_runs_by_the_other_kernel(name):
     with use_plan(by(16, 16, 16)):
         y = BACKEND.conv_forward(*arguments)
     with use_plan("library"):
+        # that it is the same convolution: how right it is, the cases above say
         torch.testing.assert_close(y, BACKEND.conv_forward(*arguments), rtol=1e-4, atol=1e-4)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from converted import small_resnet
-from stretched import CHANGES, MODELS, WARM, blocks, images, model_of, one_by_one, row
+from stretched import CHANGES, MODELS, WARM, added_by, blocks, images, model_of, one_by_one, row
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -47,12 +47,6 @@ def warm(model: nn.Module, x: Tensor) -> None:
         model(x)
 
 
-def played_by(plays: list[int], run: Callable[[], object]) -> int:
-    before = plays[0]
-    run()
-    return plays[0] - before
-
-
 #: schedules that a call plays: in front of a forward's own code and behind it there is one each
 PLAYED = {"forward": 2}
 
@@ -66,8 +60,8 @@ def test_a_stretch_gives_the_bits_of_its_blocks_in_their_memory_format(name, mem
         x = images().to(memory_format=memory_format)
         y, expected = model(x), twin(x)
         assert torch.equal(y, expected) and y.stride() == expected.stride()
-    assert played_by(plays, lambda: model(x)) == PLAYED.get(name, 1)
-    assert played_by(plays, lambda: twin(x)) > 1
+    assert added_by(lambda: model(x), plays) == PLAYED.get(name, 1)
+    assert added_by(lambda: twin(x), plays) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -77,7 +71,7 @@ def test_a_stretch_of_other_dtypes(dtype, plays):
     for _ in range(WARM):
         x = images().to(dtype)
         assert torch.equal(model(x), twin(x))
-    assert played_by(plays, lambda: model(x)) == 1
+    assert added_by(lambda: model(x), plays) == 1
     x = images().to(dtype)
     assert torch.equal(model(x), twin(x))
 
@@ -164,7 +158,7 @@ def test_autocast_and_observers_see_blocks_one_by_one(plays):
     with select.observe(wrap):
         model(x)
     assert len(parts) > 3
-    assert played_by(plays, lambda: model(x)) == 1
+    assert added_by(lambda: model(x), plays) == 1
 
 
 def test_another_backend_runs_the_blocks_itself(plays):
@@ -172,7 +166,7 @@ def test_another_backend_runs_the_blocks_itself(plays):
     x = images()
     warm(model, x)
     with fusedres.use_backend("eager"):
-        assert played_by(plays, lambda: model(x)) == 0
+        assert added_by(lambda: model(x), plays) == 0
         assert state_of(model).outcome.backend == "eager"
     model(x)
     assert state_of(model).outcome.backend == "cpp"
@@ -183,11 +177,11 @@ def test_inference_mode_gives_inference_tensors(plays):
     twin, x = one_by_one(model), images()
     with torch.inference_mode():
         warm(model, x)
-        assert played_by(plays, lambda: model(x)) == 1 and model(x).is_inference()
+        assert added_by(lambda: model(x), plays) == 1 and model(x).is_inference()
         for _ in range(2):
             x = images()
             assert torch.equal(model(x), twin(x))
-    assert played_by(plays, lambda: model(x)) == 1 and not model(x).is_inference()
+    assert added_by(lambda: model(x), plays) == 1 and not model(x).is_inference()
 
 
 def test_what_is_in_the_way_ends_a_stretch_and_rows_behind_it_have_their_own(plays):
@@ -196,7 +190,7 @@ def test_what_is_in_the_way_ends_a_stretch_and_rows_behind_it_have_their_own(pla
     for _ in range(WARM + 1):
         assert torch.equal(model(x), twin(x))
     # up to the dropout, two blocks alone, the row inside
-    assert played_by(plays, lambda: model(x)) == 1 + 2 + 1
+    assert added_by(lambda: model(x), plays) == 1 + 2 + 1
 
 
 def test_alone_a_block_has_no_stretch(plays):
@@ -205,7 +199,7 @@ def test_alone_a_block_has_no_stretch(plays):
     warm(model, x)
     state = state_of(model)
     assert state.stretches[0]._known is None and state.stretches[0]._failures == 1
-    assert played_by(plays, lambda: model(x)) == 1  # as a block
+    assert added_by(lambda: model(x), plays) == 1  # as a block
 
 
 def test_where_nothing_is_recorded_it_is_given_up(plays):

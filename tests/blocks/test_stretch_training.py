@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from converted import small_resnet
-from stretched import CHANGES, MODELS, blocks, images, model_of, one_by_one, row
+from stretched import CHANGES, MODELS, added_by, blocks, images, model_of, one_by_one, row
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -80,12 +80,6 @@ def assert_same_state(model: nn.Module, twin: nn.Module) -> None:
         assert torch.equal(a, b), name
 
 
-def ran_by(rows: list[int], run: Callable[[], object]) -> int:
-    before = rows[0]
-    run()
-    return rows[0] - before
-
-
 #: rows that a step runs: in front of a forward's own code and behind it there is one each
 RAN = {"forward": 2}
 
@@ -98,8 +92,8 @@ def test_a_row_leaves_the_bits_of_its_blocks(name, memory_format, rows):
     for _ in range(WARM + 1):
         assert_same_step(model, twin, images().to(memory_format=memory_format))
     x = images().to(memory_format=memory_format).requires_grad_()
-    assert ran_by(rows, lambda: step(model, x)) == RAN.get(name, 1)
-    assert ran_by(rows, lambda: step(twin, x)) == 0
+    assert added_by(lambda: step(model, x), rows) == RAN.get(name, 1)
+    assert added_by(lambda: step(twin, x), rows) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -149,7 +143,7 @@ TRAINED = {k: v for k, v in CHANGES.items() if k not in ("a block's mode", "a ba
 def test_a_change_is_noticed_in_training(change, rows):
     model = training()
     warm(model, images())
-    assert ran_by(rows, lambda: step(model, images())) == 1
+    assert added_by(lambda: step(model, images()), rows) == 1
     twin = one_by_one(model)
     for net in (model, twin):
         torch.manual_seed(1)
@@ -171,6 +165,17 @@ def test_a_block_that_is_to_recompute_keeps_less_at_once(rows):
     before = kept(model)
     fusedres.convert(model, recompute=True)
     assert kept(model) == kept(one_by_one(model)) < before
+
+
+def test_the_memory_format_follows_weights_that_are_given_another(rows):
+    model = training(row)
+    twin = one_by_one(model)
+    for _ in range(WARM + 1):
+        assert_same_step(model, twin, images())
+    for net in (model, twin):
+        net.to(memory_format=torch.channels_last)  # the same parameters, in other strides
+    for _ in range(WARM + 1):
+        assert_same_step(model, twin, images())
 
 
 def test_of_other_changes_than_those_of_weights_a_row_knows():
@@ -275,7 +280,7 @@ def test_gradients_arrive_block_by_block(rows):
     warm(model, x)
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name.split(".")[0]))
-    assert ran_by(rows, lambda: step(model, x)) == 1
+    assert added_by(lambda: step(model, x), rows) == 1
     assert order.index("0") > max(i for i, name in enumerate(order) if name in ("3", "4"))
 
 
