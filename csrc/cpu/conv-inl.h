@@ -10,8 +10,9 @@
 // Partial statistics and sums are kept per tile and merged in tile order in double: the result depends on shapes alone,
 // not on threads.
 //
-// Large 3 x 3 convolutions of stride 1 in float32 go the same way by Winograd's algorithm: the scratch is transformed,
-// the register kernel runs for each of 16 or 25 positions, and the result is transformed back before the epilogue.
+// Large 3 x 3 convolutions of stride 1 go the same way by Winograd's algorithm, in float32 for either: the scratch is
+// transformed, the register kernel runs for each of 16, 25 or 36 positions, and the result is transformed back before
+// the epilogue.
 //
 // Where a float32 weight meets few pixels (small batches, late stages), packing it would cost more than the product:
 // kernels then read it as it lies, each number once.

@@ -35,7 +35,7 @@ constexpr Ahead kNothingAhead{nullptr, 0};
 
 // c[R x V vectors] (+)= a[R rows of `depth`] * b[depth x V vectors], `ldb` floats a row. The sum starts at zero and
 // joins c at the end: one chain of additions over all segments would round worse.
-template <int R, int V>
+template <int R, int V, class Factors>
 __attribute__((noinline)) void multiply(const float* scratch, const int64_t* base, const float* b, int64_t ldb,
                                         int64_t depth, float* c, int64_t ldc, bool first, Ahead ahead) {
   vec acc[R][V];
@@ -55,7 +55,7 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
       // read, because a pair of bfloat16 in its place may begin at an odd channel
       const float value = read<float>(a[i] + k);
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) acc[i][j] = multiply_add(acc[i][j], value, weights[j]);
+      for (int j = 0; j < V; ++j) acc[i][j] = Factors::multiply_add(acc[i][j], value, weights[j]);
     }
   };
   for (int64_t k = ahead.accompany(0, depth, step); k < depth; ++k) step(k);
@@ -70,7 +70,7 @@ using Multiply = void (*)(const float*, const int64_t*, const float*, int64_t, i
 
 // c[R x V vectors] (+)= sum over pixels of a[pixel][R consecutive channels] * g[pixel][V vectors], as in multiply; both
 // have a base per pixel.
-template <int R, int V>
+template <int R, int V, class Factors>
 __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, const float* g, const int64_t* g_base,
                                      int64_t pixels, float* c, int64_t ldc, bool first, Ahead ahead) {
   vec acc[R][V];
@@ -90,7 +90,7 @@ __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, cons
     for (int i = 0; i < R; ++i) {
       const float value = read<float>(from + i);
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) acc[i][j] = multiply_add(acc[i][j], value, values[j]);
+      for (int j = 0; j < V; ++j) acc[i][j] = Factors::multiply_add(acc[i][j], value, values[j]);
     }
   };
   for (int64_t m = ahead.accompany(sums.accompany(0, pixels, step), pixels, step); m < pixels; ++m) step(m);
@@ -151,16 +151,18 @@ __attribute__((noinline)) void dots(const float* scratch, const int64_t* base, c
 using Dots = void (*)(const float*, const int64_t*, const float*, int64_t, const Run*, int, float*, int64_t);
 
 struct Kernels {
-  Multiply multiply[kPanelVectors + 1][kMaxRows + 1];
-  Outer outer[kPanelVectors + 1][kMaxRows + 1];
+  Multiply multiply[kPanelVectors + 1][kMaxRows + 1], multiply_numbers[kPanelVectors + 1][kMaxRows + 1];
+  Outer outer[kPanelVectors + 1][kMaxRows + 1], outer_numbers[kPanelVectors + 1][kMaxRows + 1];
   Dots dots[kDotOutputs + 1][kDotPixels + 1];
 };
 
 template <int V, int R>
 void fill_rows(Kernels& k) {
   if constexpr (R > 0) {
-    k.multiply[V][R] = multiply<R, V>;
-    k.outer[V][R] = outer<R, V>;
+    k.multiply[V][R] = multiply<R, V, Units>;
+    k.multiply_numbers[V][R] = multiply<R, V, Numbers>;
+    k.outer[V][R] = outer<R, V, Units>;
+    k.outer_numbers[V][R] = outer<R, V, Numbers>;
     fill_rows<V, R - 1>(k);
   }
 }

@@ -95,16 +95,19 @@ struct Chunk {
 // pieces (use_mkldnn in ATen's Convolution.cpp).
 inline bool has_short_sums(const Geometry2d& g) { return g.batch == 1 && g.in_c * g.in_h * g.in_w <= kShortValues; }
 
+constexpr int kAnyTiles = -1;
+
 struct Problem {
   Axis h, w;
-  int64_t batch, src_c, dst_c, dst_h, dst_w;  // src_c in units where those run along the channels
+  int64_t batch, src_c, dst_c, dst_h, dst_w;  // src_c in units where those run along the channels, but for Winograd's
   int64_t per_unit = 1;                       // channels
   // the plan: a tile is some lines of `line_rows` rows, as many as Winograd's patches have; the last of an image may
   // have fewer
   int64_t line_rows = 1, tile_lines = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
-  int winograd = 0, largest_winograd = 3;  // the edge of Winograd's output tiles; 0: without his algorithm
-  bool short_sums = false;                 // as of eager's convolution, with whose roundings ours are compared
-  bool packs = false;                      // a tile packs the weights that it multiplies, panel by panel
+  int winograd = 0;               // the edge of Winograd's output tiles; 0: without his algorithm
+  int winograd_only = kAnyTiles;  // of this edge
+  bool short_sums = false;        // as of eager's convolution, with whose roundings ours are compared
+  bool packs = false;             // a tile packs the weights that it multiplies, panel by panel
 
   int64_t rows() const { return batch * h.grid; }
   int64_t lines() const { return batch * div_up(h.grid, line_rows); }
@@ -127,6 +130,7 @@ struct Problem {
   // After how many channels a sum of Winograd's products begins anew: the transforms of the larger tiles magnify its
   // roundings.
   int64_t sum_channels() const {
+    if (kPairs) return src_c;  // far finer than what is stored
     if (short_sums) return kShortSum;
     return winograd == 3 ? least(kThreeSum, src_c / 2) : src_c;
   }
@@ -134,30 +138,45 @@ struct Problem {
   // The edge of the output tiles by which Winograd's algorithm is cheapest, 0 where nine products an output are: where
   // the map is so small that transforming the weights outweighs it. In multiplications per pair of channels.
   int best_winograd() const {
-    // in bfloat16 a transformed operand would be rounded once more
-    if (kPairs || h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() || !w.consecutive())
-      return 0;
-    if (src_c % kLanes != 0 || w.grid > 128) return 0;
+    if (h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() || !w.consecutive()) return 0;
+    const int64_t channels = src_c * per_unit;
+    if (channels % kLanes != 0 || w.grid > 128) return 0;
     struct Cost {
       int edge;
       double products, of_source, of_destination, of_weights;  // the transforms', in products
     };
-    // measured; the larger tiles have 25 products, in more and shorter sums, and with short vectors the smallest maps
-    // lose by them
-    constexpr Cost kCosts[] = {{2, 16, 4, 4, 100}, {3, 27.5, 6, 4, kLanes < 16 ? 400 : 250}};
+    // measured. Larger tiles have more products, in more and shorter calls; with short vectors the smallest maps lose
+    // by them. Next to pairs the smallest tiles are no less work, and the largest round finely enough
+    constexpr Cost kOfNumbers[] = {{2, 16, 4, 4, 100}, {3, 27.5, 6, 4, kLanes < 16 ? 400 : 250}},
+                   kOfPairs[] = {{3, 27.5, 6, 4, 500}, {4, 40, 5, 9, 800}};
     int best = 0;
-    double least_cost = 9.0 * static_cast<double>(rows() * w.grid);
-    for (const Cost& c : kCosts) {
-      if (c.edge > largest_winograd || (c.edge == 3 && (short_sums || src_c < kThreeChannels))) break;
+    // a product of units, whether of channels or of pixels, is as much work as one of numbers
+    double least_cost = 9.0 * static_cast<double>(rows() * w.grid) / static_cast<double>(kChannelsPerUnit);
+    for (const Cost& c : kPairs ? kOfPairs : kOfNumbers) {
+      if (winograd_only != kAnyTiles && c.edge != winograd_only) continue;
+      if (!kPairs && c.edge == 3 && (short_sums || channels < kThreeChannels)) continue;
       const double patches = static_cast<double>(batch * div_up(h.grid, c.edge) * div_up(w.grid, c.edge)),
                    transforms =
-                       c.of_source / static_cast<double>(dst_c) + c.of_destination / static_cast<double>(src_c),
+                       c.of_source / static_cast<double>(dst_c) + c.of_destination / static_cast<double>(channels),
                    cost = c.products * patches * (1 + transforms) + c.of_weights;
       if (cost >= least_cost) continue;
       best = c.edge;
       least_cost = cost;
     }
     return best;
+  }
+
+  // The same tiles without Winograd's algorithm; each packs its weights.
+  Problem directly() const {
+    Problem p = *this;
+    p.winograd = 0;
+    p.packs = true;
+    if (kPairs && winograd) {
+      p.per_unit = 2;
+      p.src_c /= 2;
+      p.chunk /= 2;
+    }
+    return p;
   }
 
   int64_t scratch_rows(int64_t of_rows, int64_t images) const {
@@ -185,9 +204,13 @@ struct Problem {
   // `may_pack`: tiles can pack their own weights.
   void plan(bool may_pack) {
     winograd = best_winograd();
+    if (winograd) {
+      src_c *= per_unit;
+      per_unit = 1;
+    }
     line_rows = most(1, winograd);
     scratch_w = w.taps ? w.scratch_size(w.grid) : 0;
-    tile_lines = div_up(most(1, kTilePixels / w.grid), line_rows);
+    tile_lines = div_up(most(1, (winograd == 4 ? 2 : 1) * kTilePixels / w.grid), line_rows);
     // few tiles must be shared out evenly; where the destination has many panels, those make tasks, too
     const int64_t multiple = dst_c >= 4 * kPanel ? 2 : 4;
     tiles = div_up(lines(), tile_lines);

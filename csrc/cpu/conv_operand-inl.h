@@ -4,7 +4,8 @@
 // The engine multiplies *units* of four bytes. In float32 a unit is a number. In bfloat16 it is a pair of numbers that
 // follow one another along the sum (two channels; two pixels in the weight gradient), and the processor's dot product
 // of pairs adds both products to a float: the same loops over half as many units, at twice the rate. A scratch holds
-// the bits of units in floats.
+// the bits of units in floats. Winograd's algorithm alone has numbers in both: a transformed operand in bfloat16 would
+// be rounded once more, and its products are so few that they are less work one by one.
 //
 // What differs on whole pixels and tiles is in conv_singles-inl.h and conv_pairs-inl.h.
 #pragma once
@@ -40,10 +41,15 @@ constexpr int64_t kChannelsPerUnit = kPairs ? 2 : 1;
 inline float to_float(float value) { return value; }
 inline void put(float* p, float value) { *p = value; }
 
+// What a vector of four bytes a lane holds: numbers, or units. How it is loaded, and multiplied by a register kernel.
+struct Numbers {
+  static vec load_row(const Value* p) { return load(p); }
+  static vec multiply_add(vec sum, float a, vec b) { return sum + a * b; }
+};
+
 #ifndef FUSEDRES_PAIRS
 
-inline vec multiply_add(vec sum, float a, vec b) { return sum + a * b; }
-inline vec load_units(const float* p) { return load(p); }
+using Units = Numbers;
 
 // The unit whose numbers lie `stride` apart.
 inline float unit_at(const float* p, int64_t) { return *p; }
@@ -55,10 +61,14 @@ inline void pack_row(const float* src, int64_t, int64_t n, float* dst) { std::me
 
 using bits = VecI;
 
-inline vec multiply_add(vec sum, float a, vec b) {
-  return bit_cast<vec>(
-      _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(_mm512_set1_ps(a)), bit_cast<__m512bh>(b)));
-}
+struct Units {
+  // numbers that lie side by side
+  static vec load_row(const Value* p) { return bit_cast<vec>(_mm512_loadu_ps(reinterpret_cast<const float*>(p))); }
+  static vec multiply_add(vec sum, float a, vec b) {
+    return bit_cast<vec>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(_mm512_set1_ps(a)), bit_cast<__m512bh>(b)));
+  }
+};
 
 inline float to_float(Bfloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
 
@@ -66,9 +76,6 @@ inline float to_float(Bfloat16 value) { return bit_cast<float>(static_cast<uint3
 inline bits widen(const Bfloat16* p) { return widen(read<VecH>(p)); }
 
 inline void put(Bfloat16* p, float value) { p->bits = round_to_bfloat16(vec{} + value)[0]; }
-
-// Units of numbers that lie side by side.
-inline vec load_units(const Bfloat16* p) { return bit_cast<vec>(_mm512_loadu_ps(reinterpret_cast<const float*>(p))); }
 
 inline vec round_to_units(vec first, vec second) {
   return bit_cast<vec>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));

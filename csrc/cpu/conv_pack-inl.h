@@ -25,13 +25,14 @@ struct Factor {
 
 inline int64_t packed_size(const Problem& p) { return p.packs ? 0 : round_up(p.dst_c, kLanes) * p.depth(); }
 
-// dst[j][i] = src[i][j] for kLanes x kLanes units. What lies some lines ahead in each row is asked for: as many rows at
-// once are beyond what the hardware foresees.
+// dst[j][i] = src[i][j] for kLanes x kLanes numbers or units. What lies some lines ahead in each row is asked for: as
+// many rows at once are beyond what the hardware foresees.
+template <class Of>
 inline void transpose_ahead(const Value* src, int64_t src_stride, float* dst, int64_t dst_stride) {
   transpose(
       [&](int i) {
         __builtin_prefetch(src + i * src_stride + 256 / sizeof(Value), 0, 2);
-        return load_units(src + i * src_stride);
+        return Of::load_row(src + i * src_stride);
       },
       [&](int j, vec column) { store(dst + j * dst_stride, column); });
 }
@@ -57,8 +58,8 @@ void pack_chunk(const Problem& p, const Factor& factor, int64_t panel, Chunk chu
         // 16 rows from end to end before the next 16: memory is read in long runs
         for (int64_t n = 0; n < whole; n += kLanes)
           for (int64_t k = 0; k < c; k += kLanes)
-            transpose_ahead(src + n * destination_stride + p.per_unit * k, destination_stride, dst + k * width + n,
-                            width);
+            transpose_ahead<Units>(src + n * destination_stride + p.per_unit * k, destination_stride,
+                                   dst + k * width + n, width);
         for (int64_t n = whole; n < valid; ++n)
           for (int64_t k = 0; k < c; ++k)
             dst[k * width + n] = unit_at(src + n * destination_stride + p.per_unit * k, 1);
@@ -86,10 +87,11 @@ void pack_winograd(const Problem& p, const Of& factor, int64_t panel, Chunk chun
         const auto* src = w.data + p.h.kernel[t / 3] * w.sh + p.w.kernel[t % 3] * w.sw +
                           (chunk.first + c0) * source_stride + (first + n0) * destination_stride;
         if (source_stride == 1 && columns == kLanes) {
-          transpose_ahead(src, destination_stride, taps[t][0], kLanes);
+          transpose_ahead<Numbers>(src, destination_stride, taps[t][0], kLanes);
         } else {
           for (int64_t c = 0; c < kLanes; ++c)
-            for (int64_t n = 0; n < columns; ++n) taps[t][c][n] = src[c * source_stride + n * destination_stride];
+            for (int64_t n = 0; n < columns; ++n)
+              taps[t][c][n] = to_float(src[c * source_stride + n * destination_stride]);
         }
       }
       for (int64_t c = 0; c < kLanes; ++c) {
@@ -104,12 +106,10 @@ void pack_winograd(const Problem& p, const Of& factor, int64_t panel, Chunk chun
 // A panel's weights for a chunk, by whichever algorithm; for Winograd's, piece `piece` of pack_pieces.
 template <class Of>
 void pack(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, int64_t piece, float* dst) {
-  if constexpr (!kPairs) {
-    if (p.winograd) {
-      const int64_t begin = piece * kPackChannels, end = least(chunk.width, begin + kPackChannels);
-      return with_winograd(
-          p, [&](auto winograd) { pack_winograd<decltype(winograd)>(p, factor, panel, chunk, begin, end, dst); });
-    }
+  if (p.winograd) {
+    const int64_t begin = piece * kPackChannels, end = least(chunk.width, begin + kPackChannels);
+    return with_winograd(
+        p, [&](auto winograd) { pack_winograd<decltype(winograd)>(p, factor, panel, chunk, begin, end, dst); });
   }
   pack_chunk(p, factor, panel, chunk, dst);
 }

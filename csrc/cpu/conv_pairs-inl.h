@@ -72,6 +72,24 @@ void interleave_pixels(const Source& s, int64_t one, int64_t second, int64_t fir
   interleave(values, second >= 0 ? values + n : nullptr, n - c, units + c);
 }
 
+// `width` channels of a pixel from channel `first` on, rounded as they are in units.
+inline void load_numbers_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
+  int64_t c = 0;
+  with_pending(s, [&](auto pending) {
+    using P = decltype(pending);
+    const P from(s, pixel, first);
+    for (; c + kLanes <= width; c += kLanes)
+      store(dst + c, bit_cast<vec>(widen(round_to_bfloat16(from.read(c))) << 16));
+  });
+  if (c == width) return;
+  load_pixel(s, pixel, first + c, width - c, dst + c);
+  for (; c < width; ++c) {
+    Bfloat16 rounded;
+    put(&rounded, dst[c]);
+    dst[c] = to_float(rounded);
+  }
+}
+
 // `width` units of a pixel from unit `first` on.
 inline void load_units_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
   int64_t c = 0;

@@ -36,11 +36,19 @@ void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, flo
         if (x < 0 || x >= p.w.src_size) {
           for (int64_t c = 0; c < chunk.width; ++c) dst[c] = 0.f;
         } else {
-          load_units_of_pixel(s, line + x, chunk.first, chunk.width, dst);
+          (p.winograd ? load_numbers_of_pixel : load_units_of_pixel)(s, line + x, chunk.first, chunk.width, dst);
         }
       }
     }
     row += count;
+  }
+}
+
+// The output gradients of a tile, `ldg` numbers a pixel.
+void load_numbers(const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg, float* gradient) {
+  for (int64_t m = 0; m < where.pixels; ++m) {
+    load_numbers_of_pixel(s, where.pixel[m], first, columns, gradient + m * ldg);
+    for (int64_t n = columns; n < ldg; ++n) gradient[m * ldg + n] = 0.f;
   }
 }
 

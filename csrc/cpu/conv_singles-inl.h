@@ -13,7 +13,10 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-// `width` units of a pixel from unit `first` on.
+// `width` channels of a pixel from channel `first` on; and units.
+inline void load_numbers_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
+  load_pixel(s, pixel, first, width, dst);
+}
 inline void load_units_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
   load_pixel(s, pixel, first, width, dst);
 }
@@ -28,7 +31,7 @@ void write_tile(const ForwardArgs& a, const Tile& where, int64_t first, int64_t 
   if (stats) column_stats(c, ldc, where.pixels, columns, stats);
 }
 
-// The operand of a tile for the weight gradient.
+// The operands of a tile for the weight gradient.
 void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch);
 void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
   load_tile(p, s, tile, chunk, scratch);
@@ -36,12 +39,10 @@ void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, 
 
 int64_t locate_units(const Problem&, int64_t, const Tile& where) { return where.pixels; }
 
+void load_numbers(const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg, float* gradient);
 void load_gradient(const Problem&, const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg,
                    float* gradient) {
-  for (int64_t m = 0; m < where.pixels; ++m) {
-    load_pixel(s, where.pixel[m], first, columns, gradient + m * ldg);
-    for (int64_t n = columns; n < ldg; ++n) gradient[m * ldg + n] = 0.f;
-  }
+  load_numbers(s, where, first, columns, ldg, gradient);
 }
 
 }  // namespace

@@ -108,7 +108,7 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
       for (int64_t c0 = 0; c0 < chunk.width; c0 += depth) {
         const int64_t channels = least(depth, chunk.width - c0);
         for (int64_t m = 0; m < patches; m += block) {
-          kernels().multiply[vectors][least(block, patches - m)](
+          kernels().multiply_numbers[vectors][least(block, patches - m)](
               transformed + position * step + c0, base + m, weights + (position * chunk.width + c0) * width, width,
               channels, product + position * product_step + m * width, width, k == 0 && c0 == 0,
               prefetch->take(lines, channels));
@@ -126,7 +126,7 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
 
 // A tile of Winograd's once more without its transforms. It packs its weights: this is rare, and a pass over them is
 // little beside the product.
-Tile multiply_directly(Problem p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
+Tile multiply_directly(const Problem& p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
                        int64_t last_panel, float* c, int64_t ldc);
 
 // Whether the map itself is the operand: nothing is pending and nothing padded.
@@ -185,12 +185,10 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
   }
 }
 
-Tile multiply_directly(Problem p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
+Tile multiply_directly(const Problem& p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
                        int64_t last_panel, float* c, int64_t ldc) {
-  p.winograd = 0;
-  p.packs = true;
   Tile where;
-  multiply_tile(p, s, tile, factor, first_panel, last_panel, c, ldc, &where, [](const Tile&, Prefetch*) {});
+  multiply_tile(p.directly(), s, tile, factor, first_panel, last_panel, c, ldc, &where, [](const Tile&, Prefetch*) {});
   return where;
 }
 

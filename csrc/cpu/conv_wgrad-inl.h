@@ -21,7 +21,7 @@ struct WgradPlan {
   // Follows from the shape alone.
   explicit WgradPlan(const Problem& problem) : p(problem) {
     p.plan(false);
-    // Winograd's sums are 16/9 as large: those of a task have to stay in cache from tile to tile
+    // Winograd's sums are 16/9 or 4 times as large: those of a task have to stay in cache from tile to tile
     if (p.winograd) p.chunk = least(p.chunk, kPanel);
     const int64_t pixels = p.rows() * p.w.grid, chunks = p.chunks();
     panels = div_up(p.dst_c, kPanel);
@@ -114,6 +114,12 @@ bool is_finite(const float* gradient, int64_t count) {
 
 bool is_padded(const Geometry2d& g) { return g.pad_h > 0 || g.pad_w > 0; }
 
+#ifdef FUSEDRES_PAIRS
+using WinogradOfWeights = WinogradFour;
+#else
+using WinogradOfWeights = WinogradTwo;
+#endif
+
 // As outer_tile, for one panel, by Winograd's algorithm.
 void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const float* scratch, const float* gradient,
                     int64_t panel, float* sums, bool fresh, Prefetch* prefetch) {
@@ -122,8 +128,8 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
   const int64_t step = position_step(patches, chunk.width), gradient_step = position_step(patches, width);
   float* transformed = scratch_v.get(p.positions() * step);
   float* gradients = scratch_m.get(p.positions() * gradient_step);
-  transform_input<WinogradTwo>(p, tile, scratch, chunk.width, transformed, step);
-  transform_gradient<WinogradTwo>(p, tile, gradient, width, gradients, gradient_step);
+  transform_input<WinogradOfWeights>(p, tile, scratch, chunk.width, transformed, step);
+  transform_gradient<WinogradOfWeights>(p, tile, gradient, width, gradients, gradient_step);
   int64_t* base = scratch_base.get(patches);
   for (int64_t i = 0; i < patches; ++i) base[i] = i * chunk.width;
   const int64_t* gradient_base = strided_base(patches, width);
@@ -133,7 +139,7 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
   float* to = sums + panel * kPanel * p.depth() + chunk.row * width;
   for (int position = 0; position < p.positions(); ++position, to += chunk.width * width) {
     for (int64_t k = 0; k < chunk.width; k += block) {
-      kernels().outer[vectors][least(block, chunk.width - k)](
+      kernels().outer_numbers[vectors][least(block, chunk.width - k)](
           transformed + position * step + k, base, gradients + position * gradient_step, gradient_base, patches,
           to + k * width, width, fresh, prefetch->take(lines, patches));
     }
@@ -218,12 +224,12 @@ bool wgrad_of_few(const Args& a, Parallel parallel) {
 }
 
 template <class Args>
-void conv_wgrad_of(const Args& a, int largest_winograd, Parallel parallel) {
+void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
   const Geometry2d& g = a.g;
   Problem problem = wgrad_problem(g);
   if constexpr (!kPairs)
     if (wgrad_of_few(a, parallel)) return;
-  problem.largest_winograd = largest_winograd;
+  problem.winograd_only = winograd_only;
   const WgradPlan plan(problem);
   const Problem& p = plan.p;
   const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
@@ -239,10 +245,15 @@ void conv_wgrad_of(const Args& a, int largest_winograd, Parallel parallel) {
     float* gradient = scratch_b.get(p.tile_pixels * ldg);
     for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
       const bool fresh = tile == group * plan.group_tiles;
-      load_operand(p, a.x, tile, chunk, scratch);
       Tile where = locate(p, tile, chunk.width);
-      load_gradient(p, a.grad, where, first, columns, ldg, gradient);
-      where.pixels = locate_units(p, chunk.width, where);
+      if (p.winograd) {
+        load_tile(p, a.x, tile, chunk, scratch);
+        load_numbers(a.grad, where, first, columns, ldg, gradient);
+      } else {
+        load_operand(p, a.x, tile, chunk, scratch);
+        load_gradient(p, a.grad, where, first, columns, ldg, gradient);
+        where.pixels = locate_units(p, chunk.width, where);
+      }
       Prefetch prefetch;
       if (tile + 1 < stop) {
         prefetch_tile(p, a.x, tile + 1, chunk, &prefetch);
@@ -282,11 +293,11 @@ void conv_wgrad_of(const Args& a, int largest_winograd, Parallel parallel) {
       for (int64_t c = 0; c < kLanes; ++c) {
         for (int64_t n = 0; n < width; n += kLanes) {
           const float* sum = from + (c0 + c) * width + n;
-          both_axes<4, 3>(load_positions<WinogradTwo>(sum, chunk.width * width), WinogradTwo::weight_gradient,
-                          [&](int i, int j, vec dw) {
-                            finite.see(dw);
-                            store(block[3 * i + j][c] + n, dw);
-                          });
+          both_axes<WinogradOfWeights::kPositions, 3>(load_positions<WinogradOfWeights>(sum, chunk.width * width),
+                                                      WinogradOfWeights::weight_gradient, [&](int i, int j, vec dw) {
+                                                        finite.see(dw);
+                                                        store(block[3 * i + j][c] + n, dw);
+                                                      });
         }
       }
       for (int t = 0; t < 9; ++t) store_weights(a.dweight, block[t][0], kPanel, kLanes, valid, place(t / 3, t % 3, c0));
@@ -298,7 +309,7 @@ void conv_wgrad_of(const Args& a, int largest_winograd, Parallel parallel) {
 
 template <class Args>
 void conv_wgrad(const Args& a, Parallel parallel) {
-  conv_wgrad_of(a, WinogradTwo::kTile, parallel);
+  conv_wgrad_of(a, WinogradOfWeights::kTile, parallel);
 }
 
 }  // namespace

@@ -27,20 +27,20 @@ namespace {
 template <int kFrom, int kTo, class Read, class F, class Write>
 inline __attribute__((always_inline)) void both_axes(Read&& read, F&& f, Write&& write) {
   vec half[kTo][kFrom];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
   for (int j = 0; j < kFrom; ++j) {
     vec line[kFrom], result[kTo];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int i = 0; i < kFrom; ++i) line[i] = read(i, j);
     f(line, result);
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int i = 0; i < kTo; ++i) half[i][j] = result[i];
   }
-#pragma GCC unroll 5
+#pragma GCC unroll 6
   for (int i = 0; i < kTo; ++i) {
     vec result[kTo];
     f(half[i], result);
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int j = 0; j < kTo; ++j) write(i, j, result[j]);
   }
 }
@@ -120,9 +120,64 @@ struct WinogradThree {
   }
 };
 
+// m = 4, points 0, 1, -1, 2, -2 and infinity, as in the paper. Roundings are magnified more than with m = 3, and stay
+// far below those of what is stored in bfloat16.
+struct WinogradFour {
+  static constexpr int kTile = 4, kPositions = 6;
+
+  // B^T d
+  static void input(const vec (&d)[6], vec (&v)[6]) {
+    const vec even = d[4] - 4 * d[2], odd = d[3] - 4 * d[1], far_even = d[4] - d[2], far_odd = 2 * (d[3] - d[1]);
+    v[0] = 4 * (d[0] - d[2]) + far_even;
+    v[1] = even + odd;
+    v[2] = even - odd;
+    v[3] = far_even + far_odd;
+    v[4] = far_even - far_odd;
+    v[5] = (d[5] - d[3]) - 2 * far_odd;
+  }
+  // A^T m
+  static void output(const vec (&m)[6], vec (&y)[4]) {
+    const vec even = m[1] + m[2], odd = m[1] - m[2], far_even = m[3] + m[4], far_odd = m[3] - m[4];
+    y[0] = m[0] + even + far_even;
+    y[1] = odd + 2 * far_odd;
+    y[2] = even + 4 * far_even;
+    y[3] = (odd + m[5]) + 8 * far_odd;
+  }
+  // A dy
+  static void gradient(const vec (&dy)[4], vec (&v)[6]) {
+    const vec even = dy[0] + dy[2], odd = dy[1] + dy[3], far_even = dy[0] + 4 * dy[2], far_odd = 2 * dy[1] + 8 * dy[3];
+    v[0] = dy[0];
+    v[1] = even + odd;
+    v[2] = even - odd;
+    v[3] = far_even + far_odd;
+    v[4] = far_even - far_odd;
+    v[5] = dy[3];
+  }
+  // G w
+  static void weight(const vec (&w)[3], vec (&u)[6]) {
+    const vec even = (w[0] + w[2]) * (-1.f / 6), odd = w[1] * (-1.f / 6),
+              far_even = w[0] * (1.f / 24) + w[2] * (1.f / 6), far_odd = w[1] * (1.f / 12);
+    u[0] = w[0] * 0.25f;
+    u[1] = even + odd;
+    u[2] = even - odd;
+    u[3] = far_even + far_odd;
+    u[4] = far_even - far_odd;
+    u[5] = w[2];
+  }
+  // G^T u
+  static void weight_gradient(const vec (&u)[6], vec (&dw)[3]) {
+    const vec even = (u[1] + u[2]) * (-1.f / 6), far_even = u[3] + u[4];
+    dw[0] = u[0] * 0.25f + (even + far_even * (1.f / 24));
+    dw[1] = (u[2] - u[1]) * (1.f / 6) + (u[3] - u[4]) * (1.f / 12);
+    dw[2] = (even + far_even * (1.f / 6)) + u[5];
+  }
+};
+
 // f(the transforms of a problem that Winograd's algorithm takes).
 template <class F>
 inline void with_winograd(const Problem& p, F&& f) {
+  if constexpr (kPairs)
+    if (p.winograd == 4) return f(WinogradFour{});
   if (p.winograd == 2) f(WinogradTwo{});
   else f(WinogradThree{});
 }

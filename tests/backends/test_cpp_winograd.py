@@ -1,5 +1,6 @@
 """What the C++ backend promises of Winograd's algorithm: with which output tiles it runs is seen in how a weight is packed, results are as
-right as eager's whatever rows and columns the tiles leave over, and weights are kept for the tiles that they were packed for."""
+right as eager's whatever rows and columns the tiles leave over and however large the numbers are, and weights are kept for the tiles that
+they were packed for."""
 
 from __future__ import annotations
 
@@ -17,10 +18,14 @@ _C = pytest.importorskip("fusedres._C")
 
 BACKEND = cpp.BACKEND
 THREE = Geometry((1, 1), (1, 1), (1, 1), 1)
-#: how many values a tap of a weight is packed into: its positions under tiles of 2 x 2 and of 3 x 3, or its taps
-TWO_BY_TWO, THREE_BY_THREE, DIRECTLY = 16, 25, 9
+#: how many floats the taps of a weight are packed into: its positions under tiles of 2 x 2, 3 x 3 and 4 x 4, or its taps, of which a float
+#: holds two in bfloat16
+TWO_BY_TWO, THREE_BY_THREE, FOUR_BY_FOUR, DIRECTLY, IN_PAIRS = 16, 25, 36, 9, 4.5
 #: rows and columns that fill tiles of 3 x 3, leave one over and leave two, none of them cheaper by 2 x 2
 EDGES = [(h, w) for h in (15, 19, 17) for w in (15, 19, 17)]
+#: rows and columns that fill tiles of 4 x 4, and leave one, two and three over
+EDGES_OF_FOUR = [(h, w) for h in (24, 25, 26, 23) for w in (24, 25, 26, 23)]
+needs_pairs = pytest.mark.skipif(cpp.cpu_capability() != "avx512_bf16", reason="bfloat16 convolutions need AVX512_BF16")
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -32,8 +37,12 @@ def weight_of(k: int, c: int) -> Tensor:
 
 
 def input_gradient(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(F.conv2d(x, weight.to(x.dtype), padding=1), x, grad.to(x.dtype))[0]
+    return gradients(x, weight.to(x.dtype), grad.to(x.dtype))[0]
+
+
+def gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    return torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), grad)
 
 
 class Kept:
@@ -107,3 +116,87 @@ def test_a_kept_weight_is_packed_anew_for_other_tiles() -> None:
         for i in (2, 1, 2, 0, 2, 0, 1, 1, 2):
             assert torch.equal(BACKEND.conv_forward(LazyMap(maps[i]), weight, None, THREE), alone[i])
             assert kept.values() == values[i]
+
+
+# ---- bfloat16 --------------------------------------------------------------------------------------------------------
+
+
+@needs_pairs
+@pytest.mark.parametrize(
+    "shape, k, values",
+    [
+        *(((2, 64, h, w), 64, FOUR_BY_FOUR) for h, w in EDGES_OF_FOUR),
+        ((2, 32, 24, 24), 32, FOUR_BY_FOUR),
+        ((1, 272, 24, 41), 64, FOUR_BY_FOUR),  # several chunks of channels
+        ((4, 64, 15, 15), 272, THREE_BY_THREE),  # tiles of 4 x 4 would be a seventh more products than outputs
+        ((2, 64, 10, 10), 64, IN_PAIRS),
+        ((2, 24, 24, 24), 64, IN_PAIRS),  # channels that are no whole vectors
+    ],
+    ids=str,
+)
+def test_the_tiles_in_bfloat16_follow_from_the_shape(shape: tuple[int, ...], k: int, values: float) -> None:
+    x, weight = channels_last(torch.randn(shape)).bfloat16(), weight_of(k, shape[1]).bfloat16()
+    expected = BACKEND.conv_forward(LazyMap(x), weight, None, THREE)
+    with Kept(weight) as kept:
+        for _ in range(2):
+            assert torch.equal(BACKEND.conv_forward(LazyMap(x), weight, None, THREE), expected)
+            assert kept.values() == values
+
+
+@needs_pairs
+@pytest.mark.parametrize(
+    "n, c, h, w, k", [(2, 64, h, w, 64) for h, w in EDGES_OF_FOUR] + [(2, 80, 24, 23, 50), (1, 272, 24, 41, 64)]
+)
+def test_bfloat16_is_as_right_as_by_pairs(n: int, c: int, h: int, w: int, k: int) -> None:
+    """Forward and both gradients, with what is pending on the operands, whose roundings are the same."""
+    x, raw, grad = (channels_last(torch.randn(n, size, h, w).bfloat16()) for size in (c, k, k))
+    weight, scale_shift, coeff = weight_of(k, c).bfloat16(), torch.randn(2, c), torch.randn(3, k)
+    operand = (scale_shift[0, :, None, None] * x + scale_shift[1, :, None, None]).relu().bfloat16()
+    pending = (coeff[0, :, None, None] * grad + (coeff[1, :, None, None] * raw + coeff[2, :, None, None])).bfloat16()
+    y = BACKEND.conv_forward(LazyMap(x, scale_shift, "relu"), weight, None, THREE)
+    dx, dweight = BACKEND.conv_backward(
+        LazyGrad(grad, raw, coeff), LazyMap(x, scale_shift, "relu"), weight, THREE, GradTarget()
+    )
+    exactly = [t.double() for t in (operand, weight, pending)]
+    eager = [F.conv2d(operand, weight, padding=1), *gradients(operand, weight, pending)]
+    truth = [F.conv2d(*exactly[:2], padding=1), *gradients(*exactly)]
+    for side in (eager, truth):  # behind the activation's derivative
+        side[1] = side[1] * (operand > 0)
+    for ours, theirs, true, what in zip((y, dx, dweight), eager, truth, ("y", "dx", "dweight"), strict=True):
+        assert ours is not None
+        assert_parity(ours, theirs, true, what)
+
+
+@needs_pairs
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38, 3e38], ids=str)
+@pytest.mark.parametrize("n, c, h, w, k", [(2, 64, 24, 25, 64), (1, 272, 24, 41, 64), (4, 64, 15, 15, 272)])
+def test_numbers_of_bfloat16_that_are_not_ordinary_go_where_they_go_directly(
+    n: int, c: int, h: int, w: int, k: int, value: float
+) -> None:
+    """What a transform makes of them is computed again by pairs."""
+
+    def poked(size: int) -> Tensor:
+        x = torch.randn(n, size, h, w)
+        x[0, 3, h // 2, w // 2], x[-1, 5, 0, 3], x[-1, -1, -1, -1] = value, -value, value
+        return channels_last(x.bfloat16())
+
+    def check(ours: Tensor | None, theirs: Tensor) -> None:
+        assert ours is not None
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours[ours.isinf()], theirs[theirs.isinf()])
+        finite = theirs.isfinite() & ours.isfinite()
+        # both are rounded to bfloat16, where they may be neighbours, from sums that are far closer
+        torch.testing.assert_close(
+            ours[finite], theirs[finite], rtol=2**-7, atol=1e-5 * theirs[finite].abs().max().item()
+        )
+
+    weight, plain = weight_of(k, c).bfloat16(), channels_last(torch.randn(n, c, h, w).bfloat16())
+    x, grad = poked(c), poked(k)
+    check(BACKEND.conv_forward(LazyMap(x), weight, None, THREE), F.conv2d(x, weight, padding=1))
+    # of padding's zeros times infinity, each multiplies some
+    finite = abs(value) < float("inf")
+    dx, dweight = BACKEND.conv_backward(LazyGrad(grad), LazyMap(plain), weight, THREE, GradTarget(), finite)
+    expected = gradients(plain, weight, grad)
+    check(dx, expected[0])
+    if finite:
+        check(dweight, expected[1])
