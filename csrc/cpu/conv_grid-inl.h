@@ -269,6 +269,16 @@ Tile locate(const Problem& p, int64_t tile, int64_t width, const Source* in_plac
   return {m, base, pixel};
 }
 
+// f(first column, columns, the panel's width, where it lies) for the panels of a matrix of `rows` that lie one behind
+// the other, each as wide as whole vectors.
+template <class F>
+inline void each_panel(int64_t columns, int64_t rows, float* data, F&& f) {
+  for (int64_t begin = 0; begin < columns; begin += kPanel) {
+    const int64_t valid = least(kPanel, columns - begin);
+    f(begin, valid, round_up(valid, kLanes), data + begin * rows);
+  }
+}
+
 int64_t pixels_of(const Problem& p, int64_t tile) { return (p.first_row(tile + 1) - p.first_row(tile)) * p.w.grid; }
 
 // Consecutive columns of the kernel are consecutive in the scratch: they make one deep segment.

@@ -51,6 +51,12 @@ struct Numbers {
 
 using Units = Numbers;
 
+// A result as it is read again from storage.
+template <class T>
+inline T as_stored(T value) {
+  return value;
+}
+
 // The unit whose numbers lie `stride` apart.
 inline float unit_at(const float* p, int64_t) { return *p; }
 
@@ -76,6 +82,14 @@ inline float to_float(Bfloat16 value) { return bit_cast<float>(static_cast<uint3
 inline bits widen(const Bfloat16* p) { return widen(read<VecH>(p)); }
 
 inline void put(Bfloat16* p, float value) { p->bits = round_to_bfloat16(vec{} + value)[0]; }
+
+// Results as they are read again from storage.
+inline vec as_stored(vec v) { return bit_cast<vec>(widen(round_to_bfloat16(v)) << 16); }
+inline float as_stored(float value) {
+  Bfloat16 rounded;
+  put(&rounded, value);
+  return to_float(rounded);
+}
 
 inline vec round_to_units(vec first, vec second) {
   return bit_cast<vec>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));

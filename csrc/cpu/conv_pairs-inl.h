@@ -13,57 +13,16 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-// The operands that models have most, a vector of channels at a time: read(c) is those of a pixel from channel `first`
-// + c on.
-struct Plain {
-  const Value* x = nullptr;
-  Plain() = default;
-  Plain(const Source& s, int64_t pixel, int64_t first) : x(s.map.data + pixel * s.map.stride + first) {}
-  vec read(int64_t c) const { return load(x + c); }
-};
-struct ScaleShift : Plain {
-  const float *scale = nullptr, *shift = nullptr;
-  ScaleShift() = default;
-  ScaleShift(const Source& s, int64_t pixel, int64_t first)
-      : Plain(s, pixel, first), scale(s.scale + first), shift(s.shift + first) {}
-  vec read(int64_t c) const { return load(scale + c) * load(x + c) + load(shift + c); }
-};
-struct ScaleShiftRelu : ScaleShift {
-  using ScaleShift::ScaleShift;
-  vec read(int64_t c) const {
-    const vec z = ScaleShift::read(c);
-    return z <= 0.f ? vec{} : z;  // NaN passes
-  }
-};
-struct Gradient : ScaleShift {
-  const Value* raw = nullptr;
-  const float* q = nullptr;
-  Gradient() = default;
-  Gradient(const Source& s, int64_t pixel, int64_t first)
-      : ScaleShift(s, pixel, first), raw(s.second.data + pixel * s.second.stride + first), q(s.q + first) {}
-  vec read(int64_t c) const { return load(scale + c) * load(x + c) + (load(q + c) * load(raw + c) + load(shift + c)); }
-};
-
-// body(which of them it is), not at all for another.
-template <class F>
-inline void with_pending(const Source& s, F&& body) {
-  if (s.act.is_other() || (s.scale == nullptr && s.act.is_relu())) return;
-  if (s.scale == nullptr) return body(Plain{});
-  if (s.q != nullptr && s.second.data != nullptr) return body(Gradient{});
-  if (s.act.is_relu()) return body(ScaleShiftRelu{});
-  body(ScaleShift{});
-}
-
 // Units of two pixels' channels [first, first + n); `second` may be -1 for zeros. `values` has room for both.
 void interleave_pixels(const Source& s, int64_t one, int64_t second, int64_t first, int64_t n, float* values,
                        float* units) {
   int64_t c = 0;
   if (second >= 0) {
     with_pending(s, [&](auto pending) {
-      using P = decltype(pending);
-      const P low(s, one, first), high(s, second, first);
+      const decltype(pending) from(s, first);
       for (; c + kLanes <= n; c += kLanes)
-        store(units + c, make_units(widen(round_to_bfloat16(low.read(c))), widen(round_to_bfloat16(high.read(c)))));
+        store(units + c,
+              make_units(widen(round_to_bfloat16(from.read(one, c))), widen(round_to_bfloat16(from.read(second, c)))));
     });
   }
   if (c == n) return;
@@ -72,32 +31,13 @@ void interleave_pixels(const Source& s, int64_t one, int64_t second, int64_t fir
   interleave(values, second >= 0 ? values + n : nullptr, n - c, units + c);
 }
 
-// `width` channels of a pixel from channel `first` on, rounded as they are in units.
-inline void load_numbers_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
-  int64_t c = 0;
-  with_pending(s, [&](auto pending) {
-    using P = decltype(pending);
-    const P from(s, pixel, first);
-    for (; c + kLanes <= width; c += kLanes)
-      store(dst + c, bit_cast<vec>(widen(round_to_bfloat16(from.read(c))) << 16));
-  });
-  if (c == width) return;
-  load_pixel(s, pixel, first + c, width - c, dst + c);
-  for (; c < width; ++c) {
-    Bfloat16 rounded;
-    put(&rounded, dst[c]);
-    dst[c] = to_float(rounded);
-  }
-}
-
 // `width` units of a pixel from unit `first` on.
 inline void load_units_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
   int64_t c = 0;
   with_pending(s, [&](auto pending) {
-    using P = decltype(pending);
-    const P from(s, pixel, 2 * first);
+    const decltype(pending) from(s, 2 * first);
     for (; c + kLanes <= width; c += kLanes)
-      store(dst + c, round_to_units(from.read(2 * c), from.read(2 * c + kLanes)));
+      store(dst + c, round_to_units(from.read(pixel, 2 * c), from.read(pixel, 2 * c + kLanes)));
   });
   constexpr int64_t kPiece = 256;
   float values[2 * kPiece];
@@ -106,6 +46,12 @@ inline void load_units_of_pixel(const Source& s, int64_t pixel, int64_t first, i
     load_pixel(s, pixel, 2 * (first + c), 2 * units, values);
     round_row(values, units, dst + c);
   }
+}
+
+// `width` units of `count` pixels that lie `step` apart, side by side.
+inline void load_units_of_line(const Source& s, int64_t pixel, int64_t step, int64_t count, int64_t first,
+                               int64_t width, float* dst) {
+  for (int64_t j = 0; j < count; ++j) load_units_of_pixel(s, pixel + j * step, first, width, dst + j * width);
 }
 
 // The product is read once; the second visit of the statistics is to the output, which is half as large.
@@ -206,18 +152,20 @@ int64_t locate_units(const Problem& p, int64_t width, const Tile& where) {
   return units;
 }
 
-void load_gradient(const Problem& p, const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg,
+void load_gradient(const Problem& p, const Source& s, const Tile& where, int64_t units, int64_t first, int64_t columns,
                    float* gradient) {
   const int64_t line = line_pixels(p, where.pixels);
-  float* const values = scratch_v.get(2 * columns);
-  for (int64_t start = 0; start < where.pixels; start += line) {
-    for (int64_t j = 0; j < line; j += 2, gradient += ldg) {
-      const bool two = j + 1 < line;
-      interleave_pixels(s, where.pixel[start + j], two ? where.pixel[start + j + 1] : -1, first, columns, values,
-                        gradient);
-      for (int64_t n = columns; n < ldg; ++n) gradient[n] = 0.f;
+  float* const values = scratch_v.get(2 * kPanel);
+  each_panel(columns, units, gradient, [&](int64_t begin, int64_t valid, int64_t width, float* to) {
+    for (int64_t start = 0; start < where.pixels; start += line) {
+      for (int64_t j = 0; j < line; j += 2, to += width) {
+        const bool two = j + 1 < line;
+        interleave_pixels(s, where.pixel[start + j], two ? where.pixel[start + j + 1] : -1, first + begin, valid,
+                          values, to);
+        for (int64_t n = valid; n < width; ++n) to[n] = 0.f;
+      }
     }
-  }
+  });
 }
 
 }  // namespace

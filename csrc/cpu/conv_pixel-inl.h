@@ -39,6 +39,80 @@ inline void load_pixel(const Source& s, int64_t pixel, int64_t first, int64_t wi
   }
 }
 
+// The operands that models have most, a vector of channels at a time: read(pixel, c) is those of a pixel from channel
+// `first` + c on.
+struct Plain {
+  const Value* x = nullptr;
+  int64_t stride = 0;
+  Plain() = default;
+  Plain(const Source& s, int64_t first) : x(s.map.data + first), stride(s.map.stride) {}
+  vec read(int64_t pixel, int64_t c) const { return load(x + pixel * stride + c); }
+};
+struct ScaleShift : Plain {
+  const float *scale = nullptr, *shift = nullptr;
+  ScaleShift() = default;
+  ScaleShift(const Source& s, int64_t first) : Plain(s, first), scale(s.scale + first), shift(s.shift + first) {}
+  vec read(int64_t pixel, int64_t c) const { return load(scale + c) * Plain::read(pixel, c) + load(shift + c); }
+};
+struct ScaleShiftRelu : ScaleShift {
+  using ScaleShift::ScaleShift;
+  vec read(int64_t pixel, int64_t c) const {
+    const vec z = ScaleShift::read(pixel, c);
+    return z <= 0.f ? vec{} : z;  // NaN passes
+  }
+};
+struct Gradient : ScaleShift {
+  Plain raw;
+  const float* q = nullptr;
+  Gradient() = default;
+  Gradient(const Source& s, int64_t first) : ScaleShift(s, first), q(s.q + first) {
+    raw.x = s.second.data + first;
+    raw.stride = s.second.stride;
+  }
+  vec read(int64_t pixel, int64_t c) const {
+    return load(scale + c) * Plain::read(pixel, c) + (load(q + c) * raw.read(pixel, c) + load(shift + c));
+  }
+};
+
+// body(which of them it is), not at all for another.
+template <class F>
+inline void with_pending(const Source& s, F&& body) {
+  if (s.act.is_other() || (s.scale == nullptr && s.act.is_relu())) return;
+  if (s.scale == nullptr) return body(Plain{});
+  if (s.q != nullptr && s.second.data != nullptr) return body(Gradient{});
+  if (s.act.is_relu()) return body(ScaleShiftRelu{});
+  body(ScaleShift{});
+}
+
+// `width` channels of `count` pixels from channel `first` on, side by side, as numbers that were rounded as in storage.
+// pixel(m) is one of them.
+template <class F>
+inline void load_pixels(const Source& s, F&& pixel, int64_t count, int64_t first, int64_t width, float* dst) {
+  int64_t done = 0;  // channels
+  with_pending(s, [&](auto pending) {
+    const decltype(pending) from(s, first);
+    const int64_t whole = width / kLanes * kLanes;
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t of = pixel(m);
+      float* to = dst + m * width;
+      for (int64_t c = 0; c < whole; c += kLanes) store(to + c, as_stored(from.read(of, c)));
+    }
+    done = whole;
+  });
+  if (done == width) return;
+  for (int64_t m = 0; m < count; ++m) {
+    float* to = dst + m * width;
+    load_pixel(s, pixel(m), first + done, width - done, to + done);
+    for (int64_t c = done; c < width; ++c) to[c] = as_stored(to[c]);
+  }
+}
+
+// Those of pixels that lie `step` apart.
+inline void load_line(const Source& s, int64_t pixel, int64_t step, int64_t count, int64_t first, int64_t width,
+                      float* dst) {
+  load_pixels(s, [=](int64_t j) { return pixel + j * step; }, count, first, width, dst);
+}
+
 }  // namespace
 }  // namespace FUSEDRES_CAPABILITY
 }  // namespace fusedres

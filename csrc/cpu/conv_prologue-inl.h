@@ -31,25 +31,34 @@ void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, flo
         continue;
       }
       const int64_t line = (n * p.h.src_size + y) * p.w.src_size;
-      for (int64_t j = 0; j < p.scratch_w; ++j, dst += chunk.width) {
-        const int64_t x = p.w.source(0, j);
-        if (x < 0 || x >= p.w.src_size) {
-          for (int64_t c = 0; c < chunk.width; ++c) dst[c] = 0.f;
-        } else {
-          (p.winograd ? load_numbers_of_pixel : load_units_of_pixel)(s, line + x, chunk.first, chunk.width, dst);
-        }
-      }
+      // the pixels of the line that are inside the source, and zeros on both sides
+      const int64_t step = p.w.taps == 1 ? p.w.step : 1, left = p.w.source(0, 0),
+                    begin_inside = least(p.scratch_w, left < 0 ? div_up(-left, step) : 0),
+                    end_inside = most(begin_inside, least(p.scratch_w, div_up(p.w.src_size - left, step)));
+      const auto pad = [&](int64_t from, int64_t to) {
+        std::memset(dst + from * chunk.width, 0, (to - from) * chunk.width * sizeof(float));
+      };
+      pad(0, begin_inside);
+      (p.winograd ? load_line : load_units_of_line)(s, line + left + begin_inside * step, step,
+                                                    end_inside - begin_inside, chunk.first, chunk.width,
+                                                    dst + begin_inside * chunk.width);
+      pad(end_inside, p.scratch_w);
+      dst += p.scratch_w * chunk.width;
     }
     row += count;
   }
 }
 
-// The output gradients of a tile, `ldg` numbers a pixel.
-void load_numbers(const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg, float* gradient) {
-  for (int64_t m = 0; m < where.pixels; ++m) {
-    load_numbers_of_pixel(s, where.pixel[m], first, columns, gradient + m * ldg);
-    for (int64_t n = columns; n < ldg; ++n) gradient[m * ldg + n] = 0.f;
-  }
+// Columns of a tile's output gradients as numbers, panel by panel: what a register kernel reads lies side by side.
+void load_panels(const Source& s, const Tile& where, int64_t first, int64_t columns, float* gradient) {
+  each_panel(columns, where.pixels, gradient, [&](int64_t begin, int64_t valid, int64_t width, float* to) {
+    if (valid == width)
+      return load_pixels(s, [&](int64_t m) { return where.pixel[m]; }, where.pixels, first + begin, width, to);
+    for (int64_t m = 0; m < where.pixels; ++m) {
+      load_line(s, where.pixel[m], 0, 1, first + begin, valid, to + m * width);
+      for (int64_t n = valid; n < width; ++n) to[m * width + n] = 0.f;
+    }
+  });
 }
 
 }  // namespace

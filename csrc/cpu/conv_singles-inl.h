@@ -13,12 +13,10 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-// `width` channels of a pixel from channel `first` on; and units.
-inline void load_numbers_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
-  load_pixel(s, pixel, first, width, dst);
-}
-inline void load_units_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
-  load_pixel(s, pixel, first, width, dst);
+// `width` units of `count` pixels that lie `step` apart, side by side.
+inline void load_units_of_line(const Source& s, int64_t pixel, int64_t step, int64_t count, int64_t first,
+                               int64_t width, float* dst) {
+  load_line(s, pixel, step, count, first, width, dst);
 }
 
 // A finished tile's way to the output, whose pixels lie side by side, and the statistics of what is stored there.
@@ -39,10 +37,10 @@ void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, 
 
 int64_t locate_units(const Problem&, int64_t, const Tile& where) { return where.pixels; }
 
-void load_numbers(const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg, float* gradient);
-void load_gradient(const Problem&, const Source& s, const Tile& where, int64_t first, int64_t columns, int64_t ldg,
+void load_panels(const Source& s, const Tile& where, int64_t first, int64_t columns, float* gradient);
+void load_gradient(const Problem&, const Source& s, const Tile& where, int64_t, int64_t first, int64_t columns,
                    float* gradient) {
-  load_numbers(s, where, first, columns, ldg, gradient);
+  load_panels(s, where, first, columns, gradient);
 }
 
 }  // namespace

@@ -44,19 +44,19 @@ const int64_t* strided_base(int64_t pixels, int64_t stride) {
 }
 
 // The products of one tile: panels [begin, end) of one chunk, added to the sums of a group unless they are `fresh`.
-// `gradient` holds the tile's output gradients, `ldg` floats a pixel.
+// `gradient` holds the tile's output gradients, panel by panel.
 void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient,
-                int64_t ldg, int64_t begin, int64_t end, float* sums, bool fresh, Prefetch* prefetch) {
+                int64_t begin, int64_t end, float* sums, bool fresh, Prefetch* prefetch) {
   const Problem& p = plan.p;
   Segment segments[kMaxSegments];
   const int count = make_segments(p, chunk, int64_t(1) << 40, segments);
-  const int64_t* gradient_base = strided_base(where.pixels, ldg);
   const int64_t calls = (end - begin) * count * div_up(segments[0].depth, rows_for(kPanelVectors)),
                 lines = div_up(prefetch->total, calls);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t width = panel_width(p.dst_c, panel);
     const int vectors = static_cast<int>(width / kLanes);
-    const float* values = gradient + (panel - begin) * kPanel;
+    const float* values = gradient + (panel - begin) * kPanel * where.pixels;
+    const int64_t* gradient_base = strided_base(where.pixels, width);
     float* to = sums + panel * kPanel * p.depth();
     for (int i = 0; i < count; ++i) {
       const int64_t block = even_block(segments[i].depth, rows_for(vectors));
@@ -73,10 +73,10 @@ void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const flo
 // As outer_tile, tap by tap, without the pixels that read padding through it: what is not finite would not be zero
 // times the padding's zeros.
 void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient,
-                  int64_t ldg, int64_t begin, int64_t end, float* sums, bool fresh) {
+                  int64_t begin, int64_t end, float* sums, bool fresh) {
   const Problem& p = plan.p;
-  int64_t* base = scratch_strided.get(2 * where.pixels);
-  int64_t* gradient_base = base + where.pixels;
+  int64_t* base = scratch_strided.get(3 * where.pixels);
+  int64_t *gradient_base = base + where.pixels, *inside = gradient_base + where.pixels;
   for (int t = 0; t < p.taps(); ++t) {
     const int i = t / p.w.taps, j = t % p.w.taps;
     int64_t count = 0;
@@ -85,14 +85,15 @@ void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const f
       const int64_t y = row * p.h.step + p.h.offset[i], x = column * p.w.step + p.w.offset[j];
       if (y < 0 || y >= p.h.src_size || x < 0 || x >= p.w.src_size) continue;
       base[count] = where.base[m];
-      gradient_base[count++] = m * ldg;
+      inside[count++] = m;
     }
     const int64_t offset = (p.h.shift(i) * p.scratch_w + p.w.shift(j)) * chunk.width,
                   first = chunk.row + t * chunk.width;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t width = panel_width(p.dst_c, panel);
       const int vectors = static_cast<int>(width / kLanes);
-      const float* values = gradient + (panel - begin) * kPanel;
+      const float* values = gradient + (panel - begin) * kPanel * where.pixels;
+      for (int64_t m = 0; m < count; ++m) gradient_base[m] = inside[m] * width;
       float* to = sums + panel * kPanel * p.depth() + first * width;
       const int64_t block = even_block(chunk.width, rows_for(vectors));
       for (int64_t k = 0; k < chunk.width; k += block)
@@ -239,20 +240,21 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
                   end = least(panels, begin + plan.each);
     const Chunk chunk = p.chunk_at(task / parts % chunks);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first,
-                  ldg = round_up(columns, kLanes);
+                  written = round_up(columns, kLanes);
     const int64_t stop = least(p.tiles, (group + 1) * plan.group_tiles);
     float* scratch = scratch_a.get(p.scratch_pixels * p.chunk);
-    float* gradient = scratch_b.get(p.tile_pixels * ldg);
+    float* gradient = scratch_b.get(p.tile_pixels * written);
     for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
       const bool fresh = tile == group * plan.group_tiles;
       Tile where = locate(p, tile, chunk.width);
       if (p.winograd) {
         load_tile(p, a.x, tile, chunk, scratch);
-        load_numbers(a.grad, where, first, columns, ldg, gradient);
+        load_panels(a.grad, where, first, columns, gradient);
       } else {
         load_operand(p, a.x, tile, chunk, scratch);
-        load_gradient(p, a.grad, where, first, columns, ldg, gradient);
-        where.pixels = locate_units(p, chunk.width, where);
+        const int64_t units = locate_units(p, chunk.width, where);
+        load_gradient(p, a.grad, where, units, first, columns, gradient);
+        where.pixels = units;
       }
       Prefetch prefetch;
       if (tile + 1 < stop) {
@@ -263,9 +265,9 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
       }
       float* own = sums + group * plan.size();
       if (p.winograd) outer_winograd(plan, tile, chunk, scratch, gradient, begin, own, fresh, &prefetch);
-      else if (!kPairs && is_padded(g) && !is_finite(gradient, where.pixels * ldg))
-        outer_inside(plan, chunk, where, scratch, gradient, ldg, begin, end, own, fresh);
-      else outer_tile(plan, chunk, where, scratch, gradient, ldg, begin, end, own, fresh, &prefetch);
+      else if (!kPairs && is_padded(g) && !is_finite(gradient, where.pixels * written))
+        outer_inside(plan, chunk, where, scratch, gradient, begin, end, own, fresh);
+      else outer_tile(plan, chunk, where, scratch, gradient, begin, end, own, fresh, &prefetch);
     }
   });
   bool again = false;
