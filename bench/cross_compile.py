@@ -32,7 +32,7 @@ import triton
 from rich.console import Console
 from rich.progress import Progress
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fusedres
@@ -238,8 +238,8 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
-    """The figures of ``variant``, compiled for ``architecture``."""
+def compiled(variant: Variant, architecture: Architecture) -> CompiledKernel:
+    """``variant``, compiled for ``architecture``."""
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
     target, values = architecture.target, {"tt.divisibility": 16, "tt.pointer_range": 32}
     hip = target.backend == "hip"
@@ -248,10 +248,25 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
         for i, names in variant.attributes
     }
     ast = ASTSource(kernel, dict(variant.signature), {(i,): v for i, v in variant.constants}, attributes)
-    compiled = triton.compile(ast, target=target, options=dict(variant.options))
-    shared = compiled.metadata.shared
-    if hip:
-        text = compiled.asm["amdgcn"]
+    return triton.compile(ast, target=target, options=dict(variant.options))
+
+
+def disassembled(kernel: CompiledKernel) -> tuple[str, str]:
+    """What NVIDIA's tools say of a kernel's registers, and its machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        listing = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+    return usage.stdout + usage.stderr, listing.stdout
+
+
+def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
+    """The figures of ``variant``, compiled for ``architecture``."""
+    kernel = compiled(variant, architecture)
+    shared = kernel.metadata.shared
+    if architecture.target.backend == "hip":
+        text = kernel.asm["amdgcn"]
 
         def entry(name: str) -> int:
             return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
@@ -260,23 +275,19 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
         counts = {name: len(re.findall(rf"\bv_{name.lower()}_", text)) for name in ("MFMA", "WMMA")}
         matrix = {name: count for name, count in counts.items() if count}
         return Figures(entry("vgpr_count"), spills, shared, matrix, *access_widths(text))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
-        listing = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
-    loads, stores = access_widths(compiled.asm["ptx"])
+    usage, listing = disassembled(kernel)
+    loads, stores = access_widths(kernel.asm["ptx"])
     return Figures(
-        registers=int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr)[1]),
-        spills=sum(count("STL LDL", listing.stdout).values()),
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=sum(count("STL LDL", listing).values()),
         shared=shared,
-        matrix=count("HGMMA HMMA UTCHMMA", listing.stdout),
+        matrix=count("HGMMA HMMA UTCHMMA", listing),
         loads=loads,
         stores=stores,
-        loop=longest_loop(listing.stdout),
-        step=shortest_cycle(listing.stdout, architecture.matrix),
-        total=len(instructions(listing.stdout)),
-        copies=count("UTMALDG UTMASTG", listing.stdout),
+        loop=longest_loop(listing),
+        step=shortest_cycle(listing, architecture.matrix),
+        total=len(instructions(listing)),
+        copies=count("UTMALDG UTMASTG", listing),
     )
 
 

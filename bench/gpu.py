@@ -31,7 +31,7 @@ from rich.console import Console
 
 import fusedres
 
-from . import environment, report, roofline
+from . import dependent, environment, report, roofline
 
 MODELS = ("densenet121", "resnet50")
 
@@ -155,6 +155,12 @@ def one_kernel(run: Run) -> list[str]:
     return ["-m", "bench.pointwise", "--device", run.device, *sizes, "--json", str(run.out / "pointwise.json")]
 
 
+def dependent_launches(run: Run) -> list[str]:
+    """Both models with dependent launches off and on: their bits, then their times."""
+    sizes = ["--quick", "--models", "resnet18", "--rounds", "1"] if run.dry else ["--models", *reversed(MODELS)]
+    return ["-m", "bench.dependent", "--device", run.device, *sizes, "--json", str(run.out / "pdl.json")]
+
+
 STAGES = (
     Stage("environment", own("environment"), least=0.0, most=60.0),
     Stage("tests", tests("test_gpu.py", "same_bits"), least=30.0, most=150.0),
@@ -173,6 +179,7 @@ STAGES = (
     whole_models("eager fused", 256, graphs=False, name="models-256-cuda", backend="cuda"),
     Stage("memcheck", own("memcheck"), most=60.0),
     Stage("racecheck", own("racecheck"), most=60.0),
+    Stage("pdl", dependent_launches, least=60.0, most=200.0),
     whole_models("eager compile fused", 256, graphs=False, name="models-256-compile", least=90.0),
     whole_models("eager compile fused", 256, graphs=True, name="models-256-compile-graphs", least=90.0),
     Stage("tune", own("tune"), least=60.0, most=240.0, tuned=True),
@@ -402,6 +409,7 @@ def markdown(outcomes: list[Outcome], run: Run) -> str:
                     f"| {label} | {p['calls']} | {p['seconds'] * 1e3:.2f} | {p['floor_seconds'] * 1e3:.2f} | {share} |"
                 )
     lines += pointwise_table(_load(run.out / "pointwise.json") or [])
+    lines += dependent.markdown(_load(run.out / "pdl.json") or [])
     lines += ["", "| stage | outcome | s | remark |", "|---|---|---:|---|"]
     lines += [f"| {o.stage} | {o.status} | {o.seconds:.0f} | {o.remark.replace('|', '/')} |" for o in outcomes]
     return "\n".join(lines) + "\n"

@@ -5,7 +5,8 @@
 Triton's own driver and launcher run over a stub of the CUDA driver (bench/stub_driver.c), in which a launch only counts; nothing is
 compiled, since a step's second call compiles nothing either. Every convolution is fused. Beside each model stands an *eager-shaped* row:
 the same architecture, one channel wide on maps of 2 x 2, through PyTorch's eager operators on the CPU, whose time is that of their
-dispatch. Neither side pays for launches in the driver, of which the row has as many as the operators that are counted for it.
+dispatch. Neither side pays for launches in the driver, of which the row has as many as the operators that are counted for it. With
+FUSEDRES_DEPENDENT_LAUNCHES=1 launches are dependent, as on an sm_90, and counted.
 
 A host that needs longer for a step than the GPU keeps the GPU waiting: below the batch where both are equal, the ratio of these times is
 the speed-up. Times are process times, the least of several rounds that alternate between the rows.
@@ -46,7 +47,9 @@ from triton.runtime.jit import JITFunction
 import fusedres
 from fusedres.backends import select
 from fusedres.backends.triton import BACKEND, use_plan
+from fusedres.kernels import launch
 from fusedres.kernels.launch import INTERPRETED
+from fusedres.kernels.tiles import Arch
 
 from . import environment
 
@@ -88,7 +91,7 @@ class _Kernel:
         self.metadata = metadata = SimpleNamespace(
             num_ctas=1, num_warps=options.num_warps, shared=0, global_scratch_size=0, global_scratch_align=1,
             profile_scratch_size=0,
-            profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False, tensordesc_meta=None,
+            profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=options.launch_pdl, tensordesc_meta=None,
             instrumentation_mode="", cluster_dims=(1, 1, 1),
         )  # fmt: skip
         self.packed_metadata = (metadata.num_warps, metadata.num_ctas, metadata.shared)
@@ -106,8 +109,9 @@ def _without_compiler(self: JITFunction, key, signature, device, constants, opti
 
 
 @functools.cache
-def _library() -> tuple[tempfile.TemporaryDirectory[str], ctypes.c_long]:
-    """The stub, built and loaded: the folder of its library, which goes with the process, and how many launches it has seen."""
+def _library() -> tuple[tempfile.TemporaryDirectory[str], ctypes.c_long, ctypes.c_long]:
+    """The stub, built and loaded: the folder of its library, which goes with the process, and how many launches it has seen, and how many
+    of them dependent."""
     folder = tempfile.TemporaryDirectory()
     library = Path(folder.name) / "libcuda.so.1"
     source = Path(__file__).with_name("stub_driver.c")
@@ -117,20 +121,21 @@ def _library() -> tuple[tempfile.TemporaryDirectory[str], ctypes.c_long]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.cuda.device_count()
     stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    return folder, ctypes.c_long.in_dll(stub, "fusedres_stub_launches")
+    return folder, *(ctypes.c_long.in_dll(stub, f"fusedres_stub_{name}") for name in ("launches", "dependent"))
 
 
 @contextlib.contextmanager
-def stubbed() -> Iterator[Callable[[], int]]:
-    """Inside, kernels launch into the stub, whichever tensors they get; gives a function that says how many launches it has seen."""
-    folder, count = _library()
+def stubbed() -> Iterator[Callable[[], tuple[int, int]]]:
+    """Inside, kernels launch into the stub, whichever tensors they get; gives a function that says how many launches it has seen, and how
+    many of them dependent."""
+    folder, launches, dependent = _library()
     with triton.knobs.nvidia.scope(), triton.knobs.cache.scope():
         triton.knobs.nvidia.libcuda_path = triton.knobs.cache.dir = folder.name
         with (
             mock.patch.object(driver, "_active", _Stub()),
             mock.patch.object(JITFunction, "_do_compile", _without_compiler),
         ):
-            yield lambda: count.value
+            yield lambda: (launches.value, dependent.value)
 
 
 # ---- the rows --------------------------------------------------------------------------------------------------------
@@ -219,11 +224,13 @@ def operators(step: Callable[[], None]) -> int:
 
 @dataclass
 class Record:
-    """A model in a mode beside its eager-shaped row: milliseconds a step, launches of our kernels, and operators of PyTorch."""
+    """A model in a mode beside its eager-shaped row: milliseconds a step, launches of our kernels, how many of them are dependent, and
+    operators of PyTorch."""
 
     model: str
     mode: str
     launches: int
+    dependent: int
     operators: int
     milliseconds: float
     eager_operators: int
@@ -248,22 +255,27 @@ def seconds(step: Callable[[], None], calls: int = 1) -> float:
     return (time.process_time() - start) / calls
 
 
-def measure(name: str, mode: str, rounds: int, launches: Callable[[], int]) -> Record:
+def measure(name: str, mode: str, rounds: int, launches: Callable[[], tuple[int, int]]) -> Record:
     """Both rows, in turns."""
     x = torch.zeros(2, 3, 64, 64, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     ours = step_of(converted(name), mode, x)
     eager = step_of(eager_shaped(name), mode, torch.zeros(1, 3, 2, 2))
+    arch = Arch("sm_90", 227 * 1024, 32)
     # not observed: who looks on sees blocks one by one
-    with use_plan("fused"), mock.patch.object(select, "_choose", lambda device, dtype: BACKEND):
+    with (
+        use_plan("fused"),
+        mock.patch.object(select, "_choose", lambda device, dtype: BACKEND),
+        mock.patch.object(launch, "arch_of_gpu", lambda device: arch),
+    ):
         for _ in range(2):
             ours(), eager()
         before = launches()
         ours()
-        count = launches() - before
+        count, dependent = (now - then for now, then in zip(launches(), before, strict=True))
         counts = operators(ours), operators(eager)
         times = [(seconds(ours), seconds(eager)) for _ in range(rounds)]
     least = [1e3 * min(column) for column in zip(*times, strict=True)]
-    return Record(name, mode, count, counts[0], least[0], counts[1], least[1])
+    return Record(name, mode, count, dependent, counts[0], least[0], counts[1], least[1])
 
 
 def render(records: list[Record]) -> Table:
@@ -273,6 +285,7 @@ def render(records: list[Record]) -> Table:
         "model",
         "mode",
         "launches",
+        "dependent",
         "operators",
         "ms",
         "us a launch",
@@ -284,7 +297,7 @@ def render(records: list[Record]) -> Table:
         table.add_column(head, justify="left" if head in ("model", "mode") else "right")
     for r in records:
         table.add_row(
-            r.model, r.mode, str(r.launches), str(r.operators), f"{r.milliseconds:.1f}",
+            r.model, r.mode, str(r.launches), str(r.dependent), str(r.operators), f"{r.milliseconds:.1f}",
             f"{r.microseconds_per_launch:.0f}",
             str(r.eager_operators), f"{r.eager_milliseconds:.1f}", f"{r.ratio:.2f}", f"{GOALS[r.mode]:.1f}",
         )  # fmt: skip

@@ -14,7 +14,8 @@ static Handle const SOME = (Handle)1;
 enum { MULTIPROCESSORS = 16, WARP_SIZE = 10, MAX_REGISTERS = 12, MAJOR = 75, MINOR = 76, SHARED_OPTIN = 97 };
 enum { MAX_THREADS = 0 };
 
-long fusedres_stub_launches = 0;
+/* all launches, and of these the dependent ones */
+long fusedres_stub_launches = 0, fusedres_stub_dependent = 0;
 
 Result cuInit(unsigned flags) { (void)flags; return 0; }
 Result cuDriverGetVersion(int *version) { *version = 13000; return 0; }
@@ -81,10 +82,15 @@ Result cuLaunchKernel(Handle function, unsigned grid_x, unsigned grid_y, unsigne
   (void)extra;
   return launched(grid, block, shared, stream, function, parameters);
 }
-struct Config { unsigned grid[3], block[3], shared; Handle stream; const void *attributes; unsigned count; };
+struct Attribute { int name, gap, value[16]; };
+struct Config { unsigned grid[3], block[3], shared; Handle stream; const struct Attribute *attributes; unsigned count; };
 Result cuLaunchKernelEx(const struct Config *config, Handle function, void **parameters, void **extra) {
   (void)extra;
-  if (config->count) return 1; /* no kernel here asks for more */
+  if (config->count) {
+    /* CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: no kernel here asks for more */
+    if (config->count > 1 || config->attributes->name != 6 || config->attributes->value[0] != 1) return 1;
+    fusedres_stub_dependent++;
+  }
   return launched(config->grid, config->block, config->shared, config->stream, function, parameters);
 }
 Result cuOccupancyMaxActiveClusters(int *clusters, Handle function, const void *config) {

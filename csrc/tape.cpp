@@ -44,13 +44,35 @@ struct Device {
   int32_t type, index;
 };
 
-// Where kernels are launched: the queue of a GPU, and its driver's function of the type of CUDA's `cuLaunchKernel`.
+// As CUDA's driver has them (CUlaunchAttribute, CUlaunchConfig). The attribute of a dependent launch: the kernel may be
+// scheduled before the one in front of it on the stream has ended
+// (CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION).
+struct Attribute {
+  int name = 6;
+  char gap[4] = {};
+  union {
+    int allowed;
+    char room[64];
+  } value = {1};
+};
+struct Config {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const Attribute* attributes;
+  unsigned count;
+};
+static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56, "as the driver reads them");
+
+// Where kernels are launched: the queue of a GPU, and its driver's functions of the types of CUDA's `cuLaunchKernel`
+// and `cuLaunchKernelEx`.
 struct Queue {
   using Launcher = int (*)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                            unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
                            void** extra);
+  using Dependent = int (*)(const Config* config, void* function, void** parameters, void** extra);
   void* stream;
   Launcher launcher;
+  Dependent dependent;
 };
 
 using torch::stable::detail::from;
@@ -126,14 +148,16 @@ void convolution_backward(Reader& r) {
   if (needs_weight) r.slot(to_weight) = dweight;
 }
 
-// A kernel of a GPU: its handle, grid, threads and shared memory, then its parameters, each eight bytes of which the
-// kernel reads as many as it wants: the number of a tensor with an offset to its address, or -1 with the bits of a
-// number.
+// A kernel of a GPU: its handle, grid, threads and shared memory, whether it is dependent, then its parameters, each
+// eight bytes of which the kernel reads as many as it wants: the number of a tensor with an offset to its address, or
+// -1 with the bits of a number.
 void launch(Reader& r, const Queue& queue) {
-  STD_TORCH_CHECK(queue.launcher != nullptr, "a recorded launch has no driver");
   void* function = reinterpret_cast<void*>(r.integer());
   const auto next = [&] { return unsigned(r.integer()); };
   const unsigned x = next(), y = next(), z = next(), threads = next(), shared = next();
+  const bool dependent = r.integer() != 0;
+  STD_TORCH_CHECK(dependent ? queue.dependent != nullptr : queue.launcher != nullptr,
+                  "a recorded launch has no driver");
   const int64_t count = r.integer();
   STD_TORCH_CHECK(count >= 0 && count <= kMostParameters, "a recorded launch of ", count, " parameters");
   std::array<int64_t, kMostParameters> values;
@@ -143,7 +167,14 @@ void launch(Reader& r, const Queue& queue) {
     values[i] = tensor < 0 ? rest : reinterpret_cast<int64_t>(r.tensor(tensor).data_ptr()) + rest;
     parameters[i] = &values[i];
   }
-  const int error = queue.launcher(function, x, y, z, threads, 1, 1, shared, queue.stream, parameters.data(), nullptr);
+  int error;
+  if (dependent) {
+    const Attribute attribute;
+    const Config config{{x, y, z}, {threads, 1, 1}, shared, queue.stream, &attribute, 1};
+    error = queue.dependent(&config, function, parameters.data(), nullptr);
+  } else {
+    error = queue.launcher(function, x, y, z, threads, 1, 1, shared, queue.stream, parameters.data(), nullptr);
+  }
   STD_TORCH_CHECK(error == 0, "the driver has refused a recorded launch: error ", error);
 }
 
@@ -227,14 +258,15 @@ bool fits(const Tensor& t, const Device& device, int64_t alignment, Reader& r) {
 // any more. `inputs` are the first tensors. Returns nothing, having done nothing, where it was not recorded for such
 // inputs.
 std::vector<Tensor> play(std::vector<Tensor> inputs, const Tensor& code, const Tensor& numbers, int64_t stream,
-                         int64_t launcher) {
+                         int64_t launcher, int64_t dependent) {
   STD_TORCH_CHECK(code.scalar_type() == torch::headeronly::ScalarType::Long && code.is_contiguous() &&
                       numbers.scalar_type() == torch::headeronly::ScalarType::Double && numbers.is_contiguous(),
                   "code must hold 64-bit integers, numbers float64, side by side");
   Slots slots;
   Reader r(static_cast<const int64_t*>(code.data_ptr()), code.numel(), static_cast<const double*>(numbers.data_ptr()),
            numbers.numel(), slots);
-  const Queue queue{reinterpret_cast<void*>(stream), reinterpret_cast<Queue::Launcher>(launcher)};
+  const Queue queue{reinterpret_cast<void*>(stream), reinterpret_cast<Queue::Launcher>(launcher),
+                    reinterpret_cast<Queue::Dependent>(dependent)};
   const auto type = int32_t(r.integer());
   const Device device{type, int32_t(r.integer())};
   const int64_t alignment = r.integer(), size = r.integer();
@@ -307,7 +339,8 @@ const char* tape_operator_name(int64_t number) {
 }  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedres_cpp, m) {
-  m.def("play(Tensor[] inputs, Tensor code, Tensor numbers, int stream=0, int launcher=0) -> Tensor[]");
+  m.def(
+      "play(Tensor[] inputs, Tensor code, Tensor numbers, int stream=0, int launcher=0, int dependent=0) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_cpp, CPU, m) { m.impl("play", TORCH_BOX(&fusedres::play)); }

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import vector
+from .device import begin, vector
 from .launch import SIZES, Prepared, arch_of, prepare
 from .layout import Form, form, form_of, vectors_form
 from .operands import Norm
@@ -36,9 +36,11 @@ ALIGN_C = 32
 def coefficients_kernel(
     mean, m2, partials, weight, bias, running_mean, running_var, scale, shift, out_mean, out_invstd, momentum,
     tiles, stride, tile_rows, rows, C, count, unbiased_count, eps, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """From the (mean, M2) or their partials, updating the running statistics if given; without both from the running
     statistics."""
+    begin(DEPENDENT)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     if mean is None and partials is None:
@@ -75,9 +77,10 @@ def frozen_kernel(
     scale, shift, out_mean, out_invstd,
     channels0, at0, eps0, channels1, at1, eps1, channels2, at2, eps2, channels3, at3, eps3,
     channels4, at4, eps4, channels5, at5, eps5, channels6, at6, eps6, channels7, at7, eps7,
-    COUNT: tl.constexpr, BLOCK_C: tl.constexpr,
+    COUNT: tl.constexpr, BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (block, i): of BatchNorm i the block of channels; what it writes begins at its ``at``."""
+    begin(DEPENDENT)
     weights = (weight0, weight1, weight2, weight3, weight4, weight5, weight6, weight7)
     biases = (bias0, bias1, bias2, bias3, bias4, bias5, bias6, bias7)
     means = (mean0, mean1, mean2, mean3, mean4, mean5, mean6, mean7)
@@ -111,9 +114,11 @@ def blend(running, c, inside, value, momentum):
 def gradient_kernel(
     sums, sums_xhat, partials, rounded, weight, mean, invstd, p, q, r, tiles, stride, C, count,
     TRAINING: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """p = gamma * invstd, q = -p * invstd * mean(dz * xhat), r = -p * mean(dz) - q * mean. With partials the sums are
     merged from them and written, ``rounded`` too, in its dtype."""
+    begin(DEPENDENT)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     if partials is None:

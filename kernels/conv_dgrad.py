@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import gradient
-from .device import normalize, vector
+from .device import begin, normalize, vector
 from .gradients import pending_gradient, store_gradient
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import (
@@ -58,9 +58,11 @@ def conv_dgrad_kernel(
     N, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STEP_R: tl.constexpr,
     STEP_S: tl.constexpr, ACT: tl.constexpr, SCALED: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, group, residue): one tile of dx. C and K are those of a group; a residue's taps are STEP_R, STEP_S
     apart."""
+    begin(DEPENDENT)
     STRIDE_H: tl.constexpr = GEOMETRY.stride[0]
     STRIDE_W: tl.constexpr = GEOMETRY.stride[1]
     C = aligned(C, ALIGN_C)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .device import epilogue, normalize, store_moments, vector
+from .device import begin, epilogue, normalize, store_moments, vector
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import Form, align, aligned, form, form_of, is_wide, map_form, offsets, partials_form, pitch_or_zero
 from .operands import Activation, Epilogue, Geometry, LazyMap
@@ -35,9 +35,10 @@ def conv_forward_kernel(
     rows, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
     OUT_ACT: tl.constexpr, EVEN_C: tl.constexpr, ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, group): one tile of out; neighbours share their rows of x. C and K are those of one group."""
+    begin(DEPENDENT)
     STRIDE_H: tl.constexpr = GEOMETRY.stride[0]
     STRIDE_W: tl.constexpr = GEOMETRY.stride[1]
     PAD_H: tl.constexpr = GEOMETRY.padding[0]

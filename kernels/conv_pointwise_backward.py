@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import gradient
-from .device import normalize, store_partial, vector
+from .device import begin, normalize, store_partial, vector
 from .gradients import activated, pending_gradient, store_gradient
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import (
@@ -47,9 +47,10 @@ def conv_pointwise_backward_kernel(
     grad, raw, p, q, r, weight, x, scale, shift, mean, invstd, base, dx, out, partials,
     grad_pitch, raw_pitch, x_pitch, base_pitch, dx_pitch, rows, chunk, C, K, ACT: tl.constexpr, SCALED: tl.constexpr,
     ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split): the i-th tile of columns of dx and of dW, from ``chunk`` pixels, BLOCK_M a step."""
+    begin(DEPENDENT)
     C = aligned(C, ALIGN_C)
     K = aligned(K, ALIGN_K)
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import epilogue, store_moments
+from .device import begin, epilogue, store_moments
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import Form, align, aligned, form, form_of, map_form, partials_form, pitch_or_zero
 from .operands import Activation, Epilogue, Geometry, LazyMap
@@ -37,8 +37,8 @@ from .tiles import (
     cdiv,
     check,
     described_bytes,
-    has_descriptors,
     is_described,
+    is_since_hopper,
 )
 
 
@@ -47,9 +47,11 @@ def conv_pointwise_forward_kernel(
     x, weight, bias, out, partials, out_scale, out_shift, residual, residual_scale, residual_shift,
     rows, steps, K, OUT_ACT: tl.constexpr, ALIGN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, SPECIALIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program i: every tile whose number is i modulo the number of programs. x, weight, out and residual are descriptors; WHOLE: all
     channels are one step, and then the residual is loaded ahead like the operands."""
+    begin(DEPENDENT)
     K = aligned(K, ALIGN_K)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(K, BLOCK_N)
@@ -132,7 +134,7 @@ def _forward(
     pitches = x.pitch, outputs if given is None else given.pitch, pitch_or_zero(residual)
     interpreted = x.device.type == "cpu"
     if (
-        not (interpreted or has_descriptors(arch))
+        not (interpreted or is_since_hopper(arch))
         or not is_described(size, pitches, geometry)
         or max(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) > MOST_BOX
     ):

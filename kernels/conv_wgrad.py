@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import vector
+from .device import begin, vector
 from .gradients import activated, pending_gradient
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import Form, align, aligned, form, form_of, is_wide, offsets, partials_form, pitch_or_zero
@@ -29,9 +29,10 @@ def conv_wgrad_kernel(
     grad, raw, p, q, r, x, scale, shift, out, grad_pitch, raw_pitch, x_pitch,
     rows, chunk, H, W, HO, WO, C, K, GEOMETRY: tl.constexpr, R: tl.constexpr, S: tl.constexpr, ACT: tl.constexpr,
     ALIGN_C: tl.constexpr, ALIGN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, split, group): one tile of dW at one tap, from ``chunk`` pixels. C and K are those of one group."""
+    begin(DEPENDENT)
     STRIDE_H: tl.constexpr = GEOMETRY.stride[0]
     STRIDE_W: tl.constexpr = GEOMETRY.stride[1]
     PAD_H: tl.constexpr = GEOMETRY.padding[0]

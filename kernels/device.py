@@ -9,6 +9,18 @@ from .activations import activate
 
 
 @triton.jit
+def begin(DEPENDENT: tl.constexpr):
+    """What every kernel does first. A DEPENDENT one, which the driver schedules while the kernel before it on the stream still runs, waits
+    until that one has ended and what it wrote is visible. Only then may the kernel behind it be scheduled: no more than one waits where
+    others could run. In PTX, since Triton's own functions for it are NVIDIA's alone."""
+    if DEPENDENT:
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def vector(pointer, c, inside, DEFAULT: tl.constexpr):
     """The float32 values of channels ``c``, 0 outside; DEFAULT everywhere where there is no such vector."""
     if pointer is None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, gradient
-from .device import add_row, moments_of_rows, normalize, store_partial, vector
+from .device import add_row, begin, moments_of_rows, normalize, store_partial, vector
 from .launch import SIZES, Prepared, arch_of, prepare
 from .layout import (
     Form,
@@ -40,9 +40,10 @@ from .tiles import Arch
 def add_act_forward_kernel(
     raw, scale, shift, residual, residual_scale, residual_shift, out, partials, raw_pitch, residual_pitch, out_pitch,
     rows, C, chunk, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels."""
+    begin(DEPENDENT)
     C, c, inside = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, inside, 1.0), vector(shift, c, inside, 0.0)
     residual_scales, residual_shifts = vector(residual_scale, c, inside, 1.0), vector(residual_shift, c, inside, 0.0)
@@ -78,10 +79,11 @@ def add_act_backward_kernel(
     grad, raw, scale, shift, mean, invstd, residual, residual_scale, residual_shift, residual_mean, residual_invstd,
     base, out, partials, grad_pitch, raw_pitch, residual_pitch, base_pitch, out_pitch,
     rows, C, chunk, ACT: tl.constexpr, SCALED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels. Partials: sum dz,
     sum dz * xhat of raw where it has a mean, and of residual where that has one."""
+    begin(DEPENDENT)
     C, c, inside = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, inside, 1.0), vector(shift, c, inside, 0.0)
     residual_scales, residual_shifts = vector(residual_scale, c, inside, 1.0), vector(residual_shift, c, inside, 0.0)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, gradient
-from .device import normalize, store_partial, vector
+from .device import begin, normalize, store_partial, vector
 from .launch import SIZES, Prepared, arch_of, prepare
 from .layout import Form, align, empty_map, form, form_of, is_wide, mean_invstd_form, offsets
 from .operands import Activation, LazyMap
@@ -28,9 +28,10 @@ from .tiles import Arch
 def highway_forward_kernel(
     raw, scale, shift, gate, gate_scale, gate_shift, carry, out, raw_pitch, gate_pitch, carry_pitch, out_pitch,
     rows, C, chunk, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels."""
+    begin(DEPENDENT)
     C, c, inside = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, inside, 1.0), vector(shift, c, inside, 0.0)
     gate_scales, gate_shifts = vector(gate_scale, c, inside, 1.0), vector(gate_shift, c, inside, 0.0)
@@ -52,10 +53,11 @@ def highway_backward_kernel(
     dz, dgate, dcarry, partials, gate_partials,
     grad_pitch, raw_pitch, gate_pitch, carry_pitch, dz_pitch, dgate_pitch, dcarry_pitch,
     rows, C, chunk, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of rows, the j-th block of channels. Partials: sum dz, sum dz * xhat of raw; those of the gate
     the same of dgate."""
+    begin(DEPENDENT)
     C, c, inside = block_of_channels(C, ALIGN, BLOCK_C)
     scales, shifts = vector(scale, c, inside, 1.0), vector(shift, c, inside, 0.0)
     means, invstds = vector(mean, c, inside, 0.0), vector(invstd, c, inside, 0.0)

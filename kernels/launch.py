@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import requests
 from .layout import Form
 from .requests import Request, driver_launch
-from .tiles import DEFAULT_ARCH, Arch, arch_of_gpu
+from .tiles import DEFAULT_ARCH, Arch, arch_of_gpu, is_since_hopper
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -50,6 +51,9 @@ direct: bool = (
     # there a compilation also depends on how much memory is behind a tensor
     and torch.version.hip is None
 )
+
+#: whether launches are dependent where a GPU has that (programmatic dependent launch): scheduled while the kernel before them still runs
+dependent: bool = os.environ.get("FUSEDRES_DEPENDENT_LAUNCHES") == "1"
 
 # those of nobody: another object in their place, or calls in one of them, is a profiler's
 _ENTER, _EXIT = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
@@ -114,7 +118,26 @@ def target_device(device: torch.device) -> torch.device:
 def arch_of(device: torch.device) -> Arch:
     """The architecture of ``device``; where that is no GPU, the one that :func:`record` was told."""
     recording = _state.recording
-    return arch_of_gpu(device) if recording is None or device.type == "cuda" else recording.arch
+    found = arch_of_gpu(device) if recording is None or device.type == "cuda" else recording.arch
+    return _with_dependence(found) if dependent else found
+
+
+@functools.cache
+def _with_dependence(arch: Arch) -> Arch:
+    """Of ``arch``, whose launches are to be dependent: so they are from compute capability 9.0 on. Part of the architecture, it is part of
+    what every launch is prepared for, so that neither kind takes the other's place."""
+    return arch._replace(dependent=is_since_hopper(arch))
+
+
+@contextlib.contextmanager
+def dependent_launches(on: bool) -> Iterator[None]:
+    """Inside, launches are dependent, or not, in all threads."""
+    global dependent
+    previous, dependent = dependent, on
+    try:
+        yield
+    finally:
+        dependent = previous
 
 
 def product_precision(dtype: torch.dtype) -> str:
@@ -181,7 +204,7 @@ class Prepared:
     they come first. Several names are the rows of one tensor. Behind them come the ``late`` numbers, then ``numbers``. ``num_warps``
     counts warps of 32 threads, so that a configuration means the same number of threads everywhere; ``num_stages`` is Triton's.
     ``boxes``: of which operands, maps or a 1x1's weight, the kernel takes a tensor descriptor, and the rows and channels that it moves at
-    once; their addresses are multiples of 16.
+    once; their addresses are multiples of 16. A kernel's last parameter is DEPENDENT, which ``arch`` says.
 
     Raises ValueError for tensors on several devices, and for another order than the signature's.
     """
@@ -199,12 +222,15 @@ class Prepared:
         late: tuple[str, ...] = (),
         **numbers: object,
     ) -> None:
+        numbers["DEPENDENT"] = arch.dependent
         self.kernel, self.grid, self._numbers, self._late = kernel, grid, numbers, late
         x, y, z = (*grid, 1, 1)[:3]
         self._grid = x, y, z
         self._options: dict[str, object] = {"num_warps": max(1, num_warps * 32 // arch.warp)}
         if num_stages is not None:
             self._options["num_stages"] = num_stages
+        if arch.dependent:
+            self._options["launch_pdl"] = True
         self._names = [names.split() for names in operands]
         order = [*(name for names in self._names for name in names), *late, *numbers]
         if order != list(kernel.arg_names):
@@ -313,7 +339,9 @@ class Prepared:
                 found.append(parameter)
         # global and profile scratch memory, of which there is none
         found += [(-1, 0)] * 2
-        return Request(kernel, kernel.function, self._grid, 32 * num_warps, shared, tuple(found))
+        return Request(
+            kernel, kernel.function, self._grid, 32 * num_warps, shared, tuple(found), bool(about.launch_pdl)
+        )
 
     def _named(self, tensors: tuple[Tensor | None, ...], late: tuple[float, ...]) -> dict[str, Any]:
         """Every argument and option by name."""
@@ -340,7 +368,7 @@ def _over(tensor: Tensor, described: TensorDescriptor) -> TensorDescriptor:
 
 
 #: of what Triton knows about a kernel: where one is true or not zero, its launch asks the driver for more
-_EXTRAS = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl", "tensordesc_meta")
+_EXTRAS = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "tensordesc_meta")
 #: bytes beyond which Triton's launcher asks for another mode of shared memory
 _MOST_SHARED = 228 * 1024
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, gradient
-from .device import add_row, moments_of_rows, normalize, store_partial, vector
+from .device import add_row, begin, moments_of_rows, normalize, store_partial, vector
 from .launch import SIZES, Prepared, arch_of, prepare
 from .layout import Form, align, empty_map, form, form_of, is_wide, map_form, mean_invstd_form, offsets, pitch_or_zero
 from .operands import Activation, LazyMap, Pool
@@ -33,10 +33,11 @@ VALUES = 1024  # values of a program's tile: a window's bookkeeping (best value,
 def pool_forward_kernel(
     x, scale, shift, out, index, partials, x_pitch, out_pitch,
     rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of output pixels, the j-th block of channels. A max where there is an index, else
     a mean."""
+    begin(DEPENDENT)
     KH: tl.constexpr = POOL.kernel[0]
     KW: tl.constexpr = POOL.kernel[1]
     C, c, in_c = block_of_channels(C, ALIGN, BLOCK_C)
@@ -90,9 +91,10 @@ def pool_forward_kernel(
 def pool_backward_kernel(
     grad, index, x, scale, shift, mean, invstd, p, q, r, dx, partials, grad_pitch, x_pitch, dx_pitch,
     rows, H, W, HO, WO, C, chunk, POOL: tl.constexpr, ACT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): the i-th chunk of pixels of x, the j-th block of channels."""
+    begin(DEPENDENT)
     KH: tl.constexpr = POOL.kernel[0]
     KW: tl.constexpr = POOL.kernel[1]
     STRIDE_H: tl.constexpr = POOL.stride[0]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import merge_moments, moments_of_rows
+from .device import begin, merge_moments, moments_of_rows
 from .launch import SIZES, Prepared, arch_of, prepare
 from .layout import Form, form_of, partials_form
 from .tiles import Arch, block, cdiv, next_power_of_2
@@ -63,10 +63,11 @@ def merged_sum(partials, C, c, inside, first, last, BLOCK_T: tl.constexpr, BLOCK
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     partials, out, tiles, C, chunk, partials_stride, out_stride, tile_rows, rows,
-    MOMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    MOMENTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j, part) merges the j-th ``chunk`` of tiles, the i-th block of channels (of both parts, for
     moments)."""
+    begin(DEPENDENT)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, tiles)

@@ -16,7 +16,7 @@ from torch import Tensor
 class Request(NamedTuple):
     """What the driver is asked for in a launch: a ``function`` by its handle, over a ``grid``, in blocks of so many ``threads`` with
     ``shared`` bytes. ``parameters``: of each, the operand and the bytes behind its address, or -1 and the bits of a number. ``owner``
-    keeps the function loaded."""
+    keeps the function loaded. ``dependent``: it may be scheduled before the kernel in front of it has ended, for which it waits itself."""
 
     owner: object
     function: int
@@ -24,6 +24,7 @@ class Request(NamedTuple):
     threads: int
     shared: int
     parameters: tuple[tuple[int, int], ...]
+    dependent: bool = False
 
 
 Observer = Callable[[Request | None, Sequence[Tensor | None]], None]
@@ -53,11 +54,20 @@ def observed(observer: Observer) -> Iterator[None]:
         _state.observer = previous
 
 
-@functools.cache
 def driver_launch() -> int:
     """The address of ``cuLaunchKernel`` of the driver; 0 where there is none."""
+    return _in_driver("cuLaunchKernel")
+
+
+def driver_launch_dependent() -> int:
+    """The address of ``cuLaunchKernelEx`` of the driver, which takes attributes; 0 where there is none."""
+    return _in_driver("cuLaunchKernelEx")
+
+
+@functools.cache
+def _in_driver(name: str) -> int:
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        return ctypes.cast(library.cuLaunchKernel, ctypes.c_void_p).value or 0
+        return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
     except (OSError, AttributeError):
         return 0

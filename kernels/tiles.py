@@ -24,12 +24,14 @@ REGISTERS = 224  # of a thread's 255, so that addresses and masks find room
 
 class Arch(NamedTuple):
     """What tiles must know of a device: its ``family`` as compilers name it (``"sm_90"``, ``"gfx942"``), the bytes of shared memory that a
-    block may take, the threads of a warp, and how many multiprocessors it has."""
+    block may take, the threads of a warp, how many multiprocessors it has, and whether launches there are ``dependent``
+    (launch.py)."""
 
     family: str
     shared: int
     warp: int
     multiprocessors: int = 132
+    dependent: bool = False
 
 
 #: where no device says otherwise
@@ -51,6 +53,11 @@ def arch_of_gpu(device: torch.device) -> Arch:
         properties.warp_size,
         properties.multi_processor_count,
     )
+
+
+def is_since_hopper(arch: Arch) -> bool:
+    """Whether it is NVIDIA's, of compute capability 9.0 or newer."""
+    return arch.family.startswith("sm_") and int(arch.family[3:].rstrip("af")) >= 90
 
 
 def cdiv(a: int, b: int) -> int:
@@ -352,11 +359,6 @@ DESCRIBED_CANDIDATES = (
 )  # fmt: skip
 
 
-def has_descriptors(arch: Arch) -> bool:
-    """Whether its memory is copied by tensor descriptors: NVIDIA's from compute capability 9.0 on."""
-    return arch.family.startswith("sm_") and int(arch.family[3:].rstrip("af")) >= 90
-
-
 def is_described(size: ConvSize, pitches: tuple[int, ...], geometry: Geometry) -> bool:
     """Whether descriptors can say a forward of that ``size``: a product of matrices (one tap, stride 1, no padding, no groups), whose
     weight and maps, of so many ``pitches``, have aligned rows. What is pending on its input they cannot."""
@@ -377,7 +379,7 @@ def described_candidates(size: ConvSize, features: Collection[str], arch: Arch) 
     """The tiles by descriptors that are worth a measurement: steps of a line of shared memory (STEP_BYTES), and of all channels where
     that are two lines, whose loop is only that over tiles. ``features``: a problem's, by which a residual is found, and whether it is
     normalised. None on a GPU without descriptors."""
-    if not has_descriptors(arch):
+    if not is_since_hopper(arch):
         return []
     line = STEP_BYTES // size.itemsize
     has_residual, specialized = "residual" in features, arch.family in SPECIALIZED

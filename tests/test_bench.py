@@ -287,6 +287,49 @@ def test_the_sweep_tables_every_model_at_every_size(tmp_path, capsys):
 
 
 @pytest.fixture
+def dependent():
+    pytest.importorskip("triton")
+    from bench import dependent
+
+    return dependent
+
+
+QUICK = ("--device", "cpu", "--quick", "--models", "resnet18", "--rounds", "1")
+
+
+def test_dependent_launches_are_compared_and_timed(dependent, tmp_path, capsys):
+    path = tmp_path / "pdl.json"
+    assert dependent.main([*QUICK, "--json", str(path)]) == 0
+    records = json.loads(path.read_text())
+    assert [r["mode"] for r in records] == ["train", "infer"]
+    for r in records:
+        assert r["failure"] is None and r["repeatable"] and r["different"] == []
+        assert len(r["off_seconds"]) == len(r["on_seconds"]) == 1 and min(*r["off_seconds"], *r["on_seconds"]) > 0
+    assert sum("the same" in line for line in dependent.markdown(records)) == 2
+    # on a GPU that has them, launches that are not dependent are a fault
+    assert dependent.is_wrong(records[0] | {"launches": 9, "dependent": 8}, True)
+    assert not dependent.is_wrong(records[0] | {"launches": 9, "dependent": 9}, True)
+
+
+def test_a_bit_that_a_dependent_launch_changes_is_found(dependent, monkeypatch, capsys):
+    """Of a running mean, in one step of several."""
+    from fusedres.kernels import launch
+
+    original, turns = dependent.step, []
+
+    def step(model, forward, x, mode):
+        y = original(model, forward, x, mode)
+        turns.append(launch.dependent)
+        if launch.dependent and sum(turns) == 4:
+            model.bn1.running_mean[3].mul_(1 + 2**-20)
+        return y
+
+    monkeypatch.setattr(dependent, "step", step)
+    assert dependent.main([*QUICK, "--modes", "infer"]) == 1
+    assert "1 tensors differ, bn1.running_mean first" in capsys.readouterr().out
+
+
+@pytest.fixture
 def equivalence():
     pytest.importorskip("sklearn")
     from bench import equivalence

@@ -3,6 +3,7 @@ operands."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 from pathlib import Path
@@ -145,6 +146,83 @@ def test_an_activation_without_device_code_does_not_compile(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = forked.python(["-c", UNKNOWN], cwd=ROOT, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
+
+
+DEPENDENT = """
+import re, sys
+import torch
+from bench.assembly import instructions
+from bench.cross_compile import ARCHITECTURES, compiled, disassembled, variant
+from launching import everything
+from support import Draw
+from fusedres.backends.triton import BACKEND, use_plan
+from fusedres.kernels import batchnorm, launch
+from fusedres.kernels.tiles import ConvConfig
+from fusedres.operands import LazyMap
+from fusedres.specs import Geometry, Norm
+from fusedres.tuning.plans import Plan
+
+family, *wanted = sys.argv[1:]
+target = ARCHITECTURES[family]
+ACCESS = re.compile(r"\\b(LDG|LDGSTS|STG|LD|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UTMALDG|UTMASTG)\\b")
+for on in (True, False):
+    draw = Draw(torch.bfloat16, pad=(8, 16))
+    frozen = Norm(*(draw.parameter(8) for _ in range(4)), False, 0.1, 1e-5, "none")
+    with launch.dependent_launches(on), launch.record(arch=target.arch) as launches:
+        with use_plan("fused"):
+            everything(BACKEND, draw)
+        batchnorm.bn_frozen_together([frozen, frozen])
+        with use_plan(Plan(True, ConvConfig(64, 64, 64, 4, 2, descriptors=True))):
+            x, weight = LazyMap(draw.map(2, 128, 8, 8)), draw.weight(64, 128, 1, 1)
+            BACKEND.conv_forward(x, weight, None, Geometry((1, 1), (0, 0), (1, 1), 1))
+    firsts = {one.kernel.__name__: one for one in launches}
+    assert len(firsts) == 15, sorted(firsts)
+    for name, one in firsts.items():
+        if not any(part in name for part in wanted):
+            continue
+        kernel = compiled(variant(one), target)
+        code = instructions(disassembled(kernel)[1])
+        places = {word: [i for i, text in enumerate(code) if word in text] for word in ("ACQBULK", "PREEXIT")}
+        assert kernel.metadata.launch_pdl == on, name
+        if not on:
+            assert places == {"ACQBULK": [], "PREEXIT": []}, (name, places)
+            continue
+        (wait,), (trigger,) = places.values()
+        first = next(i for i, text in enumerate(code) if ACCESS.search(text))
+        assert wait < trigger < first, (name, places, first)
+        # on Blackwell warps have taken memory of the matrix units before
+        assert family != "sm_90" or not any("BRA" in text for text in code[:wait]), (name, code[:wait])
+        print(name)
+"""
+
+
+@pytest.mark.parametrize(
+    "family, kernels",
+    [
+        ("sm_90", ["coefficients", "add_act_forward"]),
+        *(pytest.param(family, ["_kernel"], marks=pytest.mark.slow) for family in ("sm_90", "sm_100", "sm_120")),
+    ],
+)
+def test_a_dependent_kernel_waits_in_front_of_its_first_access_of_memory(tmp_path, family, kernels):
+    """In machine code, every thread of it; without the switch it neither waits nor lets others start."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "tests", "tests/backends"))
+    done = forked.python(["-c", DEPENDENT, family, *kernels], cwd=ROOT, env=environment, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == (15 if kernels == ["_kernel"] else len(kernels))
+
+
+def test_every_kernel_begins_by_waiting():
+    """Behind its docstring: what stands in front could read what is not written yet."""
+    found = [
+        function
+        for file in (ROOT / "kernels").glob("*.py")
+        for function in ast.parse(file.read_text()).body
+        if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel")
+    ]
+    assert len(found) == 15
+    for function in found:
+        assert ast.get_docstring(function) and ast.unparse(function.body[1]) == "begin(DEPENDENT)", function.name
 
 
 @pytest.mark.slow

@@ -124,6 +124,27 @@ def test_two_runs_give_the_same_bits(plan):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def trained(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a training step from ``state`` leaves, in memory of its own."""
+    model.load_state_dict(state)
+    model.zero_grad()
+    return {name: value.clone() for name, value in run_training(model, images(0)).items()}
+
+
+@pytest.mark.parametrize("plan", ["fused", "auto"])
+def test_dependent_launches_change_no_bit(plan):
+    """By Triton's launcher and from tapes: what waits too late reads what is not written yet."""
+    model = fusedres.convert(network()).train()
+    state, found = copy.deepcopy(model.state_dict()), []
+    with use_plan(plan), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        for on in (False, *[True] * 8):
+            with launch.dependent_launches(on):
+                if on and not launch.arch_of(torch.device("cuda")).dependent:
+                    pytest.skip("this GPU has no dependent launches")
+                found.append(trained(model, state))
+    assert all(torch.equal(found[0][name], other[name]) for other in found for name in found[0])
+
+
 def test_launches_from_python_and_from_tapes_give_the_bits_of_public_ones(monkeypatch):
     """Of a step whose kernels Triton has compiled before, also on maps in a buffer of another address."""
     model = fusedres.convert(network()).train()
@@ -139,8 +160,7 @@ def test_launches_from_python_and_from_tapes_give_the_bits_of_public_ones(monkey
     with use_plan("fused"):
         for direct in (True, True, True, True, False):
             monkeypatch.setattr(launch, "direct", direct)
-            model.load_state_dict(state)
-            found.append(run_training(model, images(0)))
+            found.append(trained(model, state))
             played.append(0)
     assert all(torch.equal(found[-1][name], other[name]) for other in found for name in found[0])
     if tape.can_play():

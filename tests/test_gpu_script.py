@@ -50,7 +50,7 @@ def test_what_is_tuned_and_the_times_on_the_host_are_left(tmp_path):
     assert code == 0 and {o["status"] for o in outcomes.values()} == {"passed"}
     assert list((tmp_path / "plans").glob("*.json"))
     (host,) = json.loads((tmp_path / "host.json").read_text())["records"]
-    assert host["launches"] > 100 and 0 < host["milliseconds"] and 0 < host["eager_milliseconds"]
+    assert host["launches"] > 50 and 0 < host["milliseconds"] and 0 < host["eager_milliseconds"]
     assert "| tune | passed |" in (tmp_path / "summary.md").read_text()
 
 

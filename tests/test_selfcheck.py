@@ -20,7 +20,7 @@ from triton.runtime.errors import PTXASError  # noqa: E402
 from fusedres import first_use  # noqa: E402
 from fusedres.__main__ import main  # noqa: E402
 from fusedres.backends.triton import TritonBackend  # noqa: E402
-from fusedres.kernels import conv_dgrad, conv_forward, conv_pointwise_backward, conv_wgrad, tiles  # noqa: E402
+from fusedres.kernels import conv_dgrad, conv_forward, conv_pointwise_backward, conv_wgrad, launch, tiles  # noqa: E402
 from fusedres.kernels.launch import INTERPRETED  # noqa: E402
 from fusedres.tuning import plans, selfcheck  # noqa: E402
 from fusedres.tuning.convolutions import Draw  # noqa: E402
@@ -157,6 +157,9 @@ def test_what_is_compared_is_the_same_kernel_on_few_pixels():
     other = config_of(asked)
     assert selfcheck.key_of(asked, other) == selfcheck.key_of(asked._replace(x=(32, 8, 28, 3)), other)
     assert selfcheck.key_of(asked, other) != selfcheck.key_of(asked._replace(x_pitch=16), other)
+    plain = selfcheck.key_of(asked, other)
+    with launch.dependent_launches(True):
+        assert selfcheck.key_of(asked, other) != plain
 
 
 def call(backend: TritonBackend, op: str) -> tuple[torch.Tensor | None, ...]:

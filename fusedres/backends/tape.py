@@ -58,7 +58,7 @@ _recording = threading.local()
 class Launch(Protocol):
     """What a driver is asked for: a ``function`` by its handle, over a ``grid``, in blocks of so many ``threads`` with ``shared`` bytes.
     ``parameters``: of each, the operand and the bytes behind its address, or -1 and the bits of a number. ``owner`` keeps the function
-    loaded."""
+    loaded. ``dependent``: it may be scheduled before the kernel in front of it has ended."""
 
     @property
     def owner(self) -> object: ...
@@ -72,6 +72,8 @@ class Launch(Protocol):
     def shared(self) -> int: ...
     @property
     def parameters(self) -> Sequence[tuple[int, int]]: ...
+    @property
+    def dependent(self) -> bool: ...
 
 
 #: told of every launch with its operands; of None where nobody can say what a driver is asked for
@@ -80,10 +82,11 @@ OnLaunch = Callable[[Launch | None, Tensors], None]
 
 class Launcher(NamedTuple):
     """What plays launches: ``observed`` is a ``with`` in which it tells of them, ``function`` the address of the driver's function of the
-    type of CUDA's ``cuLaunchKernel``."""
+    type of CUDA's ``cuLaunchKernel``, and ``dependent`` of that of ``cuLaunchKernelEx``, where launches may be dependent."""
 
     observed: Callable[[OnLaunch], contextlib.AbstractContextManager[None]]
     function: int
+    dependent: int = 0
 
 
 class Tape(NamedTuple):
@@ -96,10 +99,13 @@ class Tape(NamedTuple):
     returned: tuple[int | None, ...]
     held: tuple[object, ...] = ()
 
-    def play(self, given: Tensors, stream: int = 0, launcher: int = 0) -> list[Tensor | None] | None:
-        """The results for other tensors ``given``; launches go to that ``stream`` of the device. None, with nothing done, where one that it
-        reads is elsewhere, aligned otherwise, or of another dtype, shape or strides."""
-        found = _play(self.inputs(given), self.code, self.numbers, stream, launcher)
+    def play(
+        self, given: Tensors, stream: int = 0, launcher: int = 0, dependent: int = 0
+    ) -> list[Tensor | None] | None:
+        """The results for other tensors ``given``; launches go to that ``stream`` of the device, by the driver's functions at the addresses
+        ``launcher`` and ``dependent``. None, with nothing done, where one that it reads is elsewhere, aligned otherwise, or of another
+        dtype, shape or strides."""
+        found = _play(self.inputs(given), self.code, self.numbers, stream, launcher, dependent)
         return [None if at is None else found[at] for at in self.returned] if found else None
 
 
@@ -130,7 +136,8 @@ def run(
         return schedule()
     known = memo.get(key, 0)
     if isinstance(known, Tape):
-        found = known.play(given) if launcher is None else known.play(given, stream, launcher.function)
+        driver = () if launcher is None else (stream, launcher.function, launcher.dependent)
+        found = known.play(given, *driver)
         return schedule() if found is None else found
     if known is None:
         return schedule()
@@ -197,7 +204,8 @@ class _Recorder(TorchDispatchMode):
             if launch is None:
                 raise _Refused
             slots = [None if t is None else self._slot(t) for t in operands]
-            step = [_LAUNCH, launch.function, *launch.grid, launch.threads, launch.shared, len(launch.parameters)]
+            step = [_LAUNCH, launch.function, *launch.grid, launch.threads, launch.shared, int(launch.dependent)]
+            step.append(len(launch.parameters))
             for operand, rest in launch.parameters:
                 slot = None if operand < 0 else slots[operand]
                 step += (-1 if slot is None else slot, rest)

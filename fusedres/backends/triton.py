@@ -98,7 +98,7 @@ def _otherwise(problem: Problem) -> str:
 
 
 def _launcher() -> tape.Launcher:
-    return tape.Launcher(requests.observed, launch.driver_launch())
+    return tape.Launcher(requests.observed, launch.driver_launch(), requests.driver_launch_dependent())
 
 
 class TritonBackend(Backend):
@@ -478,7 +478,8 @@ class TritonBackend(Backend):
             return schedule()
         # everything that decides how the maps' convolutions run
         settings = (
-            self.name, x.device, chosen_plan(), plans.edition, launch.edition, len(self._fallen), launch.product_precision(x.dtype)
+            self.name, x.device, chosen_plan(), plans.edition, launch.edition, launch.dependent, len(self._fallen),
+            launch.product_precision(x.dtype),
         )  # fmt: skip
         return tape.run(
             memo, (which, settings, *map(tape.measures, maps)), (*maps, *tensors), schedule, _launcher(), stream

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..backends.eager import BACKEND as EAGER
 from ..first_use import DRAWS, are_right
+from ..kernels import launch
 from ..kernels.conv_pointwise_forward import in_few_programs
 from ..kernels.launch import arch_of
 from ..kernels.tiles import ConvConfig, conv_config
@@ -125,7 +126,9 @@ def name_of(problem: Problem, config: ConvConfig) -> str:
 
 def key_of(problem: Problem, config: ConvConfig) -> str:
     """The name of a kernel with what it is launched for."""
-    return hashlib.sha256(repr((small(problem), config)).encode()).hexdigest()[:32]
+    # of dependent launches every kernel is another program
+    kind = ("dependent",) if launch.dependent else ()
+    return hashlib.sha256(repr((small(problem), config, *kind)).encode()).hexdigest()[:32]
 
 
 class Finding(NamedTuple):
@@ -165,20 +168,21 @@ class Checker:
 
     def __init__(self, backend: TritonBackend) -> None:
         self._backend = backend
-        self._right: set[tuple[Problem, Plan, torch.device]] = set()
+        self._right: set[tuple[Problem, Plan, torch.device, bool]] = set()
         self._known: dict[torch.device, dict[str, Finding]] = {}
 
     def compare(self, problem: Problem, plan: Plan, device: torch.device) -> str:
         """How the kernel that ``plan`` gives to the problem was found, at its first use on a GPU model: RIGHT or DIFFERS. It raises where
         it cannot be built."""
-        if (problem, plan, device) in self._right:
+        this = problem, plan, device, launch.dependent
+        if this in self._right:
             return RIGHT
         config, known = _tile(problem, plan, device), self._of(device)
         key = key_of(problem, config)
         if key not in known or known[key].found not in (RIGHT, DIFFERS):
             self.note(problem, plan, device, RIGHT if passes(self._backend, problem, config, device) else DIFFERS)
         if known[key].found == RIGHT:
-            self._right.add((problem, plan, device))
+            self._right.add(this)
         return known[key].found
 
     def note(self, problem: Problem, plan: Plan, device: torch.device, found: str) -> None:

@@ -280,6 +280,33 @@ def tapes_are_schedules() -> dict[str, object]:
     return {"launches": len(steps[0]), "same": [s == steps[0] for s in steps], "in_python": in_python}
 
 
+def dependent() -> dict[str, list[list[int]]]:
+    """Of a network's steps in inference, of which later ones are played: all launches, the dependent ones, and how many go through Python.
+    Where launches are to be dependent on an sm_90, then not, then again, then on an sm_80."""
+    block = _DenseBlock(2, 8, 2, 8, 0.0).eval()
+    model = fusedres.convert(block.to(torch.bfloat16, memory_format=torch.channels_last), verify=False)
+    x = torch.randn(2, 8, 6, 6).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    found: dict[str, list[list[int]]] = {}
+
+    def steps(family: str, on: bool) -> list[list[int]]:
+        arch, taken = launch.Arch(family, 227 * 1024, 32), list[list[int]]()
+        with mock.patch.object(launch, "arch_of_gpu", lambda _: arch), launch.dependent_launches(on):
+            for _ in range(4):
+                before = [count.value for count in counts]
+                with mock.patch.object(Prepared, "_run", autospec=True, side_effect=Prepared._run) as runs:
+                    model(x)
+                taken.append([*(c.value - b for c, b in zip(counts, before, strict=True)), runs.call_count])
+        return taken
+
+    with compiled(), select.observe(lambda backend: BACKEND), torch.no_grad():
+        library = ctypes.CDLL("libcuda.so.1")
+        counts = [ctypes.c_long.in_dll(library, f"fusedres_stub_{name}") for name in ("launches", "dependent")]
+        found["on"], found["off"], found["on again"] = steps("sm_90", True), steps("sm_90", False), steps("sm_90", True)
+        forget()  # a machine has one kind of GPU
+        found["older"] = steps("sm_80", True)
+    return found
+
+
 def really_compiled() -> dict[str, object]:
     """Of a kernel that Triton has compiled itself: whether the driver is asked for what is said of it, at its first launch and later."""
     said: list[tuple] = []
@@ -362,6 +389,7 @@ SCENES = (
     requests_are_tritons,
     described,
     tapes_are_schedules,
+    dependent,
     refusals,
 )
 

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     pytest.mark.usefixtures("exact_and_unmeasured", "uninitialised_memory_is_nan"),
     pytest.mark.skipif(
-        not INTERPRETED and not tiles.has_descriptors(arch_of(torch.device("cuda"))),
+        not INTERPRETED and not tiles.is_since_hopper(arch_of(torch.device("cuda"))),
         reason="this GPU has no descriptors",
     ),
 ]

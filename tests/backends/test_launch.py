@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 pytest.importorskip("triton")
@@ -83,6 +84,27 @@ def test_a_tape_asks_the_driver_for_what_its_schedule_does(found):
     assert recording[:2] == [result["launches"]] * 2 and played == 0
     # a thread's first schedule goes through Triton's launcher, which makes the device's context current
     assert watched == result["launches"] and 0 < in_a_thread == recording[2] < 10
+
+
+def test_launches_are_dependent_only_by_the_environment_variable():
+    environment = {k: v for k, v in os.environ.items() if k != "FUSEDRES_DEPENDENT_LAUNCHES"}
+    said = []
+    for variable in ({}, {"FUSEDRES_DEPENDENT_LAUNCHES": "0"}, {"FUSEDRES_DEPENDENT_LAUNCHES": "1"}):
+        command = ["-c", "from fusedres.kernels import launch; print(launch.dependent)"]
+        said.append(forked.python(command, cwd=ROOT, env=environment | variable).stdout.strip())
+    assert said == ["False", "False", "True"]
+
+
+@needs_extension
+def test_launches_are_dependent_where_they_are_asked_to_be_and_the_gpu_can(found):
+    """By Triton's launcher and from a tape, each switch with a tape of its own."""
+    count = found["dependent"]["on"][0][0]
+    assert count > 5
+    for which, steps in found["dependent"].items():
+        of_them = count if which.startswith("on") else 0
+        assert [step[:2] for step in steps] == [[count, of_them]] * 4, which
+        in_python = [step[2] for step in steps]
+        assert in_python == [0] * 4 if which == "on again" else in_python[0] == count and in_python[-1] == 0, which
 
 
 def test_arguments_are_checked_when_a_launch_is_prepared(found):

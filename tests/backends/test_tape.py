@@ -294,7 +294,8 @@ ONE = (1, 6, 1, 1, 1)
         ([0, -1, 1, 1, *ONE, 0, 8, 10**6], "no operator has the number"),
         ([0, -1, 1, 2, *ONE, 0, 3, 1, 0], "tensor 1 is not there"),
         ([0, -1, 1, 1, *ONE, 0, 3, 0, 4], "there is no number 4"),
-        ([0, -1, 1, 1, *ONE, 0, 9, 1], "has no driver"),
+        ([0, -1, 1, 1, *ONE, 0, 9, 1, 1, 1, 1, 32, 0, 0, 0], "has no driver"),
+        ([0, -1, 1, 1, *ONE, 0, 9, 1, 1, 1, 1, 32, 0, 1, 0], "has no driver"),
     ],
 )
 def test_a_broken_tape_is_an_error(code, says):
