@@ -13,7 +13,8 @@ AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(dword|ushort|sh
 AMD_BITS = {"dword": 32, "ushort": 16, "short": 16, "sshort": 16, "ubyte": 8, "byte": 8, "sbyte": 8}
 PLACE = re.compile(r"(?://|;) (\w+\.py):(\d+):(\d+)")
 LABEL, INSTRUCTION = re.compile(r"(\.L_x_\d+):"), re.compile(r"\s*/\*[0-9a-f]+\*/\s+(.*?);")
-JUMP = re.compile(r"\bBRA\b.*?(\.L_x_\d+)")
+# a call from which nothing returns is how a far place is reached
+JUMP = re.compile(r"\b(?:BRA|CALL\.REL\.NOINC)\b.*?(\.L_x_\d+)")
 OPERAND = re.compile(r"tl\.(?:load|store)\((\w+)")
 
 
@@ -73,12 +74,7 @@ def instructions(listing: str) -> list[str]:
 def shortest_cycle(listing: str, word: str) -> int:
     """The instructions of the shortest way from an instruction ``word`` back to it, of all of them: a step of a loop, without what a branch
     skips. 0 where no way leads back."""
-    code, labels = list[str](), dict[str, int]()
-    for line in listing.splitlines():
-        if label := LABEL.match(line):
-            labels[label[1]] = len(code)
-        elif found := INSTRUCTION.match(line):
-            code.append(found[1])
+    code, labels = _program(listing)
     best = 0
     for start in (i for i, text in enumerate(code) if re.search(rf"\b{word}\b", text)):
         seen, front, length = {start}, [start], 0
@@ -91,6 +87,34 @@ def shortest_cycle(listing: str, word: str) -> int:
             front = [at for at in dict.fromkeys(front) if at not in seen]
             seen.update(front)
     return best
+
+
+def shortest_way(listing: str, word: str) -> int:
+    """The instructions of the shortest way from the first one through an instruction ``word`` to an end. 0 where there is none."""
+    code, labels = _program(listing)
+    front, seen, length = [(0, False)], {(0, False)}, 0
+    while front:
+        length += 1
+        after: list[tuple[int, bool]] = []
+        for at, passed in front:
+            passes = passed or bool(re.search(rf"\b{word}\b", code[at]))
+            if passes and code[at].startswith("EXIT"):
+                return length
+            after += [(place, passes) for place in _behind(code[at], at, labels) if place < len(code)]
+        front = [state for state in dict.fromkeys(after) if state not in seen]
+        seen.update(front)
+    return 0
+
+
+def _program(listing: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions, and where labels stand among them."""
+    code, labels = list[str](), dict[str, int]()
+    for line in listing.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif found := INSTRUCTION.match(line):
+            code.append(found[1])
+    return code, labels
 
 
 def _behind(instruction: str, at: int, labels: dict[str, int]) -> list[int]:

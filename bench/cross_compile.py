@@ -42,7 +42,7 @@ from fusedres.kernels.launch import Launch, record
 from fusedres.kernels.tiles import Arch
 
 from . import environment
-from .assembly import access_widths, count, instructions, longest_loop, shortest_cycle
+from .assembly import access_widths, count, instructions, longest_loop, shortest_cycle, shortest_way
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 MODELS = ("resnet50", "densenet121")
@@ -219,7 +219,8 @@ def variants(arch: Arch, models: Sequence[str] = MODELS) -> dict[Variant, Use]:
 class Figures:
     """How a variant compiled: counts of instructions, bytes of shared memory, and the narrowest load from and store to
     each tensor in global memory, in bits. ``loop``: the instructions of the longest innermost loop, 0 where nobody looked; ``step``: of the
-    shortest way from a matrix instruction back to it; ``total``: of the kernel; ``copies``: those of whole boxes (TMA)."""
+    shortest way from a matrix instruction back to it; ``way``: of the shortest way through the kernel and a matrix instruction, without
+    what only a last, partial tile runs; ``total``: of the kernel; ``copies``: those of whole boxes (TMA)."""
 
     registers: int
     spills: int
@@ -229,6 +230,7 @@ class Figures:
     stores: dict[str, int] = field(default_factory=dict)
     loop: int = 0
     step: int = 0
+    way: int = 0
     total: int = 0
     copies: dict[str, int] = field(default_factory=dict)
 
@@ -286,6 +288,7 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Figures:
         stores=stores,
         loop=longest_loop(listing),
         step=shortest_cycle(listing, architecture.matrix),
+        way=shortest_way(listing, architecture.matrix),
         total=len(instructions(listing)),
         copies=count("UTMALDG UTMASTG", listing),
     )

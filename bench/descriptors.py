@@ -62,9 +62,10 @@ def launched(problem: Problem, plan: Plan, architecture: Architecture) -> Varian
 
 def issued(problem: Problem, tile: ConvConfig, figures: Figures) -> float:
     """The cycles for a pixel of the whole convolution in which its instructions are issued. Of one loop over the steps of all tiles the
-    shortest way through it is a step, the longest one with everything that ends a tile; a kernel for one tile has no more than that."""
+    shortest way through it is a step, the longest one with everything that ends a tile; a kernel for one tile has beside its steps what is
+    on the shortest way through it."""
     steps = -(-problem.x[1] // tile.BLOCK_K)
-    rest = figures.loop - figures.step if tile.descriptors else figures.total - figures.loop
+    rest = figures.loop - figures.step if tile.descriptors else figures.way - figures.step
     of_tile = steps * figures.step + rest
     return -(-problem.weight[0] // tile.BLOCK_N) * of_tile * tile.num_warps / ISSUES / tile.BLOCK_M
 
@@ -94,7 +95,7 @@ class Row:
         found = [
             f"{p.x[1]} to {p.weight[0]}", features, self.first, "**descriptors**" if self.tile.descriptors else "itself",
             f"{self.tile.BLOCK_M}x{self.tile.BLOCK_N}x{self.tile.BLOCK_K}, {self.tile.num_warps}, {self.tile.num_stages}",
-            str(f.registers), str(f.spills), str(f.shared), str(f.step), str(f.loop), str(f.total),
+            str(f.registers), str(f.spills), str(f.shared), str(f.step), str(f.loop), str(f.way), str(f.total),
             " ".join(f"{name} {count}" for name, count in {**f.copies, **f.matrix}.items()) + (" FAULT" if fault else ""),
         ]  # fmt: skip
         if family == "sm_90":
@@ -126,12 +127,14 @@ def markdown(rows: dict[str, list[Row]], where: dict) -> str:
         "",
         " ".join((__doc__ or "").split("\n\n")[2].split()),
         "",
-        "Step: the instructions of the shortest way from a matrix instruction back to it. Loop: the longest innermost loop. Total: the "
-        "whole kernel. UTMALDG and UTMASTG copy boxes; the others are matrix instructions.",
+        "Step: the instructions of the shortest way from a matrix instruction back to it. Loop: the longest innermost loop. Way: the "
+        "shortest one through the kernel and a matrix instruction: of a kernel for one tile that of a full tile in one step. Total: the "
+        "whole kernel. "
+        "UTMALDG and UTMASTG copy boxes; the others are matrix instructions.",
     ]
     head = [
         "channels", "epilogue", "first in", "loads by", "tile, warps, stages", "registers", "spills", "shared", "step", "loop",
-        "total", "instructions",
+        "way", "total", "instructions",
     ]  # fmt: skip
     for family, of_family in rows.items():
         names = head + (["issue", "memory", "product cycles a pixel"] if family == "sm_90" else [])

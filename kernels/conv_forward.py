@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .device import begin, epilogue, normalize, store_moments, vector
+from .device import as_stored, begin, epilogue, normalize, store_moments, vector
 from .launch import SIZES, Prepared, arch_of, prepare, product_precision
 from .layout import Form, align, aligned, form, form_of, is_wide, map_form, offsets, partials_form, pitch_or_zero
 from .operands import Activation, Epilogue, Geometry, LazyMap
@@ -88,16 +88,23 @@ def conv_forward_kernel(
         b = tl.load(weight + b_at, mask=in_c[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     n += first_n
-    valid = m < rows
-    mask = valid[:, None] & in_n[None, :]
+    mask = (m < rows)[:, None] & in_n[None, :]
     other = None
     if residual is not None:
         other = tl.load(residual + offsets(m, residual_pitch, n, ALIGN_K, WIDE), mask=mask, other=0.0)
     acc = epilogue(acc, other, n, in_n, bias, out_scale, out_shift, residual_scale, residual_shift, OUT_ACT)
     stored = acc.to(out.dtype.element_ty)
-    tl.store(out + offsets(m, out_pitch, n, ALIGN_K, WIDE), stored, mask=mask)
+    at = offsets(m, out_pitch, n, ALIGN_K, WIDE)
+    tl.store(out + at, stored, mask=mask)
     if partials is not None:
-        store_moments(partials, tile_m, tl.cdiv(rows, BLOCK_M), n, in_n, K * tl.num_programs(1), stored, valid)
+        stored = as_stored(out + at, stored, rows < 0)
+        tiles, width = tl.cdiv(rows, BLOCK_M), K * tl.num_programs(1)
+        left = rows - tile_m * BLOCK_M
+        # all tiles but the last one spare the masks
+        if left < BLOCK_M:
+            store_moments(partials, tile_m, tiles, n, in_n, width, stored, left, False)
+        else:
+            store_moments(partials, tile_m, tiles, n, in_n, width, stored, left, True)
 
 
 class _Forward(NamedTuple):

@@ -79,8 +79,7 @@ def conv_pointwise_forward_kernel(
         stored = acc.to(out.dtype)
         out.store([first_m, first_n], stored)
         if partials is not None:
-            valid = first_m + tl.arange(0, BLOCK_M) < rows
-            store_moments(partials, tile_m, tiles_m, n, in_n, K, stored, valid)
+            store_moments(partials, tile_m, tiles_m, n, in_n, K, stored, rows - first_m, False)
 
 
 class _Limit(threading.local):

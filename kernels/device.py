@@ -89,10 +89,36 @@ def epilogue(acc, other, n, inside, bias, scale, shift, other_scale, other_shift
 
 
 @triton.jit
-def store_moments(partials, tile, tiles, n, inside, K, stored, valid):
-    """The mean and M2 of the ``valid`` rows of a tile, as partials [2, tiles, K]: of what is ``stored``, so that they normalise exactly
-    what the next reader loads."""
-    zeros = tl.zeros(stored.shape, tl.float32)
-    _, mean, m2 = moments_of_rows(valid.to(tl.float32), stored.to(tl.float32), zeros)
-    tl.store(partials + tile * K + n, mean, mask=inside)
-    tl.store(partials + (tiles + tile) * K + n, m2, mask=inside)
+def as_stored(pointers, tile, never):
+    """``tile`` itself, held by the threads that store it to ``pointers``: several rows of the same columns each, so that most of a sum over
+    rows needs no other thread, where the matrix units leave a row or two of many columns.
+
+    A load that never happens, of which the compiler has to assume that it may: Triton has no other way to ask for this. Not in a pipelined
+    loop, whose loads it moves ahead. ``never`` is false, which the compiler does not know.
+    """
+    return tl.load(pointers, mask=never, other=tile)
+
+
+@triton.jit
+def store_moments(partials, tile, tiles, n, inside, K, stored, rows, WHOLE: tl.constexpr):
+    """The mean and M2 of the first ``rows`` rows of a tile (WHOLE: of all), as partials [2, tiles, K]: of what is ``stored``, so that they
+    normalise exactly what the next reader loads. What the other rows hold is finite where those of the map are.
+
+    Two passes, and the mean refined once about its first estimate, as :func:`moments_of_rows` does.
+    """
+    values = stored.to(tl.float32)
+    if WHOLE:
+        count = stored.shape[0] * 1.0
+        center = tl.sum(values, 0) * (1.0 / count)
+        deviation = values - center[None, :]
+    else:
+        count = tl.minimum(rows, stored.shape[0]).to(tl.float32)
+        weight = (tl.arange(0, stored.shape[0]) < rows).to(tl.float32)[:, None]
+        center = tl.sum(values * weight, 0) * (1.0 / count)
+        deviation = (values - center[None, :]) * weight
+    rest = tl.sum(deviation, 0) * (1.0 / count)
+    spread = tl.sum(deviation * deviation, 0)
+    # of equal rows the difference may round to less than nothing
+    spread = tl.maximum(spread - count * rest * rest, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(partials + tile * K + n, center + rest, mask=inside)
+    tl.store(partials + (tiles + tile) * K + n, spread, mask=inside)

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 pytest.importorskip("torchvision")
 pytest.importorskip("rich")
 
-from bench.assembly import instructions, longest_loop, shortest_cycle  # noqa: E402
+from bench.assembly import instructions, longest_loop, shortest_cycle, shortest_way  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +100,31 @@ def test_a_step_is_the_shortest_way_from_a_matrix_instruction_to_itself():
     """Without what a branch skips; none leads back to what is behind the loop."""
     assert longest_loop(LISTING) == 6 and shortest_cycle(LISTING, "HGMMA") == 4
     assert shortest_cycle(LISTING, "HMMA") == 0 and len(instructions(LISTING)) == 9
+
+
+TWO_ENDS = """
+        /*0000*/               @P2 CALL.REL.NOINC `(.L_x_1) ;
+        /*0010*/                   IADD3 R2, R2, 1, RZ ;
+        /*0020*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*0030*/                   EXIT ;
+.L_x_2:
+        /*0040*/                   HMMA.16816.F32.BF16 R44, R40, R30, R44 ;
+        /*0050*/               @P0 BRA `(.L_x_3) ;
+        /*0060*/                   IADD3 R3, R3, 1, RZ ;
+        /*0070*/              @!P1 EXIT ;
+        /*0080*/                   STG.E [R2], R3 ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   STG.E [R2], R3 ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_the_shortest_way_passes_a_matrix_instruction_and_everything_until_an_end():
+    """Not the end that is reached without one, nor one under a condition; a call from which nothing returns is a jump."""
+    assert shortest_way(TWO_ENDS, "HMMA") == 7 and shortest_way(TWO_ENDS, "IADD3") == 7
+    assert shortest_way(TWO_ENDS, "CALL") == 2 and shortest_way(TWO_ENDS, "HGMMA") == 0
 
 
 def test_a_pointwise_forward_by_descriptors_compiles_well(tmp_path):
