@@ -301,6 +301,12 @@ def faults(variant: Variant, figures: Figures, architecture: Architecture) -> li
         found.append(f"{figures.spills} spills")
     if figures.shared > architecture.arch.shared:
         found.append(f"{figures.shared} bytes of shared memory")
+    options = dict(variant.options)
+    if "maxnreg" in options:
+        threads = 32 * options["num_warps"]
+        # of a multiprocessor's shared memory each program takes a KiB more than it asks for
+        if 2 * threads * figures.registers > 64 * 1024 or 2 * (figures.shared + 1024) > architecture.arch.shared + 1024:
+            found.append("one program a multiprocessor, although its registers are bounded")
     if variant.is_unaligned:
         return found
     if variant.is_product and architecture.matrix not in figures.matrix:

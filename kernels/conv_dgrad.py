@@ -180,7 +180,7 @@ def _dgrad(
         ALIGN_C=align(channels, x_pitch, base_pitch, dx_pitch), ALIGN_K=align(outputs, grad_pitch, raw_pitch),
         WIDE=is_wide(grad, raw, x, base, dx), PRECISION=precision, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
         BLOCK_K=config.BLOCK_K,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, registers=config.registers,
     )  # fmt: skip
     return launch, partials, operand is not None
 

@@ -164,6 +164,7 @@ def _forward(
         ALIGN_K=align(outputs, out_pitch, residual_pitch), WIDE=is_wide(x, out, residual), PRECISION=precision,
         BLOCK_M=config.BLOCK_M,
         BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, num_warps=config.num_warps, num_stages=config.num_stages,
+        registers=config.registers,
     )  # fmt: skip
     return _Forward(launch, out, partials, rows, config.BLOCK_M)
 

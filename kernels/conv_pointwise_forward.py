@@ -162,7 +162,7 @@ def _forward(
         rows=rows, steps=steps, K=outputs, OUT_ACT=out_act, ALIGN_K=align(outputs), PRECISION=precision,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K, STAGES=config.num_stages,
         WHOLE=steps == 1, SPECIALIZE=specialize, num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_stages=config.num_stages, registers=config.registers,
     )  # fmt: skip
     return _Forward(launch, out, partials, rows, config.BLOCK_M)
 

@@ -202,7 +202,8 @@ class Prepared:
 
     ``operands``: the forms of the tensors (None: absent), by the names of the kernel's parameters, in the order of its signature, where
     they come first. Several names are the rows of one tensor. Behind them come the ``late`` numbers, then ``numbers``. ``num_warps``
-    counts warps of 32 threads, so that a configuration means the same number of threads everywhere; ``num_stages`` is Triton's.
+    counts warps of 32 threads, so that a configuration means the same number of threads everywhere; ``num_stages`` is Triton's; of
+    ``registers`` a thread has so many at most on NVIDIA's GPUs, 0: no bound.
     ``boxes``: of which operands, maps or a 1x1's weight, the kernel takes a tensor descriptor, and the rows and channels that it moves at
     once; their addresses are multiples of 16. A kernel's last parameter is DEPENDENT, which ``arch`` says.
 
@@ -219,6 +220,7 @@ class Prepared:
         *,
         num_warps: int,
         num_stages: int | None = None,
+        registers: int = 0,
         late: tuple[str, ...] = (),
         **numbers: object,
     ) -> None:
@@ -229,6 +231,8 @@ class Prepared:
         self._options: dict[str, object] = {"num_warps": max(1, num_warps * 32 // arch.warp)}
         if num_stages is not None:
             self._options["num_stages"] = num_stages
+        if registers and arch.family.startswith("sm_"):
+            self._options["maxnreg"] = registers
         if arch.dependent:
             self._options["launch_pdl"] = True
         self._names = [names.split() for names in operands]

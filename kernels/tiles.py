@@ -79,9 +79,11 @@ def block(size: int, smallest: int, largest: int) -> int:
 class ConvConfig:
     """The tile of a convolution: BLOCK_M rows, BLOCK_N columns, BLOCK_K of the reduced dimension a step; warps of 32 threads. With
     ``descriptors`` a 1x1 that has such a form (:func:`is_described`) loads and stores by tensor descriptors (conv_pointwise_forward.py);
-    everything else is as without.
+    everything else is as without. ``registers``: the most that a thread takes on an NVIDIA GPU, so that more programs run on a
+    multiprocessor at once; 0: as many as the compiler likes.
 
-    Raises ValueError for what is no tile: blocks are powers of two from 16 on, warps powers of two up to 16, stages at least 1.
+    Raises ValueError for what is no tile: blocks are powers of two from 16 on, warps powers of two up to 16, stages at least 1, registers 0
+    or from 32 to 255.
     """
 
     BLOCK_M: int
@@ -90,19 +92,22 @@ class ConvConfig:
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    registers: int = 0
 
     def __post_init__(self) -> None:
         values = (self.BLOCK_M, self.BLOCK_N, self.BLOCK_K, self.num_warps, self.num_stages)
         powers = all(type(v) is int and v > 0 for v in values) and all(v & (v - 1) == 0 for v in values[:4])
-        powers = powers and type(self.descriptors) is bool
-        if not powers or min(values[:3]) < 16 or self.num_warps > 16:
+        powers = powers and type(self.descriptors) is bool and type(self.registers) is int
+        if not powers or min(values[:3]) < 16 or self.num_warps > 16 or self.registers not in (0, *range(32, 256)):
             raise ValueError(
-                f"{self} is no tile: blocks are powers of two from 16 on, num_warps a power of two up to 16, num_stages at least 1"
+                f"{self} is no tile: blocks are powers of two from 16 on, num_warps a power of two up to 16, num_stages at least 1, "
+                "registers 0 or from 32 to 255"
             )
 
     def __str__(self) -> str:
         blocks = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}"
         by = ", descriptors" if self.descriptors else ""
+        by += f", {self.registers} registers" if self.registers else ""
         return f"{blocks}, {self.num_warps} warps, {self.num_stages} stages{by}"
 
 
@@ -121,7 +126,9 @@ class ConvSize(NamedTuple):
 
 class Row(NamedTuple):
     """The tile of a kernel: ``block_m`` x ``block_n`` at most, ``few_n`` columns where there are few rows (FEW_ROWS), ``pending_n`` where
-    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most.
+    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most. With
+    ``paired_stages`` a program of eight warps in 16 bits takes so many stages at most and half a multiprocessor's registers, so that two
+    run on it.
     Without a ``block_m`` there is no such kernel."""
 
     kernel: str
@@ -133,8 +140,10 @@ class Row(NamedTuple):
     pending_n: int
     eight_from: int
     max_warps: int = 8
+    paired_stages: int = 0
 
 
+PAIRED_REGISTERS = 128  # of a thread in eight warps: a multiprocessor of sm_80 and sm_90 has 64 K
 FEW_ROWS = 128 * 128  # below, a tile of half the columns gives twice as many programs
 
 # The first row that fits counts: "one" is the plain product, "many" everything else, "any" every architecture.
@@ -149,11 +158,18 @@ ROWS = (
     # 128 x 128 where there are columns enough: the prologue is repeated for every tile of columns
     Row("forward", "one", "any", 128, 128, 64, 128, eight_from=128 * 128),
     Row("forward", "many", "any", 128, 64, 64, 64, eight_from=128 * 128, max_warps=4),
-    # the epilogue's x, base and sums live beside the accumulator, which at 128 x 128 leaves no registers
+    # the epilogue's x, base and sums live beside the accumulator, which at 128 x 128 leaves no registers. Before every product its operands
+    # go through registers to shared memory, for which all of a program's warps wait: on sm_80 and sm_90 two programs of 128 registers fit
+    # without a spill (results/cross-compile.md), of which one loads while the other multiplies
+    Row("dgrad", "one", "sm_80", 128, 64, 64, 64, eight_from=128 * 64, paired_stages=2),
+    Row("dgrad", "one", "sm_90", 128, 64, 64, 64, eight_from=128 * 64, paired_stages=2),
     Row("dgrad", "one", "any", 128, 64, 64, 64, eight_from=128 * 64),
     Row("dgrad", "many", "any", 64, 64, 64, 64, eight_from=128 * 64, max_warps=4),
     # BLOCK_M of C by BLOCK_N of K, at one tap: the matrix instructions of sm_90 and sm_100 want 64 rows at least, and a growth rate is
-    # narrower than that; a pending gradient is two maps, for which 128 columns leave no registers
+    # narrower than that; a pending gradient is two maps, for which 128 columns leave no registers. Pairs as for dgrad,
+    # but not of several taps on sm_80, which would spill
+    Row("wgrad", "one", "sm_80", 128, 128, 128, 64, eight_from=64 * 128, paired_stages=2),
+    Row("wgrad", "any", "sm_90", 128, 128, 128, 64, eight_from=64 * 128, paired_stages=3),
     Row("wgrad", "any", "any", 128, 128, 128, 64, eight_from=64 * 128),
     # both gradients of a 1x1: BLOCK_M pixels a step, BLOCK_N of C, all of K. gfx1100 has no registers for two accumulators; where operands
     # of a matrix instruction are registers, those of the weight stay in them
@@ -244,9 +260,12 @@ def conv_config(kernel: str, size: ConvSize, arch: Arch) -> ConvConfig:
     block_m, block_n = block(product.m, 16, found.block_m), block(product.n, 16, largest_n)
     block_k = block(product.k, 16, STEP_BYTES // size.itemsize)
     warps = min(found.max_warps, 8 if block_m * block_n >= found.eight_from else 4)
-    return ConvConfig(
-        block_m, block_n, block_k, warps, stages(_step(product, block_m, block_n, block_k, size.itemsize), arch)
-    )
+    most_stages = stages(_step(product, block_m, block_n, block_k, size.itemsize), arch)
+    if found.paired_stages and warps == 8 and size.itemsize == 2:
+        return ConvConfig(
+            block_m, block_n, block_k, warps, min(found.paired_stages, most_stages), registers=PAIRED_REGISTERS
+        )
+    return ConvConfig(block_m, block_n, block_k, warps, most_stages)
 
 
 def _step(product: _Product, block_m: int, block_n: int, block_k: int, itemsize: int) -> int:

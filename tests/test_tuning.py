@@ -80,7 +80,9 @@ def test_an_unreadable_file_is_ignored_and_rewritten(cache, content):
     assert plans.table(DEVICE) == {PROBLEM: LIBRARY}
 
 
-CONFIG_FIELDS = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 2, "num_stages": 2, "descriptors": False}
+CONFIG_FIELDS = {
+    "BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 2, "num_stages": 2, "descriptors": False, "registers": 0,
+}  # fmt: skip
 BAD_ENTRIES = {
     "a tile by position": {"config": list(CONFIG_FIELDS.values())},
     "an unknown field of a tile": {"config": {**CONFIG_FIELDS, "num_ctas": 2}},
@@ -191,7 +193,7 @@ def test_the_backend_follows_the_plan():
     assert "conv_forward" not in launched() and "add_act_forward" in launched()
     plans.remember(DEVICE, {PROBLEM: Plan(True, CONFIG)})
     found = launched()["conv_forward"]
-    names = {field.name for field in dataclasses.fields(ConvConfig)} - {"descriptors"}
+    names = {field.name for field in dataclasses.fields(ConvConfig)} - {"descriptors", "registers"}
     assert ConvConfig(**{name: found[name] for name in names}) == CONFIG
     # another size is another problem; and an override overrides
     assert launched(3).keys() == before.keys()

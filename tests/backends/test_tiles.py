@@ -44,6 +44,23 @@ def test_several_taps_have_four_warps_at_most(kernel):
         tiles.check(kernel, 9, H100, eight)
 
 
+@pytest.mark.parametrize("kernel", ["dgrad", "wgrad"])
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.family)
+def test_gradients_of_eight_warps_run_in_pairs_where_two_fit(kernel, arch):
+    """On sm_80 and sm_90, in 16 bits, by half of a multiprocessor's registers; nothing else is bounded."""
+    tile_of = [(size, tiles.conv_config(kernel, size, arch)) for size in SIZES]
+    assert {tile.num_warps for _, tile in tile_of} >= {8}
+    for size, tile in tile_of:
+        paired = arch.family in ("sm_80", "sm_90") and tile.num_warps == 8 and size.itemsize == 2
+        paired &= size.taps == 1 or arch.family == "sm_90"
+        assert tile.registers == (128 if paired else 0)
+        if paired:
+            assert 2 * tile.registers * 32 * tile.num_warps <= 64 * 1024
+            assert tile.num_stages <= (3 if (kernel, arch.family) == ("wgrad", "sm_90") else 2)
+            assert tiles.smaller(tile)[0].registers == 128
+            assert size.taps == 1 or kernel == "wgrad"
+
+
 def test_a_row_for_a_new_gpu_is_all_it_takes(monkeypatch):
     row = tiles.Row("forward", "many", "sm_90", 64, 32, 32, 32, eight_from=2**30, max_warps=2)
     monkeypatch.setattr(tiles, "ROWS", (row, *tiles.ROWS))
