@@ -16,6 +16,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("rich")
 
 from bench.assembly import instructions, longest_loop, shortest_cycle, shortest_way  # noqa: E402
+from bench.cross_compile import ARCHITECTURES, Figures, Variant, faults  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +101,15 @@ def test_a_step_is_the_shortest_way_from_a_matrix_instruction_to_itself():
     """Without what a branch skips; none leads back to what is behind the loop."""
     assert longest_loop(LISTING) == 6 and shortest_cycle(LISTING, "HGMMA") == 4
     assert shortest_cycle(LISTING, "HMMA") == 0 and len(instructions(LISTING)) == 9
+
+
+@pytest.mark.parametrize(
+    "registers, shared, fit", [(128, 114 * 1024 - 2048, True), (128, 114 * 1024, False), (136, 64 * 1024, False)]
+)
+def test_a_tile_of_bounded_registers_is_wrong_where_two_do_not_fit(registers, shared, fit):
+    one = Variant("kernels.conv_wgrad", "conv_wgrad_kernel", (), (), (), (("num_warps", 8), ("maxnreg", 128)))
+    found = faults(one, Figures(registers, 0, shared, {"HGMMA": 4}, {}, {}), ARCHITECTURES["sm_90"])
+    assert bool(found) != fit and all("one program a multiprocessor" in fault for fault in found)
 
 
 TWO_ENDS = """

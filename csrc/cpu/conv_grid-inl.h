@@ -105,7 +105,7 @@ struct Problem {
   // have fewer
   int64_t line_rows = 1, tile_lines = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
   int winograd = 0;               // the edge of Winograd's output tiles; 0: without his algorithm
-  int winograd_only = kAnyTiles;  // of this edge
+  int winograd_only = kAnyTiles;  // the edge that they may have; 0: none
   bool short_sums = false;        // as of eager's convolution, with whose roundings ours are compared
   bool packs = false;             // a tile packs the weights that it multiplies, panel by panel
 
@@ -171,10 +171,10 @@ struct Problem {
     Problem p = *this;
     p.winograd = 0;
     p.packs = true;
-    if (kPairs && winograd) {
-      p.per_unit = 2;
-      p.src_c /= 2;
-      p.chunk /= 2;
+    if (winograd) {
+      p.per_unit = kChannelsPerUnit;
+      p.src_c /= kChannelsPerUnit;
+      p.chunk /= kChannelsPerUnit;
     }
     return p;
   }
