@@ -147,7 +147,7 @@ struct Problem {
     };
     // measured. Larger tiles have more products, in more and shorter calls; with short vectors the smallest maps lose
     // by them. Next to pairs the smallest tiles are no less work, and the largest round finely enough
-    constexpr Cost kOfNumbers[] = {{2, 16, 4, 4, 100}, {3, 27.5, 6, 4, kLanes < 16 ? 400 : 250}},
+    constexpr Cost kOfNumbers[] = {{2, 16, 4, 4, 100}, {3, 27.5, 6, 4, kLanes < 16 ? 250 : 180}},
                    kOfPairs[] = {{3, 27.5, 6, 4, 500}, {4, 40, 5, 9, 800}};
     int best = 0;
     // a product of units, whether of channels or of pixels, is as much work as one of numbers

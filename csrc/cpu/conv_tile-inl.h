@@ -18,31 +18,42 @@ namespace {
 struct Prefetch {
   struct Range {
     const char* data;
-    int64_t stride, pixels, lines;  // stride in bytes; lines: of a pixel
+    int64_t row_stride, rows, stride, pixels, lines;  // strides in bytes; pixels: of a row; lines: of a pixel
   };
   Range ranges[5];
   int count = 0, current = 0;
-  int64_t pixel = 0, line = 0, total = 0;
+  int64_t row = 0, pixel = 0, line = 0, total = 0, taken = 0, due = 0;  // the last three in lines
 
   // Channels [first, first + width) of pixels [begin, end).
   void add(const Map& map, int64_t begin, int64_t end, int64_t first, int64_t width) {
-    if (map.data == nullptr || end <= begin) return;
+    add(map, begin, 0, 1, 1, end - begin, first, width);
+  }
+  // Of `pixels` pixels in each of `rows` rows, so many pixels apart.
+  void add(const Map& map, int64_t begin, int64_t row_step, int64_t rows, int64_t step, int64_t pixels, int64_t first,
+           int64_t width) {
+    if (map.data == nullptr || pixels <= 0) return;
     constexpr int64_t kSize = sizeof(Value), kPerLine = 64 / kSize;
     const char* data = reinterpret_cast<const char*>(map.data + begin * map.stride + first);
-    // whole pixels are one long run
-    Range range = width == map.stride ? Range{data, 0, 1, div_up((end - begin) * width, kPerLine)}
-                                      : Range{data, map.stride * kSize, end - begin, div_up(width, kPerLine)};
+    const int64_t row_stride = row_step * map.stride * kSize;
+    // whole pixels side by side are one long run
+    Range range = step == 1 && width == map.stride
+                      ? Range{data, row_stride, rows, 0, 1, div_up(pixels * width, kPerLine)}
+                      : Range{data, row_stride, rows, step * map.stride * kSize, pixels, div_up(width, kPerLine)};
     ranges[count++] = range;
-    total += range.pixels * range.lines;
+    total += range.rows * range.pixels * range.lines;
   }
-  // The next `lines` lines, for a kernel of `steps` steps: what is beyond a run of as many is asked for at once.
-  Ahead take(int64_t lines, int64_t steps) {
-    if (lines == 0 || current == count) return kNothingAhead;
-    const Ahead run = next(least(lines, steps));
-    for (lines -= run.count; lines > 0 && current < count;) {
-      const Ahead more = next(lines);
-      more.accompany(0, more.count, [](int64_t) {});
-      lines -= more.count;
+  // For a kernel of `steps` steps, whose share is `lines` lines: as many as it has steps, whenever so many are due.
+  // What is due beyond a run of lines side by side is asked for at once. `weights` are asked for in their stead.
+  Ahead take(int64_t lines, int64_t steps, Ahead weights = kNothingAhead) {
+    due = least(due + lines, total - taken);
+    if (weights.count > 0) return weights;
+    if (due == 0 || (due < steps && taken + due < total)) return kNothingAhead;
+    const Ahead run = next(least(due, steps));
+    due -= run.count;
+    while (due > 0) {
+      const Ahead more = next(due);
+      more.ask();
+      due -= more.count;
     }
     return run;
   }
@@ -51,32 +62,62 @@ struct Prefetch {
   // Up to `lines` lines that lie side by side.
   Ahead next(int64_t lines) {
     const Range& r = ranges[current];
-    const char* first = r.data + pixel * r.stride + line * 64;
+    const char* first = r.data + row * r.row_stride + pixel * r.stride + line * 64;
     const int64_t now = least(lines, r.lines - line);
+    taken += now;
     line += now;
     if (line == r.lines) {
       line = 0;
       if (++pixel == r.pixels) {
         pixel = 0;
-        ++current;
+        if (++row == r.rows) {
+          row = 0;
+          ++current;
+        }
       }
     }
     return {first, now};
   }
 };
 
-// The source pixels that tile `tile` loads, as one range: a tile's rows are consecutive, also across images.
+// The source pixels that tile `tile` loads. Its rows are consecutive, also across images.
 void prefetch_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, Prefetch* prefetch) {
   if (tile >= p.tiles) return;
-  const int64_t begin = p.first_row(tile), end = p.first_row(tile + 1) - 1;
+  const int64_t begin = p.first_row(tile), end = p.first_row(tile + 1), first = p.per_unit * chunk.first,
+                width = p.per_unit * chunk.width;
   const auto line = [&](int64_t row, int64_t offset) {
     const int64_t y = row % p.h.grid * p.h.step + offset;
     return (row / p.h.grid * p.h.src_size + most(0, least(p.h.src_size, y))) * p.w.src_size;
   };
-  const int64_t from = line(begin, p.h.low), to = line(end, p.h.low + p.h.span);
-  prefetch->add(s.map, from, to, p.per_unit * chunk.first, p.per_unit * chunk.width);
-  if (s.q != nullptr) prefetch->add(s.second, from, to, p.per_unit * chunk.first, p.per_unit * chunk.width);
+  const auto add = [&](const Map& map) {
+    if (p.one_to_one() && p.w.step > 1)
+      return prefetch->add(map, line(begin, 0), p.h.step * p.w.src_size, end - begin, p.w.step, p.w.grid, first, width);
+    prefetch->add(map, line(begin, p.h.low), line(end - 1, p.h.low + p.h.span), first, width);
+  };
+  add(s.map);
+  if (s.q != nullptr) add(s.second);
 }
+
+// Whether all weights together do not stay in cache.
+inline bool streams_weights(const Problem& p) {
+  return !p.packs && round_up(p.dst_c, kLanes) * p.depth() > kScratchFloats;
+}
+
+// Weights that do not stay in cache: the next to be read lie behind the `floats` of those that `calls` calls of `steps`
+// steps read, which ask for them.
+struct NextWeights {
+  const char* first;
+  int64_t lines, steps;
+
+  NextWeights(const Problem& p, const float* weights, int64_t floats, int64_t steps)
+      : first(reinterpret_cast<const char*>(weights + floats)),
+        lines(streams_weights(p) ? floats / 16 : 0),
+        steps(steps) {}
+  Ahead of(int64_t call) const {
+    const int64_t begin = call * steps;
+    return {first + 64 * begin, most(0, least(steps, lines - begin))};
+  }
+};
 
 // Chunk `k` of a tile's product by Winograd's algorithm: products of all positions add up over the chunks, and the last
 // one writes c. Returns whether what it wrote is finite.
@@ -107,11 +148,13 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
     for (int64_t position = 0; position < positions; ++position) {
       for (int64_t c0 = 0; c0 < chunk.width; c0 += depth) {
         const int64_t channels = least(depth, chunk.width - c0);
+        const float* of_call = weights + (position * chunk.width + c0) * width;
+        const NextWeights next(p, of_call, channels * width, channels);
         for (int64_t m = 0; m < patches; m += block) {
           kernels().multiply_numbers[vectors][least(block, patches - m)](
-              transformed + position * step + c0, base + m, weights + (position * chunk.width + c0) * width, width,
-              channels, product + position * product_step + m * width, width, k == 0 && c0 == 0,
-              prefetch->take(lines, channels));
+              transformed + position * step + c0, base + m, of_call, width, channels,
+              product + position * product_step + m * width, width, k == 0 && c0 == 0,
+              prefetch->take(lines, channels, next.of(m / block)));
         }
       }
     }
@@ -173,12 +216,13 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
       const int64_t block = even_block(where->pixels, rows_for(vectors));
       for (int i = 0; i < count; ++i) {
         const bool first = k == 0 && i == 0;
+        const float* of_call = weights + (segments[i].row - chunk.row) * width;
+        const NextWeights next(p, of_call, segments[i].depth * width, segments[i].depth);
         for (int64_t m = 0; m < where->pixels; m += block) {
           const int64_t rows = least(block, where->pixels - m);
-          kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m,
-                                            weights + (segments[i].row - chunk.row) * width, width, segments[i].depth,
-                                            c + m * ldc + (panel - first_panel) * kPanel, ldc, first,
-                                            prefetch.take(lines, segments[i].depth));
+          kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m, of_call, width,
+                                            segments[i].depth, c + m * ldc + (panel - first_panel) * kPanel, ldc, first,
+                                            prefetch.take(lines, segments[i].depth, next.of(m / block)));
         }
       }
     }

@@ -46,8 +46,8 @@ def seconds_per_call(step: Callable[[], None], calls: int, device: torch.device)
     return start.elapsed_time(end) / 1e3 / calls
 
 
-#: of quiet between two steps of a round on a CPU: thread pools wait for more work at full speed for some milliseconds after their last
-SETTLING = 0.02
+#: of quiet between two steps of a round on a CPU: thread pools wait for more work at full speed after their last, ONNX Runtime's for 42 ms
+SETTLING = 0.06
 
 
 def in_turns(steps: Sequence[Step], rounds: int, device: torch.device, advance: Callable[[int], None]) -> None:
