@@ -9,7 +9,11 @@ from pathlib import Path
 from fusedres import kernels
 
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b|\bcp\.async\.c[ag]\.\S+ .*, 0x([0-9a-f]+)")
-AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_(dword|ushort|short|sshort|ubyte|byte|sbyte)(?:x(\d))?")
+# since gfx11 with the bits in the name
+AMD_ACCESS = re.compile(
+    r"\b(?:global|buffer|flat)_(load|store)_"
+    r"(?:(dword|ushort|short|sshort|ubyte|byte|sbyte)(?:x(\d))?|(?:d16_)?(?:hi_)?[bui](\d+))"
+)
 AMD_BITS = {"dword": 32, "ushort": 16, "short": 16, "sshort": 16, "ubyte": 8, "byte": 8, "sbyte": 8}
 PLACE = re.compile(r"(?://|;) (\w+\.py):(\d+):(\d+)")
 LABEL, INSTRUCTION = re.compile(r"(\.L_x_\d+):"), re.compile(r"\s*/\*[0-9a-f]+\*/\s+(.*?);")
@@ -42,8 +46,8 @@ def access_widths(assembly: str) -> tuple[dict[str, int], dict[str, int]]:
             kind, vector, size, copied = access.groups()
             bits = int(copied, 16) * 8 if copied else int(vector or 1) * int(size)
         elif access := AMD_ACCESS.search(line):
-            kind, unit, times = access.groups()
-            bits = AMD_BITS[unit] * int(times or 1)
+            kind, unit, times, size = access.groups()
+            bits = AMD_BITS[unit] * int(times or 1) if unit else int(size)
         else:
             continue
         widths = stores if kind in ("st", "store") else loads

@@ -126,9 +126,9 @@ class ConvSize(NamedTuple):
 
 class Row(NamedTuple):
     """The tile of a kernel: ``block_m`` x ``block_n`` at most, ``few_n`` columns where there are few rows (FEW_ROWS), ``pending_n`` where
-    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most. With
-    ``paired_stages`` a program of eight warps in 16 bits takes so many stages at most and half a multiprocessor's registers, so that two
-    run on it.
+    the gradient is read from two maps; eight warps where the tile has ``eight_from`` values or more, else four, ``max_warps`` at most;
+    ``most_stages`` stages at most, and ``step_bytes`` of the reduced dimension a step. With ``paired_stages`` a program of ``paired_warps``
+    in 16 bits takes so many stages at most and half a multiprocessor's registers, so that two run on it.
     Without a ``block_m`` there is no such kernel."""
 
     kernel: str
@@ -140,10 +140,13 @@ class Row(NamedTuple):
     pending_n: int
     eight_from: int
     max_warps: int = 8
+    most_stages: int = 3
+    step_bytes: int = STEP_BYTES
     paired_stages: int = 0
+    paired_warps: int = 8
 
 
-PAIRED_REGISTERS = 128  # of a thread in eight warps: a multiprocessor of sm_80 and sm_90 has 64 K
+MULTIPROCESSOR_REGISTERS = 64 * 1024  # of an NVIDIA GPU, all threads together
 FEW_ROWS = 128 * 128  # below, a tile of half the columns gives twice as many programs
 
 # The first row that fits counts: "one" is the plain product, "many" everything else, "any" every architecture.
@@ -152,9 +155,12 @@ FEW_ROWS = 128 * 128  # below, a tile of half the columns gives twice as many pr
 # divisions, and convolution templates of that shape have been miscompiled at eight warps by Triton (wrong values, no error) in other
 # projects. A row may raise max_warps once tests/backends have passed with it on a GPU of its family.
 ROWS = (
-    # of gfx1100 the accumulator and the operands share 256 registers with the epilogue, which spills in the tiles of all others
-    Row("forward", "one", "gfx1100", 128, 64, 64, 64, eight_from=128 * 64),
+    # of gfx1100 the accumulator and the operands share 256 registers with the epilogue, which spills in the tiles of all others; a thread
+    # holds the pending scale and shift of all channels of a step, and of every stage
+    Row("forward", "one", "gfx1100", 128, 64, 64, 64, eight_from=128 * 64, most_stages=1, step_bytes=64),
     Row("forward", "many", "gfx1100", 64, 64, 64, 64, eight_from=128 * 64, max_warps=4),
+    # as for any; in four warps the compiler stops at 168 registers for a third program, and spills, for which shared memory had no room
+    Row("forward", "one", "sm_120", 128, 128, 64, 128, eight_from=128 * 128, paired_stages=2, paired_warps=4),
     # 128 x 128 where there are columns enough: the prologue is repeated for every tile of columns
     Row("forward", "one", "any", 128, 128, 64, 128, eight_from=128 * 128),
     Row("forward", "many", "any", 128, 64, 64, 64, eight_from=128 * 128, max_warps=4),
@@ -164,12 +170,22 @@ ROWS = (
     Row("dgrad", "one", "sm_80", 128, 64, 64, 64, eight_from=128 * 64, paired_stages=2),
     Row("dgrad", "one", "sm_90", 128, 64, 64, 64, eight_from=128 * 64, paired_stages=2),
     Row("dgrad", "one", "any", 128, 64, 64, 64, eight_from=128 * 64),
+    # there the next step waits in registers, which spills where the gradient is pending; without it as many warps run at once, or more
+    Row("dgrad", "many", "gfx90a", 64, 64, 64, 64, eight_from=128 * 64, max_warps=4, most_stages=1),
+    Row("dgrad", "many", "gfx942", 64, 64, 64, 64, eight_from=128 * 64, max_warps=4, most_stages=1),
+    # with a third stage only one program fits in shared memory, and it spills
+    Row("dgrad", "many", "sm_120", 64, 64, 64, 64, eight_from=128 * 64, max_warps=4, most_stages=2),
     Row("dgrad", "many", "any", 64, 64, 64, 64, eight_from=128 * 64, max_warps=4),
     # BLOCK_M of C by BLOCK_N of K, at one tap: the matrix instructions of sm_90 and sm_100 want 64 rows at least, and a growth rate is
     # narrower than that; a pending gradient is two maps, for which 128 columns leave no registers. Pairs as for dgrad,
     # but not of several taps on sm_80, which would spill
     Row("wgrad", "one", "sm_80", 128, 128, 128, 64, eight_from=64 * 128, paired_stages=2),
     Row("wgrad", "any", "sm_90", 128, 128, 128, 64, eight_from=64 * 128, paired_stages=3),
+    # a third stage spills, and its addresses are a seventh of the kernel
+    Row("wgrad", "many", "sm_100", 128, 128, 128, 64, eight_from=64 * 128, most_stages=2),
+    Row("wgrad", "many", "sm_103", 128, 128, 128, 64, eight_from=64 * 128, most_stages=2),
+    # with one map neither
+    Row("wgrad", "any", "gfx1100", 128, 64, 64, 64, eight_from=64 * 128),
     Row("wgrad", "any", "any", 128, 128, 128, 64, eight_from=64 * 128),
     # both gradients of a 1x1: BLOCK_M pixels a step, BLOCK_N of C, all of K. gfx1100 has no registers for two accumulators; where operands
     # of a matrix instruction are registers, those of the weight stay in them
@@ -258,13 +274,12 @@ def conv_config(kernel: str, size: ConvSize, arch: Arch) -> ConvConfig:
     largest_n = found.few_n if size.rows < FEW_ROWS else found.block_n
     largest_n = min(largest_n, found.pending_n) if size.pending else largest_n
     block_m, block_n = block(product.m, 16, found.block_m), block(product.n, 16, largest_n)
-    block_k = block(product.k, 16, STEP_BYTES // size.itemsize)
+    block_k = block(product.k, 16, found.step_bytes // size.itemsize)
     warps = min(found.max_warps, 8 if block_m * block_n >= found.eight_from else 4)
-    most_stages = stages(_step(product, block_m, block_n, block_k, size.itemsize), arch)
-    if found.paired_stages and warps == 8 and size.itemsize == 2:
-        return ConvConfig(
-            block_m, block_n, block_k, warps, min(found.paired_stages, most_stages), registers=PAIRED_REGISTERS
-        )
+    most_stages = min(found.most_stages, stages(_step(product, block_m, block_n, block_k, size.itemsize), arch))
+    if found.paired_stages and warps == found.paired_warps and size.itemsize == 2:
+        registers = min(255, MULTIPROCESSOR_REGISTERS // (2 * 32 * warps))
+        return ConvConfig(block_m, block_n, block_k, warps, min(found.paired_stages, most_stages), registers=registers)
     return ConvConfig(block_m, block_n, block_k, warps, most_stages)
 
 
@@ -347,7 +362,7 @@ def conv_candidates(kernel: str, size: ConvSize, arch: Arch) -> list[ConvConfig]
     """
     if kernel == "backward":
         return _backward_candidates(size, arch)
-    product, most = _product(kernel, size), row(kernel, size.taps, arch).max_warps
+    product, allowed = _product(kernel, size), row(kernel, size.taps, arch)
 
     def waste(config: ConvConfig) -> float:
         padded = cdiv(product.m, config.BLOCK_M) * config.BLOCK_M * cdiv(product.n, config.BLOCK_N) * config.BLOCK_N
@@ -355,10 +370,10 @@ def conv_candidates(kernel: str, size: ConvSize, arch: Arch) -> list[ConvConfig]
 
     found = []
     for block_m, block_n, warps in CANDIDATES:
-        block_k = block(product.k, 16, STEP_BYTES // size.itemsize)
+        block_k = block(product.k, 16, allowed.step_bytes // size.itemsize)
         step = _step(product, block_m, block_n, block_k, size.itemsize)
         registers = (block_m * block_n * (1 + product.epilogue) + step // 4) // (32 * warps)
-        if registers <= REGISTERS and step <= arch.shared and warps <= most:
+        if registers <= REGISTERS and step <= arch.shared and warps <= allowed.max_warps:
             found.append(ConvConfig(block_m, block_n, block_k, warps, stages(step, arch)))
     least = min(map(waste, found), default=0.0)
     return [config for config in found if waste(config) <= 1.25 * least]

@@ -6,6 +6,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import forked
@@ -15,24 +17,27 @@ pytest.importorskip("triton")
 pytest.importorskip("torchvision")
 pytest.importorskip("rich")
 
-from bench.assembly import instructions, longest_loop, shortest_cycle, shortest_way  # noqa: E402
+from bench.assembly import access_widths, instructions, longest_loop, shortest_cycle, shortest_way  # noqa: E402
 from bench.cross_compile import ARCHITECTURES, Figures, Variant, faults  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
 
-def cross_compile(out: Path, *arguments: str) -> list[dict]:
+def cross_compile(out: Path, *arguments: str, forks: bool = True) -> list[dict]:
     """The rows of ``python -m bench.cross_compile``, which fails where something is wrong with a variant.
 
     In a process of its own, because interpreted kernels, which other tests ask for, do not compile; with a cache of its
-    own, so that it compiles.
+    own, so that it compiles. Unless it ``forks``, an interpreter of its own: a pool starts others as that one was started.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(out / "cache")
     }
-    done = forked.python(
-        ["-m", "bench.cross_compile", "--out", str(out), *arguments], cwd=ROOT, env=environment, timeout=3600
-    )
+    command = ["-m", "bench.cross_compile", "--out", str(out), *arguments]
+    if forks:
+        done = forked.python(command, cwd=ROOT, env=environment, timeout=3600)
+    else:
+        command = [sys.executable, *command]
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=3600, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((out / "cross-compile.json").read_text())["rows"]
 
@@ -79,6 +84,25 @@ def test_representative_variants_compile_well(tmp_path):
     } <= kernels
     assert all(row["loop"] > 100 for row in rows if row["kernel"].startswith("conv_"))
     assert "## sm_90" in (tmp_path / "cross-compile.md").read_text()
+
+
+ACCESSES = """
+        buffer_load_dwordx4 v[8:11], v2, s[8:11], 0 offen
+        global_load_ushort v4, v[2:3], off
+        buffer_store_short v1, v2, s[4:7], 0 offen
+"""
+ACCESSES_SINCE_GFX11 = """
+        buffer_load_b128 v[8:11], v2, s[8:11], 0 offen
+        global_load_u16 v4, v[2:3], off
+        buffer_store_d16_hi_b16 v1, v2, s[4:7], 0 offen
+"""
+
+
+@pytest.mark.parametrize("listing", [ACCESSES, ACCESSES_SINCE_GFX11], ids=["words", "bits"])
+def test_the_narrowest_access_is_found_in_either_spelling_of_amds(listing):
+    assert access_widths(listing) == ({"?": 16}, {"?": 16})
+    first = listing.splitlines()[1]
+    assert access_widths(first) == ({"?": 128}, {})
 
 
 LISTING = """
@@ -262,6 +286,4 @@ def test_every_kernel_begins_by_waiting():
 
 @pytest.mark.slow
 def test_every_variant_compiles_well(tmp_path):
-    expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
-    # in its one process: a pool's would be started as copies of one that was forked
-    check(cross_compile(tmp_path, "--arch", *expected, "--workers", "1"), expected)
+    check(cross_compile(tmp_path, forks=False), {family: found.matrix for family, found in ARCHITECTURES.items()})

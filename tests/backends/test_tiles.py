@@ -8,7 +8,11 @@ from fusedres.kernels import tiles
 from fusedres.kernels.tiles import Arch, ConvConfig, ConvSize
 
 H100 = Arch("sm_90", 227 * 1024, 32)
-ARCHITECTURES = (tiles.DEFAULT_ARCH, H100, Arch("sm_100", 227 * 1024, 32), Arch("gfx942", 64 * 1024, 64))
+AMD = 64 * 1024  # bytes of shared memory
+ARCHITECTURES = (
+    *(tiles.DEFAULT_ARCH, H100, Arch("sm_100", 227 * 1024, 32), Arch("sm_103", 227 * 1024, 32)),
+    *(Arch("sm_120", 99 * 1024, 32), Arch("gfx90a", AMD, 64), Arch("gfx942", AMD, 64), Arch("gfx1100", AMD, 32)),
+)
 SIZES = [
     ConvSize(rows, channels, outputs, taps, itemsize, pending)
     for rows in (10, 10**4, 10**6)
@@ -44,21 +48,45 @@ def test_several_taps_have_four_warps_at_most(kernel):
         tiles.check(kernel, 9, H100, eight)
 
 
-@pytest.mark.parametrize("kernel", ["dgrad", "wgrad"])
+@pytest.mark.parametrize("kernel", ["forward", "dgrad", "wgrad"])
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.family)
-def test_gradients_of_eight_warps_run_in_pairs_where_two_fit(kernel, arch):
-    """On sm_80 and sm_90, in 16 bits, by half of a multiprocessor's registers; nothing else is bounded."""
+def test_programs_run_in_pairs_where_two_fit(kernel, arch):
+    """In 16 bits, by half of a multiprocessor's registers: gradients of eight warps on sm_80 and sm_90, forwards of one tap and four warps
+    on sm_120; nothing else is bounded."""
     tile_of = [(size, tiles.conv_config(kernel, size, arch)) for size in SIZES]
     assert {tile.num_warps for _, tile in tile_of} >= {8}
     for size, tile in tile_of:
-        paired = arch.family in ("sm_80", "sm_90") and tile.num_warps == 8 and size.itemsize == 2
-        paired &= size.taps == 1 or arch.family == "sm_90"
-        assert tile.registers == (128 if paired else 0)
-        if paired:
+        if kernel == "forward":
+            registers = 255 if arch.family == "sm_120" and size.taps == 1 and tile.num_warps == 4 else 0
+        else:
+            paired = arch.family in ("sm_80", "sm_90") and tile.num_warps == 8
+            registers = 128 if paired and (size.taps == 1 or arch.family == "sm_90") else 0
+        assert tile.registers == (registers if size.itemsize == 2 else 0)
+        if tile.registers:
             assert 2 * tile.registers * 32 * tile.num_warps <= 64 * 1024
             assert tile.num_stages <= (3 if (kernel, arch.family) == ("wgrad", "sm_90") else 2)
-            assert tiles.smaller(tile)[0].registers == 128
+            assert [smaller.registers for smaller in tiles.smaller(tile)[:1]] == [tile.registers] * (tile.BLOCK_N > 16)
             assert size.taps == 1 or kernel == "wgrad"
+
+
+@pytest.mark.parametrize(
+    "family, kernel, size, expected",
+    [
+        ("sm_100", "wgrad", ConvSize(1568, 128, 32, 9, 2, True), ConvConfig(128, 32, 64, 4, 2)),
+        ("sm_103", "wgrad", ConvSize(1568, 128, 32, 9, 2, True), ConvConfig(128, 32, 64, 4, 2)),
+        ("sm_120", "dgrad", ConvSize(6272, 1024, 2048, 4, 2, True), ConvConfig(64, 64, 64, 4, 2)),
+        ("sm_120", "forward", ConvSize(6272, 512, 1024, 1, 2), ConvConfig(128, 64, 64, 4, 2, registers=255)),
+        ("gfx90a", "dgrad", ConvSize(6272, 1024, 2048, 4, 2, True), ConvConfig(64, 64, 64, 4, 1)),
+        ("gfx942", "dgrad", ConvSize(6272, 1024, 2048, 4, 2, True), ConvConfig(64, 64, 64, 4, 1)),
+        ("gfx1100", "forward", ConvSize(100352, 96, 128, 1, 2), ConvConfig(128, 64, 32, 8, 1)),
+        ("gfx1100", "wgrad", ConvSize(1568, 1024, 512, 1, 2), ConvConfig(128, 64, 64, 8, 1)),
+    ],
+)
+def test_where_a_tile_would_spill_its_row_asks_for_less(family, kernel, size, expected):
+    """Stages, a step, columns, or a bound above the compiler's own; candidates take as long a step."""
+    (arch,) = (arch for arch in ARCHITECTURES if arch.family == family)
+    assert tiles.conv_config(kernel, size, arch) == expected
+    assert {tile.BLOCK_K for tile in tiles.conv_candidates(kernel, size, arch)} == {expected.BLOCK_K}
 
 
 def test_a_row_for_a_new_gpu_is_all_it_takes(monkeypatch):
@@ -92,7 +120,7 @@ def test_an_unknown_kernel_has_no_tiles():
         tiles.row("backward", 9, H100)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda arch: arch.family)
+@pytest.mark.parametrize("arch", ARCHITECTURES[:-1], ids=lambda arch: arch.family)
 def test_a_tile_of_both_gradients_holds_all_outputs_and_fits(arch):
     """In registers and in shared memory, whatever it holds; of more outputs than that, and where there are too few registers, none."""
     for outputs in (6, 64, 96, 128, 256):
@@ -105,7 +133,7 @@ def test_a_tile_of_both_gradients_holds_all_outputs_and_fits(arch):
                 step = (2 * tile.BLOCK_K + tile.BLOCK_N) * tile.BLOCK_M * size.itemsize
                 assert (tile.num_stages - 1) * step <= arch.shared
             assert default.BLOCK_N * default.BLOCK_K <= tiles.GATHERED
-    assert not tiles.has_both(257, False, arch) and not tiles.has_both(64, False, Arch("gfx1100", 64 * 1024, 32))
+    assert not tiles.has_both(257, False, arch) and not tiles.has_both(64, False, ARCHITECTURES[-1])
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,24 @@ def test_many_pixels_are_split(plan, dtype):
         conforms_in_the_median(config(dtype), step)
 
 
+@pytest.mark.parametrize("size", [(8, 16), (9, 11)], ids=["all of a tile", "a part of it"])
+def test_a_convolution_measures_a_mean_far_above_the_deviation(size):
+    """In one tile, by its first estimate and what that left: a mean of 10,000 deviations to half a step of a float, and M2 also where
+    rounding in the first estimate would be as large as the deviation."""
+    weight = torch.eye(16, device=DEVICE)[..., None, None]
+    for seed, spread in ((0, 1.0), (1, 1.0), (2, 2e-3)):
+        draw = Draw(torch.float32, seed, device=DEVICE)
+        x, stats = draw.map(1, 16, *size, mean=1e4, spread=spread), draw.room(2, 16)
+        with use_plan("fused"):
+            y = BACKEND.conv_forward(LazyMap(x), weight, None, POINT, Epilogue(stats=stats)).double()
+        draw.check()
+        mean = y.mean((0, 2, 3))
+        # from 8192 to 16384 a float has 23 binary digits behind the first, ten of them behind the point
+        torch.testing.assert_close(stats[0].double(), mean, rtol=0, atol=0.501 * 2.0**-10)
+        m2 = (y - mean[:, None, None]).square().sum((0, 2, 3))
+        torch.testing.assert_close(stats[1].double(), m2, rtol=1e-4, atol=0)
+
+
 @quick_in(torch.float16)
 def test_programs_walk_several_tiles(dtype, monkeypatch):
     """As on large maps: a program's chunk is several tiles, the last chunk and the last tile are short."""
