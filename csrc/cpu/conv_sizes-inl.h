@@ -34,7 +34,7 @@ constexpr int64_t kFewPixels = 64;               // up to here gradients read a 
 constexpr int64_t kFewerPixels = 32;             // and forward, whose sums over a vector's lanes cost more
 constexpr int64_t kFewFloats = 256 * 1024;       // of the operand, whole in one scratch
 constexpr int64_t kOwnPixels = 256;              // up to here, and with panels for many threads, one tile packs weights
-constexpr int64_t kSegment = kLanes < 16 ? 384 : 192;  // depth of one kernel call: its weights stay in L2, mostly L1
+constexpr int64_t kSegment = 192;                // depth of one kernel call: its weights stay in L2, mostly L1
 
 }  // namespace
 }  // namespace FUSEDRES_CAPABILITY
