@@ -13,27 +13,21 @@ namespace FUSEDRES_CAPABILITY {
 namespace {
 
 // Lines of memory that will be needed soon, side by side: a register kernel asks for one at each step of its sum, in
-// the time that the FMA units take, and for the last one again in steps that are left, so that a sum is one loop.
+// the time that the FMA units take.
 struct Ahead {
   const char* first;
   int64_t count;
 
-  // step(k) for each k below `end`.
+  // Runs steps from `begin` on, one for each line, but none from `end` on; returns the next.
   template <class F>
-  void accompany(int64_t end, F&& step) const {
-    if (count == 0) {
-      for (int64_t k = 0; k < end; ++k) step(k);
-      return;
-    }
-    const char *line = first, *last = first + (count - 1) * 64;
-    for (int64_t k = 0; k < end; ++k) {
+  int64_t accompany(int64_t begin, int64_t end, F&& step) const {
+    const int64_t stop = least(end, begin + count);
+    const char* line = first;
+    for (int64_t k = begin; k < stop; ++k, line += 64) {
       __builtin_prefetch(line, 0, 2);
-      line = line < last ? line + 64 : last;
       step(k);
     }
-  }
-  void ask() const {
-    accompany(count, [](int64_t) {});
+    return stop;
   }
 };
 
@@ -53,18 +47,18 @@ __attribute__((noinline)) void multiply(const float* scratch, const int64_t* bas
     for (int j = 0; j < V; ++j) acc[i][j] = vec{};
   }
   const auto step = [&](int64_t k) __attribute__((always_inline)) {
-    vec values[V];
+    vec weights[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) values[j] = load(b + k * ldb + j * kLanes);
+    for (int j = 0; j < V; ++j) weights[j] = load(b + k * ldb + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       // read, because a pair of bfloat16 in its place may begin at an odd channel
       const float value = read<float>(a[i] + k);
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) acc[i][j] = Factors::multiply_add(acc[i][j], value, values[j]);
+      for (int j = 0; j < V; ++j) acc[i][j] = Factors::multiply_add(acc[i][j], value, weights[j]);
     }
   };
-  ahead.accompany(depth, step);
+  for (int64_t k = ahead.accompany(0, depth, step); k < depth; ++k) step(k);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
@@ -85,7 +79,7 @@ __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, cons
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) acc[i][j] = vec{};
   // the sums of a whole weight do not stay in L2; these lie side by side but where a weight is few pixels' gradient
-  Ahead{reinterpret_cast<const char*>(c), (R * V * kLanes + 15) / 16}.ask();
+  const Ahead sums{reinterpret_cast<const char*>(c), (R * V * kLanes + 15) / 16};
   const auto step = [&](int64_t m) __attribute__((always_inline)) {
     const float* from = a + a_base[m];
     const float* other = g + g_base[m];
@@ -99,7 +93,7 @@ __attribute__((noinline)) void outer(const float* a, const int64_t* a_base, cons
       for (int j = 0; j < V; ++j) acc[i][j] = Factors::multiply_add(acc[i][j], value, values[j]);
     }
   };
-  ahead.accompany(pixels, step);
+  for (int64_t m = ahead.accompany(sums.accompany(0, pixels, step), pixels, step); m < pixels; ++m) step(m);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4

@@ -22,7 +22,7 @@ struct Prefetch {
   };
   Range ranges[5];
   int count = 0, current = 0;
-  int64_t row = 0, pixel = 0, line = 0, total = 0, taken = 0, due = 0;  // the last three in lines
+  int64_t row = 0, pixel = 0, line = 0, total = 0, due = 0;  // the last two in lines
 
   // Channels [first, first + width) of pixels [begin, end).
   void add(const Map& map, int64_t begin, int64_t end, int64_t first, int64_t width) {
@@ -42,18 +42,19 @@ struct Prefetch {
     ranges[count++] = range;
     total += range.rows * range.pixels * range.lines;
   }
-  // For a kernel of `steps` steps, whose share is `lines` lines: as many as it has steps, whenever so many are due.
-  // What is due beyond a run of lines side by side is asked for at once. `weights` are asked for in their stead.
+  // The next `lines` lines, for a kernel of `steps` steps: what is beyond a run of as many is asked for at once. A
+  // kernel that asks for `weights` leaves its share to those that follow, at most as much again as is their own.
   Ahead take(int64_t lines, int64_t steps, Ahead weights = kNothingAhead) {
-    due = least(due + lines, total - taken);
+    due += lines;
     if (weights.count > 0) return weights;
-    if (due == 0 || (due < steps && taken + due < total)) return kNothingAhead;
-    const Ahead run = next(least(due, steps));
-    due -= run.count;
-    while (due > 0) {
-      const Ahead more = next(due);
-      more.ask();
-      due -= more.count;
+    int64_t now = least(due, 2 * lines);
+    due -= now;
+    if (now == 0 || current == count) return kNothingAhead;
+    const Ahead run = next(least(now, steps));
+    for (now -= run.count; now > 0 && current < count;) {
+      const Ahead more = next(now);
+      more.accompany(0, more.count, [](int64_t) {});
+      now -= more.count;
     }
     return run;
   }
@@ -64,7 +65,6 @@ struct Prefetch {
     const Range& r = ranges[current];
     const char* first = r.data + row * r.row_stride + pixel * r.stride + line * 64;
     const int64_t now = least(lines, r.lines - line);
-    taken += now;
     line += now;
     if (line == r.lines) {
       line = 0;
