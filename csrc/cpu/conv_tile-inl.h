@@ -103,8 +103,8 @@ inline bool streams_weights(const Problem& p) {
   return !p.packs && round_up(p.dst_c, kLanes) * p.depth() > kScratchFloats;
 }
 
-// Weights that do not stay in cache: the next to be read lie behind the `floats` of those that `calls` calls of `steps`
-// steps read, which ask for them.
+// The weights that lie behind `floats` of them, and are read next: the calls that multiply by those, of `steps` steps
+// each, ask for them, unless all stay in cache.
 struct NextWeights {
   const char* first;
   int64_t lines, steps;
