@@ -39,7 +39,7 @@ import fusedres
 from fusedres.backends import select
 from fusedres.backends.triton import BACKEND, use_plan
 from fusedres.kernels.launch import Launch, record
-from fusedres.kernels.tiles import Arch
+from fusedres.kernels.tiles import MULTIPROCESSOR_REGISTERS, Arch
 
 from . import environment
 from .assembly import access_widths, count, instructions, longest_loop, shortest_cycle, shortest_way
@@ -303,9 +303,9 @@ def faults(variant: Variant, figures: Figures, architecture: Architecture) -> li
         found.append(f"{figures.shared} bytes of shared memory")
     options = dict(variant.options)
     if "maxnreg" in options:
-        threads = 32 * options["num_warps"]
+        taken = 32 * options["num_warps"] * figures.registers
         # of a multiprocessor's shared memory each program takes a KiB more than it asks for
-        if 2 * threads * figures.registers > 64 * 1024 or 2 * (figures.shared + 1024) > architecture.arch.shared + 1024:
+        if 2 * taken > MULTIPROCESSOR_REGISTERS or 2 * (figures.shared + 1024) > architecture.arch.shared + 1024:
             found.append("one program a multiprocessor, although its registers are bounded")
     if variant.is_unaligned:
         return found

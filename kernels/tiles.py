@@ -181,10 +181,10 @@ ROWS = (
     # but not of several taps on sm_80, which would spill
     Row("wgrad", "one", "sm_80", 128, 128, 128, 64, eight_from=64 * 128, paired_stages=2),
     Row("wgrad", "any", "sm_90", 128, 128, 128, 64, eight_from=64 * 128, paired_stages=3),
-    # a third stage spills, and its addresses are a seventh of the kernel
+    # as for any; a third stage spills
     Row("wgrad", "many", "sm_100", 128, 128, 128, 64, eight_from=64 * 128, most_stages=2),
     Row("wgrad", "many", "sm_103", 128, 128, 128, 64, eight_from=64 * 128, most_stages=2),
-    # with one map neither
+    # of gfx1100 128 columns leave no registers with one map either
     Row("wgrad", "any", "gfx1100", 128, 64, 64, 64, eight_from=64 * 128),
     Row("wgrad", "any", "any", 128, 128, 128, 64, eight_from=64 * 128),
     # both gradients of a 1x1: BLOCK_M pixels a step, BLOCK_N of C, all of K. gfx1100 has no registers for two accumulators; where operands

@@ -46,7 +46,7 @@ def seconds_per_call(step: Callable[[], None], calls: int, device: torch.device)
     return start.elapsed_time(end) / 1e3 / calls
 
 
-#: of quiet between two steps of a round on a CPU: thread pools wait for more work at full speed after their last, ONNX Runtime's for 42 ms
+#: of quiet between two steps of a round on a CPU: thread pools go on waiting at full speed, some for tens of milliseconds
 SETTLING = 0.06
 
 

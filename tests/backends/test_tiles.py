@@ -63,7 +63,7 @@ def test_programs_run_in_pairs_where_two_fit(kernel, arch):
             registers = 128 if paired and (size.taps == 1 or arch.family == "sm_90") else 0
         assert tile.registers == (registers if size.itemsize == 2 else 0)
         if tile.registers:
-            assert 2 * tile.registers * 32 * tile.num_warps <= 64 * 1024
+            assert 2 * tile.registers * 32 * tile.num_warps <= tiles.MULTIPROCESSOR_REGISTERS
             assert tile.num_stages <= (3 if (kernel, arch.family) == ("wgrad", "sm_90") else 2)
             assert [smaller.registers for smaller in tiles.smaller(tile)[:1]] == [tile.registers] * (tile.BLOCK_N > 16)
             assert size.taps == 1 or kernel == "wgrad"
