@@ -7,6 +7,7 @@
 #include "cpu/activation.h"
 #include "cpu/capability.h"
 #include "cpu/kept.h"
+#include "cpu/map_memory.h"
 #include "tape.h"
 #include "unchanged.h"
 
@@ -77,6 +78,10 @@ PyObject* with_address(PyObject*, PyObject* number) {
 
 PyObject* packed_bytes(PyObject*, PyObject*) { return PyLong_FromLongLong(fusedres::kept_bytes()); }
 
+PyObject* map_bytes(PyObject*, PyObject*) { return PyLong_FromLongLong(fusedres::map_memory().held); }
+
+PyObject* release_maps(PyObject*, PyObject*) { return PyLong_FromLongLong(fusedres::release_maps()); }
+
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS,
      "The instruction set of the CPU kernels in this process: 'default', 'avx2', 'avx512' or 'avx512_bf16'; "
@@ -92,6 +97,9 @@ PyMethodDef methods[] = {
      "its version stays the same. Nothing else may begin there until forget_packed."},
     {"forget_packed", with_address<fusedres::forget_weight>, METH_O, "forget_packed(address)\n\nEnds keep_packed."},
     {"packed_bytes", packed_bytes, METH_NOARGS, "Of all weights that are kept packed, as they are now."},
+    {"map_bytes", map_bytes, METH_NOARGS, "Of the memory that maps lie in, and that is kept for the next ones."},
+    {"release_maps", release_maps, METH_NOARGS,
+     "Gives what is kept of it back to the system; returns how many bytes less are held."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -6,11 +6,15 @@
 
 #include <array>
 
+#include "cpu/fresh.h"
+
 namespace fusedres {
 namespace {
 
 using torch::stable::Tensor;
 
+// As torch numbers it.
+constexpr int32_t kCpu = 0;
 // No kernel has as many parameters.
 constexpr int64_t kMostParameters = 64;
 
@@ -183,6 +187,10 @@ void step(Reader& r, const Device& device, const Queue& queue) {
     case kEmpty: {
       const int64_t to = r.integer(), dtype = r.integer();
       const std::vector<int64_t> sizes = r.integers(), strides = r.integers();
+      if (device.type == kCpu) {
+        r.slot(to) = fresh(sizes, strides, static_cast<torch::headeronly::ScalarType>(dtype));
+        return;
+      }
       AtenTensorHandle made = nullptr;
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                                              int32_t(dtype), device.type, device.index, &made));

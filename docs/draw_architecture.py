@@ -54,7 +54,7 @@ LAYERS = (
             Room("nn", ("nn",)),
             Room("concat", ("concat",)),
             Room("functional", ("functional",)),
-            Room("serving", ("serving", "prepack")),
+            Room("serving, memory", ("serving", "prepack", "memory")),
             Room("graphs", ("graphs",)),
             Room("tuning", ("tuning", "tuning.tune", "tuning.precompile", "tuning.step")),
         ),

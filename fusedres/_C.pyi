@@ -17,6 +17,12 @@ def forget_packed(address: int) -> None:
 def packed_bytes() -> int:
     """Of all weights that are kept packed, as they are now."""
 
+def map_bytes() -> int:
+    """Of the memory that maps lie in, and that is kept for the next ones."""
+
+def release_maps() -> int:
+    """Gives what is kept of it back to the system; returns how many bytes less are held."""
+
 def cpu_capabilities() -> list[str]:
     """The instruction sets that this CPU supports, the best last."""
 

@@ -9,6 +9,7 @@ from .backends.select import backends, use_backend
 from .convert import convert, export_plain, revert
 from .errors import BackendError
 from .graphs import graphed
+from .memory import release_memory
 from .prepack import prepack
 from .report import Report, report
 from .serving import export_cpp, library_path
@@ -31,6 +32,7 @@ __all__ = [
     "ops",
     "precompile",
     "prepack",
+    "release_memory",
     "report",
     "revert",
     "tune",

@@ -23,7 +23,7 @@ from ..operands import FRESH, PLAIN, Epilogue, GradTarget, LazyGrad, LazyMap
 from ..specs import Geometry, Norm, Pool
 from . import library_conv, tape
 from .contract import Backend, Reduction, accum_dtype, is_max, is_relu
-from .layout import empty_map
+from .layout import empty_gradient, empty_map
 
 try:
     from fusedres import _C
@@ -223,7 +223,7 @@ class CppBackend(Backend):
         raw, scale_shift, act, mean_invstd = x
         code, numbers, dweight = _code(act), plan[1], None
         if need_dw:
-            dweight = torch.empty_like(weight)
+            dweight = empty_gradient(weight)
             _conv_wgrad(*grad, raw, scale_shift, *code, numbers, dweight)
         if target is None:
             return None, dweight

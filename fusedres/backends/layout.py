@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .contract import accum_dtype
+
+try:
+    from fusedres import _C  # noqa: F401
+except ImportError:
+    _fresh = None
+else:
+    _fresh = torch.ops.fusedres_cpp.fresh.default
+    torch.library.register_fake(
+        "fusedres_cpp::fresh", lambda sizes, strides, dtype: torch.empty_strided(sizes, strides, dtype=dtype)
+    )
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 #: dimensions from the outermost in memory to the innermost
 _ORDERS = {4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
+#: values from which on the extension is asked for memory, which it has for as many bytes
+_LARGE = 1 << 17
 
 
 def format_of(dims: int) -> torch.memory_format:
@@ -40,10 +56,32 @@ def is_slice(x: Tensor) -> bool:
     return pitch is not None and pitch > x.shape[1]
 
 
+@functools.lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    order = _ORDERS[len(shape)]
+    return tuple(math.prod(shape[d] for d in order[order.index(i) + 1 :]) for i in range(len(shape)))
+
+
+def _keeps(like: Tensor) -> bool:
+    """Whether memory may come from the extension, which keeps it from map to map: on a CPU, and where nobody traces, because a compiler
+    plans memory by itself."""
+    return like.is_cpu and type(like) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+
+
 def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised channels_last map, in the dtype of ``like`` where none is given."""
+    if _fresh is not None and math.prod(shape) >= _LARGE and _keeps(like):
+        return _fresh(shape, _strides(tuple(shape)), dtype or like.dtype)
     # by its order: Inductor forgets the memory format of torch.empty, and would copy between what it makes of it and maps
     return torch.empty_permuted(shape, _ORDERS[len(shape)], dtype=dtype or like.dtype, device=like.device)
+
+
+def empty_gradient(weight: Tensor) -> Tensor:
+    """An uninitialised tensor that lies as ``weight`` does."""
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=format_of(weight.dim()))
+    if _fresh is not None and dense and weight.numel() >= _LARGE and _keeps(weight):
+        return _fresh(weight.shape, weight.stride(), weight.dtype)
+    return torch.empty_like(weight)
 
 
 def has_symbols(*sizes: int) -> bool:

@@ -243,6 +243,8 @@ class _Recorder(TorchDispatchMode):
     def _step(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[int]:
         schema = func._schema
         library, name = schema.name.split("::")
+        if library == "fusedres_cpp" and name == "fresh":
+            return self._empty(y)
         if library == "fusedres_cpp" and name in _NUMBERS and not kwargs:
             return [_CALL, _NUMBERS[name], *self._arguments(schema.arguments, args)]
         if library == "aten" and name == "convolution_backward":
