@@ -70,7 +70,7 @@ def _keeps(like: Tensor) -> bool:
 
 def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised channels_last map, in the dtype of ``like`` where none is given."""
-    if _fresh is not None and math.prod(shape) >= _LARGE and _keeps(like):
+    if _fresh is not None and _keeps(like) and math.prod(shape) >= _LARGE:
         return _fresh(shape, _strides(tuple(shape)), dtype or like.dtype)
     # by its order: Inductor forgets the memory format of torch.empty, and would copy between what it makes of it and maps
     return torch.empty_permuted(shape, _ORDERS[len(shape)], dtype=dtype or like.dtype, device=like.device)
@@ -79,7 +79,7 @@ def empty_map(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = 
 def empty_gradient(weight: Tensor) -> Tensor:
     """An uninitialised tensor that lies as ``weight`` does."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=format_of(weight.dim()))
-    if _fresh is not None and dense and weight.numel() >= _LARGE and _keeps(weight):
+    if _fresh is not None and _keeps(weight) and dense and weight.numel() >= _LARGE:
         return _fresh(weight.shape, weight.stride(), weight.dtype)
     return torch.empty_like(weight)
 
