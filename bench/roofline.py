@@ -23,7 +23,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -216,18 +216,21 @@ def step(model: torch.nn.Module, x: Tensor, mode: str) -> None:
             model(x)
 
 
-def best_of(function, device: torch.device, repeats: int = 7) -> float:
+def timed(function: Callable[[], object], clock: Clock) -> float:
+    """The seconds that ``function`` takes."""
+    clock.head_start()
+    start = clock.now()
+    function()
+    end = clock.now()
+    clock.finish()
+    return clock.seconds(start, end)
+
+
+def best_of(function: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
     """The median time of ``function`` after a warm-up."""
     clock = Clock(device)
     function()
-    times = []
-    for _ in range(repeats):
-        start = clock.now()
-        function()
-        end = clock.now()
-        clock.finish()
-        times.append(clock.seconds(start, end))
-    return statistics.median(times)
+    return statistics.median(timed(function, clock) for _ in range(repeats))
 
 
 def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
@@ -268,24 +271,27 @@ class Page:
 
 
 def measured(args, name: str, mode: str) -> Page:
-    """Run the converted model and hold each primitive's time against its floor."""
+    """Run the converted model and hold each primitive's time against its floor.
+
+    A step's time is that of one that nobody observes, which goes by recorded schedules; its primitives' are those of another, between whose
+    calls there is Python. What is left, outside the primitives, is the model's modules that are not fused, and the host.
+    """
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     model = fusedres.convert(build(name, args.device, dtype, mode))
     x = torch.randn(args.batch, 3, args.resolution, args.resolution, dtype=dtype, device=device)
     x = x.to(memory_format=torch.channels_last)
     bandwidth, rate = ceilings(dtype, device)
     clock = Clock(device)
-    step(model, x, mode)
+    # until its schedules are recorded
+    for _ in range(3):
+        step(model, x, mode)
     runs, totals = [], []
     for _ in range(args.repeats):
+        totals.append(timed(lambda: step(model, x, mode), clock))
         calls: list[Call] = []
-        clock.head_start()
-        start = clock.now()
         with select.observe(lambda inner, calls=calls: Recorder(inner or EAGER, calls, clock)):
-            step(model, x, mode)
-        end = clock.now()
+            timed(lambda: step(model, x, mode), clock)
         settle(calls, clock)
-        totals.append(clock.seconds(start, end))
         runs.append(calls)
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0, 0])
     for same in zip(*runs, strict=True):
