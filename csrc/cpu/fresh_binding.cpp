@@ -73,9 +73,11 @@ Tensor fresh(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stri
     tell_profiler(data, -reinterpret_cast<int64_t>(bytes));
     give_map(data);
   };
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(data, dims, sizes.data(), strides.data(), 0, number, cpu.type,
-                                                cpu.index, &made, aoti_torch_layout_strided(), nullptr, 0, give,
-                                                reinterpret_cast<void*>(bytes)));
+  const AOTITorchError error =
+      torch_from_blob(data, dims, sizes.data(), strides.data(), 0, number, cpu.type, cpu.index, &made,
+                      aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes));
+  if (error != AOTI_TORCH_SUCCESS) give_map(data);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
   tell_profiler(data, bytes);
   return Tensor(made);
 }

@@ -27,7 +27,8 @@ namespace fusedres {
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kPage = 4096;
+// A multiple of any system's pages.
+constexpr int64_t kPages = 64 << 10;
 // What malloc takes from the system block by block, unless it has learned otherwise.
 constexpr int64_t kSmallest = 128 << 10;
 // Maps after which what is held is compared with what was used: some steps of a DenseNet-201.
@@ -98,7 +99,7 @@ class Range {
     const char* wanted = std::getenv("FUSEDRES_MAP_MEMORY");
     if (!FUSEDRES_KEEPS_MAPS || (wanted != nullptr && std::strcmp(wanted, "0") == 0)) return;
 #if defined(__linux__)
-    const int64_t room = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+    const int64_t room = int64_t(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / kPages * kPages;
     void* base = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) return;
     madvise(base, room, MADV_HUGEPAGE);
@@ -113,7 +114,7 @@ class Range {
     const int64_t before = held_;
 #if defined(__linux__)
     for (const auto& [offset, size] : free_) {
-      const int64_t begin = multiple_from(offset, kPage), end = std::min(offset + size, held_) / kPage * kPage;
+      const int64_t begin = multiple_from(offset, kPages), end = std::min(offset + size, held_) / kPages * kPages;
       if (begin < end) madvise(base_ + begin, end - begin, MADV_DONTNEED);
     }
 #endif
