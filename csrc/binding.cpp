@@ -80,7 +80,10 @@ PyObject* packed_bytes(PyObject*, PyObject*) { return PyLong_FromLongLong(fusedr
 
 PyObject* map_bytes(PyObject*, PyObject*) { return PyLong_FromLongLong(fusedres::map_memory().held); }
 
-PyObject* release_maps(PyObject*, PyObject*) { return PyLong_FromLongLong(fusedres::release_maps()); }
+PyObject* release_maps(PyObject*, PyObject*) {
+  fusedres::release_maps();
+  Py_RETURN_NONE;
+}
 
 PyMethodDef methods[] = {
     {"cpu_capability", cpu_capability, METH_NOARGS,
@@ -98,8 +101,7 @@ PyMethodDef methods[] = {
     {"forget_packed", with_address<fusedres::forget_weight>, METH_O, "forget_packed(address)\n\nEnds keep_packed."},
     {"packed_bytes", packed_bytes, METH_NOARGS, "Of all weights that are kept packed, as they are now."},
     {"map_bytes", map_bytes, METH_NOARGS, "Of the memory that maps lie in, and that is kept for the next ones."},
-    {"release_maps", release_maps, METH_NOARGS,
-     "Gives what is kept of it back to the system; returns how many bytes less are held."},
+    {"release_maps", release_maps, METH_NOARGS, "Gives what is kept of it back to the system."},
     {nullptr, nullptr, 0, nullptr},
 };
 

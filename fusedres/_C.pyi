@@ -20,8 +20,8 @@ def packed_bytes() -> int:
 def map_bytes() -> int:
     """Of the memory that maps lie in, and that is kept for the next ones."""
 
-def release_maps() -> int:
-    """Gives what is kept of it back to the system; returns how many bytes less are held."""
+def release_maps() -> None:
+    """Gives what is kept of it back to the system."""
 
 def cpu_capabilities() -> list[str]:
     """The instruction sets that this CPU supports, the best last."""

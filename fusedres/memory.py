@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def release_memory() -> int:
+def release_memory() -> None:
     """Give the memory that feature maps of fused blocks have left on the CPU back to the system.
 
     A fused block's maps and its weights' gradients lie in memory that the C++ extension keeps when they are freed, because the next step
@@ -11,11 +11,10 @@ def release_memory() -> int:
     once among the last few thousand maps, and until others come. Call this when a training has ended and the process goes on with something
     else. Tensors that still live are not touched.
 
-    Returns how many bytes less are held, 0 without the extension. ``FUSEDRES_MAP_MEMORY=0`` in the environment keeps none. GPUs have
-    PyTorch's own ``torch.cuda.empty_cache``.
+    ``FUSEDRES_MAP_MEMORY=0`` in the environment keeps none. GPUs have PyTorch's own ``torch.cuda.empty_cache``.
     """
     try:
         from fusedres import _C
     except ImportError:
-        return 0
-    return _C.release_maps()
+        return
+    _C.release_maps()

@@ -88,9 +88,9 @@ class Range {
     return {used_, held_};
   }
 
-  int64_t release_free() {
+  void release_free() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return release();
+    release();
   }
 
  private:
@@ -110,8 +110,7 @@ class Range {
 #endif
   }
 
-  int64_t release() {
-    const int64_t before = held_;
+  void release() {
 #if defined(__linux__)
     for (const auto& [offset, size] : free_) {
       const int64_t begin = multiple_from(offset, kPages), end = std::min(offset + size, held_) / kPages * kPages;
@@ -119,7 +118,6 @@ class Range {
     }
 #endif
     held_ = taken_.empty() ? 0 : taken_.rbegin()->first + taken_.rbegin()->second;
-    return before - held_;
   }
 
   std::mutex mutex_;
@@ -141,6 +139,6 @@ Range& range() {
 void* take_map(int64_t bytes) { return range().take(bytes); }
 void give_map(void* data) { range().give(data); }
 MapMemory map_memory() { return range().memory(); }
-int64_t release_maps() { return range().release_free(); }
+void release_maps() { range().release_free(); }
 
 }  // namespace fusedres

@@ -1,8 +1,7 @@
 // Memory of maps, which stays here between one map and the next.
 //
 // malloc gives a large block back to the system when it is freed, and the system zeroes the pages of the next one while
-// a kernel stores into them: a twentieth of a ResNet-50's step. Here pages are kept, and are large ones where the
-// system has them.
+// a kernel stores into them. Here pages are kept, and are large ones where the system has them.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +13,13 @@ namespace fusedres {
 void* take_map(int64_t bytes);
 void give_map(void* data);
 
-// `used`: bytes that maps lie in; `held`: at most so many have pages, of maps and for the next ones.
+// `used`: bytes that maps lie in; `held`: up to the last that has ever had a page, unless it was given back.
 struct MapMemory {
   int64_t used, held;
 };
 MapMemory map_memory();
 
-// Gives pages that no map lies in back to the system; returns how many bytes less are held.
-int64_t release_maps();
+// Gives pages that no map lies in back to the system.
+void release_maps();
 
 }  // namespace fusedres

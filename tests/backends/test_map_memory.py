@@ -102,11 +102,13 @@ def test_released_memory_is_the_systems_and_what_lives_stays():
     kept = floats(LARGE).fill_(5.0)
     del high
     before = resident()
-    assert fusedres.release_memory() == 0  # something lies behind the hole
-    assert before - resident() > 60 << 20
+    fusedres.release_memory()
+    assert before - resident() > 60 << 20  # although something lies behind it
     assert torch.equal(low, torch.full_like(low, 3.0)) and torch.equal(kept, torch.full_like(kept, 5.0))
+    held = _C.map_bytes()
     del kept
-    assert fusedres.release_memory() > 60 << 20
+    fusedres.release_memory()
+    assert held - _C.map_bytes() > 60 << 20
 
 
 def test_no_more_is_held_for_good_than_twice_what_is_in_use_at_once():
@@ -162,7 +164,8 @@ def test_where_there_is_no_room_torch_is_asked():
     most = int(open("/proc/self/statm").read().split()[0]) * 4096 + (1 << 30)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     assert torch.equal(torch.ops.fusedres_cpp.fresh([1 << 20], [1], torch.float32).fill_(2.0), torch.full([1 << 20], 2.0))
-    assert _C.map_bytes() == 0 == fusedres.release_memory()
+    fusedres.release_memory()
+    assert _C.map_bytes() == 0
     """)
 
 
