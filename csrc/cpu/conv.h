@@ -45,9 +45,13 @@ struct WeightOf {
   int64_t so, si, sh, sw;
 };
 
+// A convolution in groups: `g` and the weight's second size are those of one group, maps, vectors and the weight's
+// first size those of all. Group i reads channels [i * g.in_c, (i + 1) * g.in_c) and writes [i * g.out_c, (i + 1) *
+// g.out_c).
 template <class Value>
 struct ForwardArgsOf {
   Geometry2d g;
+  int64_t groups;
   SourceOf<Value> x;
   WeightOf<Value> weight;
   MapOf<Value> out;
@@ -67,6 +71,7 @@ struct ForwardArgsOf {
 template <class Value>
 struct DgradArgsOf {
   Geometry2d g;  // of the forward convolution
+  int64_t groups;
   SourceOf<Value> grad;
   WeightOf<Value> weight;
   MapOf<Value> dx;
@@ -86,6 +91,7 @@ struct DgradArgsOf {
 template <class Value>
 struct WgradArgsOf {
   Geometry2d g;
+  int64_t groups;
   SourceOf<Value> grad;
   SourceOf<Value> x;
   WeightOf<Value> dweight;

@@ -105,16 +105,10 @@ void with_type(const Tensor& map, F&& body) {
   body(float{});
 }
 
-// A convolution in `count` groups: each is a convolution of its own, of slices of the maps. `g` is that of one group.
+// The number of a convolution's groups, and the geometry of one.
 struct Groups {
   int64_t count;
   Geometry2d g;
-
-  // body(the first channel of a group's input, that of its output).
-  template <class F>
-  void each(F&& body) const {
-    for (int64_t i = 0; i < count; ++i) body(i * g.in_c, i * g.out_c);
-  }
 };
 
 // `geometry` holds stride, padding and dilation, two each, and the number of groups where there are several.
@@ -155,28 +149,6 @@ Groups groups_of(const Tensor& in, const Tensor& out, const Tensor& weight, cons
   return {count, g};
 }
 
-// What begins so many channels on; null stays null.
-template <class T>
-T* from(T* row, int64_t channels) {
-  return row == nullptr ? nullptr : row + channels;
-}
-
-template <class Value>
-MapOf<Value> from(const MapOf<Value>& map, int64_t channels) {
-  return {from(map.data, channels), map.stride};
-}
-
-template <class Value>
-SourceOf<Value> from(const SourceOf<Value>& s, int64_t channels) {
-  return {from(s.map, channels),   from(s.second, channels), from(s.scale, channels),
-          from(s.shift, channels), from(s.q, channels),      s.act};
-}
-
-template <class Value>
-WeightOf<Value> from(const WeightOf<Value>& w, int64_t channels) {
-  return {w.data + channels * w.so, w.so, w.si, w.sh, w.sw};
-}
-
 // What the output is multiplied by and moved by, channel by channel; null without.
 struct ScaleShift {
   float *scale, *shift;
@@ -213,6 +185,7 @@ void forward(const Tensor& x, const OptionalTensor& scale_shift, const Activatio
     const Groups groups = groups_of(x, out, weight, geometry);
     const int64_t channels = out.size(1);
     a.g = groups.g;
+    a.groups = groups.count;
     a.x = lazy_map<Value>(x, scale_shift, act);
     a.weight = weight_of<Value>(weight);
     a.out = conv_map_of<Value>(out, "out");
@@ -229,24 +202,10 @@ void forward(const Tensor& x, const OptionalTensor& scale_shift, const Activatio
     a.residual_scale = row_or_null(residual_scale_shift, 2, 0, channels, "residual_scale_shift");
     a.residual_shift = row_or_null(residual_scale_shift, 2, 1, channels, "residual_scale_shift");
     a.out_act = out_act;
-    const auto kept = groups.count == 1 ? find_kept(weight.data_ptr()) : nullptr;
+    const auto kept = find_kept(weight.data_ptr());
     a.kept = kept.get();
     a.version = kept == nullptr ? 0 : version_of(weight, a.weight);
-    groups.each([&](int64_t in, int64_t to) {
-      ForwardArgsOf<Value> of = a;
-      of.x = from(a.x, in);
-      of.weight = from(a.weight, to);
-      of.out = from(a.out, to);
-      of.bias = from(a.bias, to);
-      of.mean = from(a.mean, to);
-      of.m2 = from(a.m2, to);
-      of.out_scale = from(a.out_scale, to);
-      of.out_shift = from(a.out_shift, to);
-      of.residual = from(a.residual, to);
-      of.residual_scale = from(a.residual_scale, to);
-      of.residual_shift = from(a.residual_shift, to);
-      kernels<Value>().forward(of, parallel);
-    });
+    kernels<Value>().forward(a, parallel);
   });
 }
 
@@ -284,6 +243,7 @@ void conv_dgrad(const Tensor& grad, const OptionalTensor& raw, const OptionalTen
     const Groups groups = groups_of(dx, grad, weight, geometry);
     const int64_t channels = dx.size(1);
     a.g = groups.g;
+    a.groups = groups.count;
     a.grad = lazy_grad<Value>(grad, raw, coeff);
     a.weight = weight_of<Value>(weight);
     a.dx = conv_map_of<Value>(dx, "dx");
@@ -301,21 +261,7 @@ void conv_dgrad(const Tensor& grad, const OptionalTensor& raw, const OptionalTen
     a.base = map_or_null<Value>(base, dx, "base");
     a.accumulate = accumulate;
     a.scaled = scaled;
-    groups.each([&](int64_t to, int64_t out) {
-      DgradArgsOf<Value> of = a;
-      of.grad = from(a.grad, out);
-      of.weight = from(a.weight, out);
-      of.dx = from(a.dx, to);
-      of.x = from(a.x, to);
-      of.scale = from(a.scale, to);
-      of.shift = from(a.shift, to);
-      of.mean = from(a.mean, to);
-      of.invstd = from(a.invstd, to);
-      of.sum_dz = from(a.sum_dz, to);
-      of.sum_dz_xhat = from(a.sum_dz_xhat, to);
-      of.base = from(a.base, to);
-      kernels<Value>().dgrad(of, parallel);
-    });
+    kernels<Value>().dgrad(a, parallel);
   });
 }
 
@@ -327,16 +273,11 @@ void conv_wgrad(const Tensor& grad, const OptionalTensor& raw, const OptionalTen
     WgradArgsOf<Value> a{};
     const Groups groups = groups_of(x, grad, dweight, geometry);
     a.g = groups.g;
+    a.groups = groups.count;
     a.grad = lazy_grad<Value>(grad, raw, coeff);
     a.x = lazy_map<Value>(x, scale_shift, activation_of(act, slope));
     a.dweight = weight_of<Value>(dweight);
-    groups.each([&](int64_t in, int64_t out) {
-      WgradArgsOf<Value> of = a;
-      of.grad = from(a.grad, out);
-      of.x = from(a.x, in);
-      of.dweight = from(a.dweight, out);
-      kernels<Value>().wgrad(of, parallel);
-    });
+    kernels<Value>().wgrad(a, parallel);
   });
 }
 

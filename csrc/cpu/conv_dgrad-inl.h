@@ -125,24 +125,27 @@ template <class Args>
 void dgrad_few(const Args& a, const Problem& p, float* sums, Parallel parallel) {
   Run runs[kMaxRuns];
   const int count = make_runs(p, a.weight, false, runs);
-  run_parallel(parallel, div_up(p.dst_c, kPanel), p.dst_c * p.depth(), [&](int64_t panel) {
-    const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel);
+  const int64_t panels = div_up(p.dst_c, kPanel);
+  run_parallel(parallel, p.blocks * panels, p.channels() * p.depth(), [&](int64_t task) {
+    const int64_t block = task / panels, panel = task % panels, first = panel * kPanel,
+                  width = panel_width(p.dst_c, panel);
     const int vectors = static_cast<int>(width / kLanes);
+    const DgradArgs of = block_of(a, 1, block);
     Tile where;
-    const float* operand = load_whole(p, a.grad, &where);
+    const float* operand = load_whole(p, of.grad, &where);
     float* c = scratch_c.get(p.tile_pixels * width);
-    const int64_t block = even_block(where.pixels, rows_for(vectors)), part = even_block(p.src_c, kSegment);
+    const int64_t rows = even_block(where.pixels, rows_for(vectors)), part = even_block(p.src_c, kSegment);
     for (int i = 0; i < count; ++i) {
       for (int64_t k = 0; k < p.src_c; k += part) {
-        const float* weights = a.weight.data + runs[i].weight + k * a.weight.so + first;
-        for (int64_t m = 0; m < where.pixels; m += block)
-          kernels().multiply[vectors][least(block, where.pixels - m)](
+        const float* weights = of.weight.data + runs[i].weight + k * a.weight.so + first;
+        for (int64_t m = 0; m < where.pixels; m += rows)
+          kernels().multiply[vectors][least(rows, where.pixels - m)](
               operand + runs[i].operand + k, where.base + m, weights, a.weight.so, least(part, p.src_c - k),
               c + m * width, width, i == 0 && k == 0, kNothingAhead);
       }
     }
-    float* own = sums == nullptr ? nullptr : sums + first;
-    finish_dgrad(a, where, first, width, c, width, own, own == nullptr ? nullptr : own + p.dst_c);
+    float* own = from(sums, block * p.dst_c + first);
+    finish_dgrad(of, where, first, width, c, width, own, from(own, p.channels()));
   });
 }
 
@@ -163,6 +166,7 @@ void conv_dgrad(const Args& a, Parallel parallel) {
                 g.in_h,
                 g.in_w,
                 kChannelsPerUnit};
+    p.take_groups(a.groups);
     p.short_sums = has_short_sums(g);
     if (p.h.grid > 0 && p.w.grid > 0) {
       few[i] = p.plan_few(a.weight, g.in_c, kFewPixels);
@@ -171,43 +175,46 @@ void conv_dgrad(const Args& a, Parallel parallel) {
     }
     first_tile[i + 1] = tiles;
   }
-  float* sums = a.sum_dz == nullptr ? nullptr : partial_sums.get(tiles * 2 * g.in_c);
+  const int64_t channels = a.groups * g.in_c;
+  float* sums = a.sum_dz == nullptr ? nullptr : partial_sums.get(tiles * 2 * channels);
   for (int64_t i = 0; i < phases; ++i) {
     const Problem& p = problems[i];
     if (first_tile[i + 1] == first_tile[i]) continue;
     if constexpr (!kPairs) {
       if (few[i]) {
-        dgrad_few(a, p, sums == nullptr ? nullptr : sums + first_tile[i] * 2 * g.in_c, parallel);
+        dgrad_few(a, p, from(sums, first_tile[i] * 2 * channels), parallel);
         continue;
       }
     }
     const Tasks tasks(p, a.grad);
-    const Factor factor{a.weight, a.weight.so, a.weight.si, packed_weights.get(packed_size(p))};
+    const Factor factor{a.weight, a.weight.so, a.weight.si, g.out_c * a.weight.so, packed_weights.get(packed_size(p))};
     pack_weights(p, factor, parallel);
-    run_parallel(parallel, tasks.count(), p.rows() * p.w.grid * p.dst_c * 8, [&](int64_t task) {
-      const auto [tile, begin, end] = tasks.at(task);
+    run_parallel(parallel, tasks.count(), p.rows() * p.w.grid * p.channels() * 8, [&](int64_t task) {
+      const auto [block, tile, begin, end] = tasks.at(task);
+      const DgradArgs of = block_of(a, p.abreast, block);
       const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
       const int64_t ldc = round_up(columns, kLanes);
       float* c = scratch_c.get(p.tile_pixels * ldc);
       Tile where;
-      multiply_tile(p, a.grad, tile, factor, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
-        if (phases > 1) return;  // its pixels are not side by side
-        const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
-        prefetch->add(a.x, from, to, first, columns);
-        prefetch->add(a.dx, from, to, first, columns);
-        if (!a.accumulate) prefetch->add(a.base, from, to, first, columns);
-      });
-      float* own = sums == nullptr ? nullptr : sums + (first_tile[i] + tile) * 2 * g.in_c + first;
-      finish_dgrad(a, where, first, columns, c, ldc, own, own == nullptr ? nullptr : own + g.in_c);
+      multiply_tile(p, of.grad, tile, tasks.behind(task, p, a.grad, g.out_c), of_block(p, factor, block), begin, end, c,
+                    ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
+                      if (phases > 1) return;  // its pixels are not side by side
+                      const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
+                      prefetch->add(of.x, from, to, first, columns);
+                      prefetch->add(of.dx, from, to, first, columns);
+                      if (!a.accumulate) prefetch->add(of.base, from, to, first, columns);
+                    });
+      float* own = from(sums, (first_tile[i] + tile) * 2 * channels + block * p.dst_c + first);
+      finish_dgrad(of, where, first, columns, c, ldc, own, from(own, channels));
     });
   }
   if (sums == nullptr) return;
-  run_parallel(parallel, div_up(g.in_c, 64), tiles * g.in_c, [&](int64_t b) {
-    for (int64_t n = b * 64; n < least(g.in_c, b * 64 + 64); ++n) {
+  run_parallel(parallel, div_up(channels, 64), tiles * channels, [&](int64_t b) {
+    for (int64_t n = b * 64; n < least(channels, b * 64 + 64); ++n) {
       double s0 = 0, s1 = 0;
       for (int64_t t = 0; t < tiles; ++t) {
-        s0 += sums[t * 2 * g.in_c + n];
-        s1 += sums[(t * 2 + 1) * g.in_c + n];
+        s0 += sums[t * 2 * channels + n];
+        s1 += sums[(t * 2 + 1) * channels + n];
       }
       a.sum_dz[n] = static_cast<float>(s0);
       a.sum_dz_xhat[n] = static_cast<float>(s1 * a.invstd[n]);

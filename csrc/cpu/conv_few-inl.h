@@ -37,8 +37,10 @@ inline int make_runs(const Problem& p, const Weight& w, bool side_by_side, Run* 
 
 constexpr int kMaxRuns = kMaxTaps * kMaxTaps;
 
-// How many of `channels` a task takes: enough tasks for many threads, each a multiple of `multiple`.
-int64_t few_per_task(int64_t channels, int64_t multiple) { return round_up(div_up(channels, 16), multiple); }
+// How many of a block's channels a task takes: enough tasks for many threads, each a multiple of `multiple`.
+int64_t few_per_task(const Problem& p, int64_t multiple) {
+  return round_up(div_up(p.dst_c, div_up(16, p.blocks)), multiple);
+}
 
 }  // namespace
 }  // namespace FUSEDRES_CAPABILITY

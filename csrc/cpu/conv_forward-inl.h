@@ -3,6 +3,7 @@
 #pragma once
 
 #include "conv_few-inl.h"
+#include "conv_groups-inl.h"
 #include "conv_stats-inl.h"
 #include "conv_tile-inl.h"
 #include "conv_unfold-inl.h"
@@ -50,26 +51,29 @@ void finish_forward(const ForwardArgs& a, const Tile& where, int64_t first, int6
 
 template <class Args>
 void forward_few(const Args& a, const Problem& p, Parallel parallel) {
-  float* stats = a.mean == nullptr ? nullptr : partial_sums.get(kTileStats * p.dst_c);
+  float* stats = a.mean == nullptr ? nullptr : partial_sums.get(kTileStats * p.channels());
   Run runs[kMaxRuns];
   const int count = make_runs(p, a.weight, true, runs);
-  const int64_t each = few_per_task(p.dst_c, kDotOutputs);
-  run_parallel(parallel, div_up(p.dst_c, each), p.dst_c * p.depth(), [&](int64_t task) {
-    const int64_t first = task * each, columns = least(each, p.dst_c - first), ldc = a.out.stride;
+  const int64_t each = few_per_task(p, kDotOutputs), parts = div_up(p.dst_c, each);
+  run_parallel(parallel, p.blocks * parts, p.channels() * p.depth(), [&](int64_t task) {
+    const int64_t block = task / parts, first = task % parts * each, columns = least(each, p.dst_c - first),
+                  ldc = a.out.stride;
+    const ForwardArgs of = block_of(a, 1, block);
     Tile where;
-    const float* operand = load_whole(p, a.x, &where);
-    const int64_t block = even_block(where.pixels, kDotPixels);
-    float* c = a.out.data + first;
+    const float* operand = load_whole(p, of.x, &where);
+    const int64_t rows = even_block(where.pixels, kDotPixels);
+    float* c = of.out.data + first;
     for (int64_t n = 0; n < columns;) {
       const int64_t outputs = columns - n >= kDotOutputs ? kDotOutputs : 1;
-      for (int64_t m = 0; m < where.pixels; m += block)
-        kernels().dots[outputs][least(block, where.pixels - m)](operand, where.base + m,
-                                                                a.weight.data + (first + n) * a.weight.so, a.weight.so,
-                                                                runs, count, c + m * ldc + n, ldc);
+      for (int64_t m = 0; m < where.pixels; m += rows)
+        kernels().dots[outputs][least(rows, where.pixels - m)](operand, where.base + m,
+                                                               of.weight.data + (first + n) * a.weight.so, a.weight.so,
+                                                               runs, count, c + m * ldc + n, ldc);
       n += outputs;
     }
-    finish_forward(a, where, first, columns, c, ldc);
-    if (stats != nullptr) column_stats(c, ldc, where.pixels, columns, tile_stats(stats, p, 0).from(first));
+    finish_forward(of, where, first, columns, c, ldc);
+    if (stats != nullptr)
+      column_stats(c, ldc, where.pixels, columns, tile_stats(stats, p, 0).from(block * p.dst_c + first));
   });
   if (stats != nullptr) merge_stats(p, stats, a.mean, a.m2, parallel);
 }
@@ -85,12 +89,13 @@ void conv_forward(const Args& a, Parallel parallel) {
             g.out_h,
             g.out_w,
             kChannelsPerUnit};
+  p.take_groups(a.groups);
   if constexpr (!kPairs) {
     if (p.plan_few(a.weight, g.in_c, kFewerPixels)) return forward_few(a, p, parallel);
-    if (unfolds(g, a.weight, kFewerPixels)) {
+    if (p.abreast == 1 && unfolds(g, a.weight, kFewerPixels)) {
       Args by_pixels = a;
       by_pixels.g = unfolded(g);
-      by_pixels.x = unfold(g, a.x, parallel);
+      by_pixels.x = unfold(g, a.groups, a.x, parallel);
       by_pixels.weight = unfolded(a.weight);
       return conv_forward(by_pixels, parallel);
     }
@@ -101,33 +106,38 @@ void conv_forward(const Args& a, Parallel parallel) {
   const bool is_kept = kept.data() != nullptr;
   p.packs = p.packs && !is_kept;
   const Tasks tasks(p, a.x);
-  const Factor factor{a.weight, a.weight.si, a.weight.so, is_kept ? kept.data() : packed_weights.get(packed_size(p))};
+  const Factor factor{a.weight, a.weight.si, a.weight.so, g.out_c * a.weight.so,
+                      is_kept ? kept.data() : packed_weights.get(packed_size(p))};
   if (!is_kept || kept.fills()) pack_weights(p, factor, parallel);
   kept.filled();
-  float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * kTileStats * p.dst_c);
+  float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * kTileStats * p.channels());
   const bool in_place = !kPairs && p.dst_c % kLanes == 0;
   const int64_t pixels = p.rows() * p.w.grid;
-  run_parallel(parallel, tasks.count(), pixels * p.dst_c * 8, [&](int64_t task) {
-    const auto [tile, begin, end] = tasks.at(task);
+  run_parallel(parallel, tasks.count(), pixels * p.channels() * 8, [&](int64_t task) {
+    const auto [block, tile, begin, end] = tasks.at(task);
+    const ForwardArgs of = block_of(a, p.abreast, block);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
     const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
     // output pixels of a tile are consecutive rows of the map
-    float* c = in_place ? reinterpret_cast<float*>(a.out.data) + p.first_row(tile) * p.w.grid * a.out.stride + first
+    float* c = in_place ? reinterpret_cast<float*>(of.out.data) + p.first_row(tile) * p.w.grid * of.out.stride + first
                         : scratch_c.get(p.tile_pixels * ldc);
     Tile where;
-    multiply_tile(p, a.x, tile, factor, begin, end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
-      const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
-      prefetch->add(a.residual, from, to, first, columns);
-      if (!in_place) return prefetch->add(a.out, from, to, first, columns);
-      // products write the map itself, from their first panel on: the lines of the next task
-      if (task + 1 == tasks.count()) return;
-      const Task next = tasks.at(task + 1);
-      prefetch->add(a.out, p.first_row(next.tile) * p.w.grid, p.first_row(next.tile + 1) * p.w.grid,
-                    next.begin * kPanel, least(p.dst_c, next.end * kPanel) - next.begin * kPanel);
-    });
-    finish_forward(a, where, first, columns, c, ldc);
+    const bool last = task + 1 == tasks.count();
+    const Task next = last ? Task{block, p.tiles, begin, end} : tasks.at(task + 1);
+    multiply_tile(p, of.x, tile, tasks.behind(task, p, a.x, g.in_c), of_block(p, factor, block), begin, end, c, ldc,
+                  &where, [&](const Tile& t, Prefetch* prefetch) {
+                    const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
+                    prefetch->add(of.residual, from, to, first, columns);
+                    if (!in_place) return prefetch->add(of.out, from, to, first, columns);
+                    // products write the map itself, from their first panel on: the lines of the next task
+                    if (last) return;
+                    prefetch->add(a.out, p.first_row(next.tile) * p.w.grid, p.first_row(next.tile + 1) * p.w.grid,
+                                  next.block * p.dst_c + next.begin * kPanel,
+                                  least(p.dst_c, next.end * kPanel) - next.begin * kPanel);
+                  });
+    finish_forward(of, where, first, columns, c, ldc);
     const TileStats own = tile_stats(stats, p, tile);
-    write_tile(a, where, first, columns, c, ldc, in_place, own ? own.from(first) : own);
+    write_tile(of, where, first, columns, c, ldc, in_place, own ? own.from(block * p.dst_c + first) : own);
   });
   if (stats != nullptr) merge_stats(p, stats, a.mean, a.m2, parallel);
 }

@@ -101,6 +101,9 @@ struct Problem {
   Axis h, w;
   int64_t batch, src_c, dst_c, dst_h, dst_w;  // src_c in units where those run along the channels, but for Winograd's
   int64_t per_unit = 1;                       // channels
+  // Groups are computed in blocks, each a problem of these sizes: one group, or some narrow ones abreast. Those read as
+  // many channels as they write; src_c is what each output reads.
+  int64_t blocks = 1, abreast = 1;
   // the plan: a tile is some lines of `line_rows` rows, as many as Winograd's patches have; the last of an image may
   // have fewer
   int64_t line_rows = 1, tile_lines = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
@@ -109,6 +112,21 @@ struct Problem {
   bool short_sums = false;        // as of eager's convolution, with whose roundings ours are compared
   bool packs = false;             // a tile packs the weights that it multiplies, panel by panel
 
+  // Of a problem of one group: cuts all `groups` of them into blocks.
+  void take_groups(int64_t groups) {
+    blocks = groups;
+    const int64_t of_group = src_c * per_unit;
+    if (of_group != dst_c || of_group > kLanes || (of_group & (of_group - 1)) != 0) return;
+    for (int64_t vectors = kPanelVectors; vectors > 0 && abreast == 1; --vectors)
+      if (groups % (vectors * kLanes / of_group) == 0) abreast = vectors * kLanes / of_group;
+    if (abreast == 1) return;
+    blocks = groups / abreast;
+    dst_c *= abreast;
+    src_c = of_group;
+    per_unit = 1;
+  }
+
+  int64_t channels() const { return blocks * dst_c; }  // of the destination
   int64_t rows() const { return batch * h.grid; }
   int64_t lines() const { return batch * div_up(h.grid, line_rows); }
   // Of all images' rows, the first of tile `tile`; behind the last tile, their number.
@@ -138,7 +156,8 @@ struct Problem {
   // The edge of the output tiles by which Winograd's algorithm is cheapest, 0 where nine products an output are: where
   // the map is so small that transforming the weights outweighs it. In multiplications per pair of channels.
   int best_winograd() const {
-    if (h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() || !w.consecutive()) return 0;
+    if (abreast > 1 || h.taps != 3 || w.taps != 3 || h.step != 1 || w.step != 1 || !h.consecutive() || !w.consecutive())
+      return 0;
     const int64_t channels = src_c * per_unit;
     if (channels % kLanes != 0 || w.grid > 128) return 0;
     struct Cost {
@@ -188,8 +207,8 @@ struct Problem {
   // lies: `vector_c` channels of it lie side by side.
   bool plan_few(const Weight& weight, int64_t vector_c, int64_t most_pixels) {
     const int64_t pixels = rows() * w.grid;
-    if (kPairs || pixels == 0 || pixels > most_pixels || weight.si != 1 || vector_c % kLanes != 0 || h.taps == 0 ||
-        w.taps == 0)
+    if (kPairs || abreast > 1 || pixels == 0 || pixels > most_pixels || weight.si != 1 || vector_c % kLanes != 0 ||
+        h.taps == 0 || w.taps == 0)
       return false;
     winograd = 0;
     scratch_w = w.scratch_size(w.grid);

@@ -19,11 +19,19 @@ int64_t panel_width(int64_t dst_c, int64_t panel) { return round_up(least(kPanel
 // destination, and where it is packed.
 struct Factor {
   Weight weight;
-  int64_t source_stride, destination_stride;
+  int64_t source_stride, destination_stride, group_stride;
   float* packed;
 };
 
-inline int64_t packed_size(const Problem& p) { return p.packs ? 0 : round_up(p.dst_c, kLanes) * p.depth(); }
+inline int64_t block_size(const Problem& p) { return round_up(p.dst_c, kLanes) * p.depth(); }
+inline int64_t packed_size(const Problem& p) { return p.packs ? 0 : p.blocks * block_size(p); }
+
+// That of a block of groups.
+inline Factor of_block(const Problem& p, Factor factor, int64_t block) {
+  factor.weight.data += block * p.abreast * factor.group_stride;
+  factor.packed += block * block_size(p);
+  return factor;
+}
 
 // dst[j][i] = src[i][j] for kLanes x kLanes numbers or units. What lies some lines ahead in each row is asked for: as
 // many rows at once are beyond what the hardware foresees.
@@ -71,6 +79,23 @@ void pack_chunk(const Problem& p, const Factor& factor, int64_t panel, Chunk chu
   }
 }
 
+// As pack_chunk, for groups abreast: vector of the destination, tap, channel.
+void pack_abreast(const Problem& p, const Factor& factor, float* dst) {
+  const Weight& w = factor.weight;
+  for (int64_t first = 0; first < p.dst_c; first += kLanes) {
+    for (int i = 0; i < p.h.taps; ++i) {
+      for (int j = 0; j < p.w.taps; ++j, dst += p.src_c * kLanes) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+          const int64_t n = first + l;
+          const Value* src = w.data + p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw + n / p.src_c * factor.group_stride +
+                             n % p.src_c * factor.destination_stride;
+          for (int64_t c = 0; c < p.src_c; ++c) dst[c * kLanes + l] = to_float(src[c * factor.source_stride]);
+        }
+      }
+    }
+  }
+}
+
 // As pack_chunk, for Winograd: position, channel. Of the chunk's channels, those in [begin, end), which are a multiple
 // of kLanes.
 template <class Winograd, class Of>
@@ -106,6 +131,7 @@ void pack_winograd(const Problem& p, const Of& factor, int64_t panel, Chunk chun
 // A panel's weights for a chunk, by whichever algorithm; for Winograd's, piece `piece` of pack_pieces.
 template <class Of>
 void pack(const Problem& p, const Of& factor, int64_t panel, Chunk chunk, int64_t piece, float* dst) {
+  if (p.abreast > 1) return pack_abreast(p, factor, dst);
   if (p.winograd) {
     const int64_t begin = piece * kPackChannels, end = least(chunk.width, begin + kPackChannels);
     return with_winograd(
@@ -119,8 +145,8 @@ inline int64_t pack_pieces(const Problem& p) { return p.winograd ? div_up(p.chun
 // Of one chunk of channels behind another nothing is to be seen where there is a single tap.
 inline PackedLayout packed_layout(const Problem& p, const Weight& w) {
   const int64_t chunk = p.taps() == 1 ? p.src_c : p.chunk;
-  return {{p.src_c, p.dst_c, p.h.taps, p.w.taps, chunk, p.winograd + 4 * kPairs, w.so, w.si, w.sh, w.sw},
-          round_up(p.dst_c, kLanes) * p.depth()};
+  return {{p.src_c, p.dst_c, p.h.taps, p.w.taps, chunk, p.winograd + 4 * kPairs, p.abreast, w.so, w.si, w.sh, w.sw},
+          p.blocks * block_size(p)};
 }
 
 inline float* packed_at(const Problem& p, const Factor& factor, int64_t panel, Chunk chunk) {
@@ -132,11 +158,12 @@ template <class Of>
 void pack_weights(const Problem& p, const Of& factor, Parallel parallel) {
   if (p.packs) return;
   // few panels are not enough for the threads
-  const int64_t pieces = pack_pieces(p), of_panel = p.chunks() * pieces;
-  run_parallel(parallel, div_up(p.dst_c, kPanel) * of_panel, p.dst_c * p.depth(), [&](int64_t task) {
-    const int64_t panel = task / of_panel;
+  const int64_t panels = div_up(p.dst_c, kPanel), pieces = pack_pieces(p), of_panel = p.chunks() * pieces;
+  run_parallel(parallel, p.blocks * panels * of_panel, p.channels() * p.depth(), [&](int64_t task) {
+    const int64_t panel = task / of_panel % panels;
     const Chunk chunk = p.chunk_at(task % of_panel / pieces);
-    pack(p, factor, panel, chunk, task % pieces, packed_at(p, factor, panel, chunk));
+    const Of own = of_block(p, factor, task / of_panel / panels);
+    pack(p, own, panel, chunk, task % pieces, packed_at(p, own, panel, chunk));
   });
 }
 

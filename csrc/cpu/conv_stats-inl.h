@@ -25,8 +25,8 @@ constexpr int kTileStats = 3;
 // Those of tile `tile` in `partial`, which may be null.
 inline TileStats tile_stats(float* partial, const Problem& p, int64_t tile) {
   if (partial == nullptr) return {};
-  float* own = partial + tile * kTileStats * p.dst_c;
-  return {own, own + p.dst_c, own + 2 * p.dst_c};
+  float* own = partial + tile * kTileStats * p.channels();
+  return {own, own + p.channels(), own + 2 * p.channels()};
 }
 
 // The sums of a second visit: deviations from an average that is the mean but for rounding, and their squares.
@@ -97,7 +97,7 @@ void column_stats(const float* c, int64_t ldc, int64_t rows, int64_t columns, co
 
 // Chan, Golub and LeVeque (1983): merge (count, mean, M2) of the tiles, in order.
 void merge_stats(const Problem& p, float* partial, float* mean, float* m2, Parallel parallel) {
-  const int64_t channels = p.dst_c, blocks = div_up(channels, 64);
+  const int64_t channels = p.channels(), blocks = div_up(channels, 64);
   run_parallel(parallel, blocks, p.tiles * channels, [&](int64_t b) {
     for (int64_t n = b * 64; n < least(channels, b * 64 + 64); ++n) {
       double count = 0, average = 0, squares = 0;

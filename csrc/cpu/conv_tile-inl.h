@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "conv_abreast-inl.h"
 #include "conv_gemm-inl.h"
+#include "conv_groups-inl.h"
 #include "conv_pack-inl.h"
 #include "conv_prologue-inl.h"
 
@@ -84,7 +86,7 @@ struct Prefetch {
 void prefetch_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, Prefetch* prefetch) {
   if (tile >= p.tiles) return;
   const int64_t begin = p.first_row(tile), end = p.first_row(tile + 1), first = p.per_unit * chunk.first,
-                width = p.per_unit * chunk.width;
+                width = p.per_unit * chunk.width * p.abreast;
   const auto line = [&](int64_t row, int64_t offset) {
     const int64_t y = row % p.h.grid * p.h.step + offset;
     return (row / p.h.grid * p.h.src_size + most(0, least(p.h.src_size, y))) * p.w.src_size;
@@ -167,6 +169,12 @@ bool multiply_winograd(const Problem& p, int64_t tile, int64_t k, const float* s
   return finite;
 }
 
+// A tile of an operand; without pixels behind the last one.
+struct Operand {
+  Source source;
+  int64_t tile;
+};
+
 // A tile of Winograd's once more without its transforms. It packs its weights: this is rare, and a pass over them is
 // little beside the product.
 Tile multiply_directly(const Problem& p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
@@ -174,14 +182,34 @@ Tile multiply_directly(const Problem& p, const Source& s, int64_t tile, const Fa
 
 // Whether the map itself is the operand: nothing is pending and nothing padded.
 inline bool multiplies_in_place(const Problem& p, const Source& s) {
-  return s.scale == nullptr && s.act.kind == Act::none && s.map.stride % p.per_unit == 0 && p.one_to_one();
+  return p.abreast == 1 && s.scale == nullptr && s.act.kind == Act::none && s.map.stride % p.per_unit == 0 &&
+         p.one_to_one();
+}
+
+// A tile's product of groups abreast.
+void multiply_abreast(const Problem& p, const float* scratch, const Tile& where, const float* weights, float* c,
+                      int64_t ldc, Prefetch* prefetch) {
+  int64_t offsets[kMaxTaps * kMaxTaps];
+  const int taps = tap_offsets(p, offsets);
+  const AbreastKernels& of = abreast_kernels(p.src_c);
+  const int64_t block = even_block(where.pixels, of.rows),
+                lines = div_up(prefetch->total, p.dst_c / kLanes * div_up(where.pixels, block));
+  for (int64_t n = 0; n < p.dst_c; n += kLanes) {
+    for (int64_t m = 0; m < where.pixels; m += block) {
+      const Ahead ahead = prefetch->take(lines, lines);
+      ahead.accompany(0, ahead.count, [](int64_t) {});
+      of.multiply[least(block, where.pixels - m)](scratch + n * p.scratch_pixels, where.base + m, offsets, taps,
+                                                  weights + n * p.depth(), c + m * ldc + n, ldc);
+    }
+  }
 }
 
 // c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`.
-// `epilogue(where, &prefetch)` may name what the epilogue of this tile will read and write.
+// `epilogue(where, &prefetch)` may name what the epilogue of this tile will read and write. `next` is the tile behind
+// it.
 template <class F>
-void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
-                   int64_t last_panel, float* c, int64_t ldc, Tile* where, F&& epilogue) {
+void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Operand& next, const Factor& factor,
+                   int64_t first_panel, int64_t last_panel, float* c, int64_t ldc, Tile* where, F&& epilogue) {
   Segment segments[kMaxSegments];
   if (p.chunks() == 0) {
     *where = locate(p, tile, 1);
@@ -191,22 +219,28 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
     return;
   }
   const Source* in_place = multiplies_in_place(p, s) ? &s : nullptr;
-  float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk);
+  float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk * p.abreast);
   for (int64_t k = 0; k < p.chunks(); ++k) {
     const Chunk chunk = p.chunk_at(k);
-    if (!in_place) load_tile(p, s, tile, chunk, loaded);
+    if (p.abreast > 1) load_abreast(p, s, tile, loaded);
+    else if (!in_place) load_tile(p, s, tile, chunk, loaded);
     const float* scratch = in_place ? reinterpret_cast<const float*>(s.map.data) + chunk.first : loaded;
-    *where = locate(p, tile, chunk.width, in_place);
+    *where = locate(p, tile, p.abreast > 1 ? kLanes : chunk.width, in_place);
     Prefetch prefetch;
     const bool last = k + 1 == p.chunks();
     if (last) epilogue(*where, &prefetch);
-    prefetch_tile(p, s, last ? tile + 1 : tile, p.chunk_at(last ? 0 : k + 1), &prefetch);
+    if (last) prefetch_tile(p, next.source, next.tile, p.chunk_at(0), &prefetch);
+    else prefetch_tile(p, s, tile, p.chunk_at(k + 1), &prefetch);
     if (p.winograd) {
       if (!multiply_winograd(p, tile, k, scratch, factor, first_panel, last_panel, c, ldc, &prefetch))
         *where = multiply_directly(p, s, tile, factor, first_panel, last_panel, c, ldc);
       continue;
     }
     const int count = make_segments(p, chunk, kSegment, segments);
+    if (p.abreast > 1) {
+      multiply_abreast(p, scratch, *where, weights_of(p, factor, 0, chunk), c, ldc, &prefetch);
+      continue;
+    }
     const int64_t calls = (last_panel - first_panel) * count * div_up(where->pixels, rows_for(kPanelVectors)),
                   lines = div_up(prefetch.total, calls);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
@@ -217,12 +251,12 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
       for (int i = 0; i < count; ++i) {
         const bool first = k == 0 && i == 0;
         const float* of_call = weights + (segments[i].row - chunk.row) * width;
-        const NextWeights next(p, of_call, segments[i].depth * width, segments[i].depth);
+        const NextWeights weights_ahead(p, of_call, segments[i].depth * width, segments[i].depth);
         for (int64_t m = 0; m < where->pixels; m += block) {
           const int64_t rows = least(block, where->pixels - m);
           kernels().multiply[vectors][rows](scratch + segments[i].offset, where->base + m, of_call, width,
                                             segments[i].depth, c + m * ldc + (panel - first_panel) * kPanel, ldc, first,
-                                            prefetch.take(lines, segments[i].depth, next.of(m / block)));
+                                            prefetch.take(lines, segments[i].depth, weights_ahead.of(m / block)));
         }
       }
     }
@@ -232,7 +266,8 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Factor
 Tile multiply_directly(const Problem& p, const Source& s, int64_t tile, const Factor& factor, int64_t first_panel,
                        int64_t last_panel, float* c, int64_t ldc) {
   Tile where;
-  multiply_tile(p.directly(), s, tile, factor, first_panel, last_panel, c, ldc, &where, [](const Tile&, Prefetch*) {});
+  multiply_tile(p.directly(), s, tile, {s, p.tiles}, factor, first_panel, last_panel, c, ldc, &where,
+                [](const Tile&, Prefetch*) {});
   return where;
 }
 
@@ -246,29 +281,38 @@ int64_t panels_per_task(const Problem& p, const Source& s) {
   return most(1, least(fit, div_up(panels, wanted)));
 }
 
-// What a task multiplies: panels [begin, end) of a tile.
+// What a task multiplies: panels [begin, end) of a tile of a block.
 struct Task {
-  int64_t tile, begin, end;
+  int64_t block, tile, begin, end;
 };
 
 // A product's tasks, and their order. Threads run stretches of it, so that what follows each other stays in a core's
 // cache: the weights of some panels, for all tiles, where weights are more than the operand, else a tile. Packed
 // weights were written by another core, and are the dearer for it.
 struct Tasks {
-  int64_t tiles, panels, each, parts;
+  int64_t blocks, tiles, panels, each, parts;
   bool by_panels;
 
   Tasks(const Problem& p, const Source& s)
-      : tiles(p.tiles),
+      : blocks(p.blocks),
+        tiles(p.tiles),
         panels(div_up(p.dst_c, kPanel)),
         each(panels_per_task(p, s)),
         parts(div_up(panels, each)),
         by_panels(p.dst_c * p.taps() > p.batch * p.h.src_size * p.w.src_size) {}
 
-  int64_t count() const { return tiles * parts; }
+  int64_t count() const { return blocks * tiles * parts; }
   Task at(int64_t i) const {
-    const int64_t part = by_panels ? i / tiles : i % parts;
-    return {by_panels ? i % tiles : i / parts, part * each, least(panels, (part + 1) * each)};
+    // part and block are one number here
+    const int64_t count = blocks * parts, part = by_panels ? i / tiles : i % count, first = part % parts * each;
+    return {part / parts, by_panels ? i % tiles : i / count, first, least(panels, first + each)};
+  }
+  // What task `i`, of an operand whose groups have so many channels, finds loaded if it asks for it: that of the next.
+  Operand behind(int64_t i, const Problem& p, const Source& s, int64_t of_group) const {
+    if (blocks == 1) return {s, at(i).tile + 1};
+    if (i + 1 == count()) return {s, tiles};
+    const Task next = at(i + 1);
+    return {from(s, next.block * p.abreast * of_group), next.tile};
   }
 };
 

@@ -39,9 +39,10 @@ inline bool unfolds(const Geometry2d& g, const Weight& w, int64_t most_pixels) {
   return p.plan_few(unfolded(w), u.in_c, most_pixels);
 }
 
-// The operand unfolded, with what is pending applied and padding as zeros.
-inline Source unfold(const Geometry2d& g, const Source& s, Parallel parallel) {
-  const int64_t taps = g.kernel_h * g.kernel_w, depth = g.in_c * taps, pixels = g.batch * g.out_h * g.out_w;
+// The operand of all groups unfolded, with what is pending applied and padding as zeros.
+inline Source unfold(const Geometry2d& g, int64_t groups, const Source& s, Parallel parallel) {
+  const int64_t channels = groups * g.in_c, taps = g.kernel_h * g.kernel_w, depth = channels * taps,
+                pixels = g.batch * g.out_h * g.out_w;
   float* to = unfolded_operand.get(pixels * depth);
   run_parallel(parallel, pixels, pixels * depth, [&](int64_t pixel) {
     const int64_t n = pixel / (g.out_h * g.out_w), row = pixel / g.out_w % g.out_h, column = pixel % g.out_w;
@@ -49,15 +50,15 @@ inline Source unfold(const Geometry2d& g, const Source& s, Parallel parallel) {
     float* at = window;
     for (int64_t i = 0; i < g.kernel_h; ++i) {
       const int64_t y = row * g.stride_h - g.pad_h + i * g.dilation_h;
-      for (int64_t j = 0; j < g.kernel_w; ++j, at += g.in_c) {
+      for (int64_t j = 0; j < g.kernel_w; ++j, at += channels) {
         const int64_t x = column * g.stride_w - g.pad_w + j * g.dilation_w;
-        if (y < 0 || y >= g.in_h || x < 0 || x >= g.in_w) std::memset(at, 0, g.in_c * sizeof(float));
-        else load_pixel(s, (n * g.in_h + y) * g.in_w + x, 0, g.in_c, at);
+        if (y < 0 || y >= g.in_h || x < 0 || x >= g.in_w) std::memset(at, 0, channels * sizeof(float));
+        else load_pixel(s, (n * g.in_h + y) * g.in_w + x, 0, channels, at);
       }
     }
     float* own = to + pixel * depth;
-    for (int64_t c = 0; c < g.in_c; ++c)
-      for (int64_t t = 0; t < taps; ++t) own[c * taps + t] = window[t * g.in_c + c];
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t t = 0; t < taps; ++t) own[c * taps + t] = window[t * channels + c];
   });
   return {{reinterpret_cast<Value*>(to), depth}, {nullptr, 0}, nullptr, nullptr, nullptr, {Act::none, 0}};
 }

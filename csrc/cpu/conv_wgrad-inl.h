@@ -2,6 +2,7 @@
 #pragma once
 
 #include "conv_few-inl.h"
+#include "conv_groups-inl.h"
 #include "conv_tile-inl.h"
 #include "conv_unfold-inl.h"
 
@@ -15,7 +16,7 @@ struct WgradPlan {
   Problem p;
   int64_t panels, parts, each;  // panels, and how they are divided into tasks
   int64_t groups, group_tiles;  // each group of tiles sums into a partial of its own
-  int64_t size() const { return p.depth() * round_up(p.dst_c, kLanes); }
+  int64_t size() const { return block_size(p); }
   int64_t used_groups() const { return div_up(p.tiles, group_tiles); }
 
   // Follows from the shape alone.
@@ -25,13 +26,13 @@ struct WgradPlan {
     if (p.winograd) p.chunk = least(p.chunk, kPanel);
     const int64_t pixels = p.rows() * p.w.grid, chunks = p.chunks();
     panels = div_up(p.dst_c, kPanel);
-    groups = most(1, least(16, least(pixels / 512, (int64_t(1) << 22) / size())));
-    each = p.winograd
-               ? 1
-               : most(1, least(kScratchFloats / (p.tile_pixels * kPanel), div_up(panels, div_up(8, groups * chunks))));
+    groups = most(1, least(16, least(pixels / 512, (int64_t(1) << 22) / (p.blocks * size()))));
+    each = p.winograd ? 1
+                      : most(1, least(kScratchFloats / (p.tile_pixels * kPanel),
+                                      div_up(panels, div_up(8, p.blocks * groups * chunks))));
     parts = div_up(panels, each);
     // a small map: more groups rather than idle threads, down to groups that still outweigh their partials
-    groups = least(p.tiles, most(groups, least(div_up(8, chunks * parts), most(1, pixels / 96))));
+    groups = least(p.tiles, most(groups, least(div_up(8, p.blocks * chunks * parts), most(1, pixels / 96))));
     group_tiles = div_up(p.tiles, groups);
   }
 };
@@ -70,6 +71,22 @@ void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const flo
   }
 }
 
+// As outer_tile, of groups abreast. `gradient` is vector by vector, as the operand is.
+void outer_groups(const Problem& p, const Tile& where, const float* scratch, const float* gradient, float* sums,
+                  bool fresh, Prefetch* prefetch) {
+  int64_t offsets[kMaxTaps * kMaxTaps];
+  const int taps = tap_offsets(p, offsets);
+  const AbreastKernels& of = abreast_kernels(p.src_c);
+  const int64_t* gradient_base = strided_base(where.pixels, kLanes);
+  const int64_t block = even_block(taps, of.taps),
+                lines = div_up(prefetch->total, p.dst_c / kLanes * div_up(taps, block));
+  for (int64_t n = 0; n < p.dst_c; n += kLanes)
+    for (int64_t t = 0; t < taps; t += block)
+      of.outer[least(block, taps - t)](
+          scratch + n * p.scratch_pixels, where.base, offsets + t, gradient + n * where.pixels, gradient_base,
+          where.pixels, sums + t * p.src_c * p.dst_c + n, p.dst_c, fresh, prefetch->take(lines, where.pixels));
+}
+
 // As outer_tile, tap by tap, without the pixels that read padding through it: what is not finite would not be zero
 // times the padding's zeros.
 void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient,
@@ -87,8 +104,16 @@ void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const f
       base[count] = where.base[m];
       inside[count++] = m;
     }
-    const int64_t offset = (p.h.shift(i) * p.scratch_w + p.w.shift(j)) * chunk.width,
+    const int64_t offset = (p.h.shift(i) * p.scratch_w + p.w.shift(j)) * (p.abreast > 1 ? kLanes : chunk.width),
                   first = chunk.row + t * chunk.width;
+    if (p.abreast > 1) {
+      for (int64_t m = 0; m < count; ++m) gradient_base[m] = inside[m] * kLanes;
+      for (int64_t n = 0; n < p.dst_c; n += kLanes)
+        abreast_kernels(p.src_c).outer[1](scratch + n * p.scratch_pixels, base, &offset, gradient + n * where.pixels,
+                                          gradient_base, count, sums + first * p.dst_c + n, p.dst_c, fresh,
+                                          kNothingAhead);
+      continue;
+    }
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t width = panel_width(p.dst_c, panel);
       const int vectors = static_cast<int>(width / kLanes);
@@ -170,17 +195,18 @@ void store_weights(const Weight& w, const float* block, int64_t width, int64_t r
 template <class Args>
 bool wgrad_few(const Args& a, const Problem& p, bool padded, Parallel parallel) {
   Run runs[kMaxRuns];
-  const auto& dweight = a.dweight;
-  const int count = make_runs(p, dweight, true, runs);
-  const int64_t block = rows_for(kPanelVectors), each = few_per_task(p.dst_c, block);
+  const int count = make_runs(p, a.dweight, true, runs);
+  const int64_t block = rows_for(kPanelVectors), each = few_per_task(p, block), parts = div_up(p.dst_c, each);
   bool wrong = false;
-  run_parallel(parallel, div_up(p.dst_c, each), p.dst_c * p.depth(), [&](int64_t task) {
-    const int64_t first = task * each, columns = least(each, p.dst_c - first);
+  run_parallel(parallel, p.blocks * parts, p.channels() * p.depth(), [&](int64_t task) {
+    const WgradArgs of = block_of(a, 1, task / parts);
+    const auto& dweight = of.dweight;
+    const int64_t first = task % parts * each, columns = least(each, p.dst_c - first);
     Tile where;
-    const float* operand = load_whole(p, a.x, &where);
+    const float* operand = load_whole(p, of.x, &where);
     float* gradient = scratch_b.get(where.pixels * columns);
     for (int64_t m = 0; m < where.pixels; ++m)
-      load_pixel(a.grad, where.pixel[m], first, columns, gradient + m * columns);
+      load_pixel(of.grad, where.pixel[m], first, columns, gradient + m * columns);
     if (padded && !is_finite(gradient, where.pixels * columns)) __atomic_store_n(&wrong, true, __ATOMIC_RELAXED);
     const int64_t* base = strided_base(where.pixels, columns);
     for (int64_t n = 0; n < columns; n += block) {
@@ -198,28 +224,30 @@ bool wgrad_few(const Args& a, const Problem& p, bool padded, Parallel parallel) 
   return !wrong;
 }
 
-inline Problem wgrad_problem(const Geometry2d& g) {
-  return {forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
-          forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
-          g.batch,
-          g.in_c,
-          g.out_c,
-          g.out_h,
-          g.out_w};
+inline Problem wgrad_problem(const Geometry2d& g, int64_t groups) {
+  Problem p{forward_axis(g.in_h, g.out_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h),
+            forward_axis(g.in_w, g.out_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
+            g.batch,
+            g.in_c,
+            g.out_c,
+            g.out_h,
+            g.out_w};
+  p.take_groups(groups);
+  return p;
 }
 
 // Few pixels. Returns whether that was done, and right.
 template <class Args>
 bool wgrad_of_few(const Args& a, Parallel parallel) {
   const Geometry2d& g = a.g;
-  Problem problem = wgrad_problem(g);
+  Problem problem = wgrad_problem(g, a.groups);
   if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, is_padded(g), parallel);
   if (!unfolds(g, a.dweight, kFewPixels)) return false;
   Args by_pixels = a;
   by_pixels.g = unfolded(g);
-  by_pixels.x = unfold(g, a.x, parallel);
+  by_pixels.x = unfold(g, a.groups, a.x, parallel);
   by_pixels.dweight = unfolded(a.dweight);
-  Problem by_pixel = wgrad_problem(by_pixels.g);
+  Problem by_pixel = wgrad_problem(by_pixels.g, a.groups);
   by_pixel.plan_few(by_pixels.dweight, by_pixels.g.in_c, kFewPixels);
   return wgrad_few(by_pixels, by_pixel, is_padded(g), parallel);
 }
@@ -227,82 +255,89 @@ bool wgrad_of_few(const Args& a, Parallel parallel) {
 template <class Args>
 void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
   const Geometry2d& g = a.g;
-  Problem problem = wgrad_problem(g);
+  Problem problem = wgrad_problem(g, a.groups);
   if constexpr (!kPairs)
-    if (wgrad_of_few(a, parallel)) return;
+    if (problem.abreast == 1 && wgrad_of_few(a, parallel)) return;
   problem.winograd_only = winograd_only;
   const WgradPlan plan(problem);
   const Problem& p = plan.p;
   const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
-  float* sums = partial_sums.get(plan.groups * plan.size());
-  run_parallel(parallel, plan.groups * chunks * parts, pixels * p.dst_c * 8, [&](int64_t task) {
-    const int64_t group = task / (chunks * parts), begin = task % parts * plan.each,
-                  end = least(panels, begin + plan.each);
+  float* sums = partial_sums.get(p.blocks * plan.groups * plan.size());
+  run_parallel(parallel, plan.groups * p.blocks * chunks * parts, pixels * p.channels() * 8, [&](int64_t task) {
+    const int64_t group = task / (p.blocks * chunks * parts), block = task / (chunks * parts) % p.blocks,
+                  begin = task % parts * plan.each, end = least(panels, begin + plan.each);
     const Chunk chunk = p.chunk_at(task / parts % chunks);
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first,
                   written = round_up(columns, kLanes);
     const int64_t stop = least(p.tiles, (group + 1) * plan.group_tiles);
-    float* scratch = scratch_a.get(p.scratch_pixels * p.chunk);
+    float* scratch = scratch_a.get(p.scratch_pixels * p.chunk * p.abreast);
     float* gradient = scratch_b.get(p.tile_pixels * written);
+    const WgradArgs of = block_of(a, p.abreast, block);
     for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
       const bool fresh = tile == group * plan.group_tiles;
-      Tile where = locate(p, tile, chunk.width);
-      if (p.winograd) {
-        load_tile(p, a.x, tile, chunk, scratch);
-        load_panels(a.grad, where, first, columns, gradient);
+      Tile where = locate(p, tile, p.abreast > 1 ? kLanes : chunk.width);
+      if (p.abreast > 1) {
+        load_abreast(p, of.x, tile, scratch);
+        for (int64_t n = 0; n < p.dst_c; n += kLanes)
+          load_panels(of.grad, where, n, kLanes, gradient + n * where.pixels);
+      } else if (p.winograd) {
+        load_tile(p, of.x, tile, chunk, scratch);
+        load_panels(of.grad, where, first, columns, gradient);
       } else {
-        load_operand(p, a.x, tile, chunk, scratch);
+        load_operand(p, of.x, tile, chunk, scratch);
         const int64_t units = locate_units(p, chunk.width, where);
-        load_gradient(p, a.grad, where, units, first, columns, gradient);
+        load_gradient(p, of.grad, where, units, first, columns, gradient);
         where.pixels = units;
       }
       Prefetch prefetch;
       if (tile + 1 < stop) {
-        prefetch_tile(p, a.x, tile + 1, chunk, &prefetch);
+        prefetch_tile(p, of.x, tile + 1, chunk, &prefetch);
         const int64_t from = p.first_row(tile + 1) * p.w.grid, to = p.first_row(tile + 2) * p.w.grid;
-        prefetch.add(a.grad.map, from, to, first, columns);
-        if (a.grad.q != nullptr) prefetch.add(a.grad.second, from, to, first, columns);
+        prefetch.add(of.grad.map, from, to, first, columns);
+        if (of.grad.q != nullptr) prefetch.add(of.grad.second, from, to, first, columns);
       }
-      float* own = sums + group * plan.size();
+      float* own = sums + (block * plan.groups + group) * plan.size();
       if (p.winograd) outer_winograd(plan, tile, chunk, scratch, gradient, begin, own, fresh, &prefetch);
-      else if (!kPairs && is_padded(g) && !is_finite(gradient, where.pixels * written))
+      else if ((!kPairs || p.abreast > 1) && is_padded(g) && !is_finite(gradient, where.pixels * written))
         outer_inside(plan, chunk, where, scratch, gradient, begin, end, own, fresh);
+      else if (p.abreast > 1) outer_groups(p, where, scratch, gradient, own, fresh, &prefetch);
       else outer_tile(plan, chunk, where, scratch, gradient, begin, end, own, fresh, &prefetch);
     }
   });
   bool again = false;
-  run_parallel(parallel, panels * chunks, plan.used_groups() * plan.size(), [&](int64_t task) {
-    const int64_t panel = task / chunks, first = panel * kPanel, width = panel_width(p.dst_c, panel);
+  run_parallel(parallel, p.blocks * panels * chunks, p.blocks * plan.used_groups() * plan.size(), [&](int64_t task) {
+    const int64_t block = task / (panels * chunks), panel = task / chunks % panels, first = panel * kPanel,
+                  width = panel_width(p.dst_c, panel);
     const int64_t valid = least(width, p.dst_c - first);
     const Chunk chunk = p.chunk_at(task % chunks);
-    float* from = sums + first * p.depth() + chunk.row * width;
+    const Weight dweight = block_of(a, p.abreast, block).dweight;
+    float* from = sums + block * plan.groups * plan.size() + first * p.depth() + chunk.row * width;
     // the groups, in order, into the first
     for (int64_t k = 1; k < plan.used_groups(); ++k)
       for (int64_t i = 0; i < p.taps() * chunk.width * width; ++i) from[i] += from[i + k * plan.size()];
     const auto place = [&](int i, int j, int64_t c) {
-      return a.dweight.data + i * a.dweight.sh + j * a.dweight.sw + (chunk.first + c) * a.dweight.si +
-             first * a.dweight.so;
+      return dweight.data + i * dweight.sh + j * dweight.sw + (chunk.first + c) * dweight.si + first * dweight.so;
     };
     if (!p.winograd) {
       for (int t = 0; t < p.taps(); ++t)
-        store_weights(a.dweight, from + t * chunk.width * width, width, chunk.width, valid,
+        store_weights(dweight, from + t * chunk.width * width, width, chunk.width, valid,
                       place(t / p.w.taps, t % p.w.taps, 0));
       return;
     }
     Finite finite;
     for (int64_t c0 = 0; c0 < chunk.width; c0 += kLanes) {
-      float block[9][kLanes][kPanel];
+      float values[9][kLanes][kPanel];
       for (int64_t c = 0; c < kLanes; ++c) {
         for (int64_t n = 0; n < width; n += kLanes) {
           const float* sum = from + (c0 + c) * width + n;
           both_axes<WinogradOfWeights::kPositions, 3>(load_positions<WinogradOfWeights>(sum, chunk.width * width),
                                                       WinogradOfWeights::weight_gradient, [&](int i, int j, vec dw) {
                                                         finite.see(dw);
-                                                        store(block[3 * i + j][c] + n, dw);
+                                                        store(values[3 * i + j][c] + n, dw);
                                                       });
         }
       }
-      for (int t = 0; t < 9; ++t) store_weights(a.dweight, block[t][0], kPanel, kLanes, valid, place(t / 3, t % 3, c0));
+      for (int t = 0; t < 9; ++t) store_weights(dweight, values[t][0], kPanel, kLanes, valid, place(t / 3, t % 3, c0));
     }
     if (!finite) __atomic_store_n(&again, true, __ATOMIC_RELAXED);
   });

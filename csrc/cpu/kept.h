@@ -10,7 +10,7 @@ namespace fusedres {
 
 // How a weight is packed: everything that the order and number of its values depend on.
 struct PackedLayout {
-  int64_t numbers[10];
+  int64_t numbers[11];
   int64_t size;  // floats
 };
 
