@@ -370,6 +370,14 @@ LARGER = {
     "groups, 1x1 strided": _conv(2, 24, 7, 6, 48, 1, 2, groups=3),
     "groups of a register": _conv(2, 48, 9, 8, 48, 3, 1, 1, groups=3),
     "groups that narrow, strided": _conv(1, 64, 9, 10, 16, 3, 2, 1, groups=2),
+    # narrow ones that share vectors, in one block and in several
+    "groups of 2 abreast, dilated": _conv(3, 32, 8, 9, 32, 3, 1, 2, 2, 16),
+    "groups of 4 abreast": _conv(2, 96, 9, 7, 96, 3, 1, 1, 1, 24),
+    "groups of 4 abreast, 1x1 strided": _conv(2, 64, 7, 6, 64, 1, 2, groups=16),
+    "groups of 4 abreast, of many pixels": _conv(2, 64, 24, 25, 64, 3, 1, 1, groups=16),
+    "groups of 8 abreast, strided": _conv(2, 80, 11, 9, 80, 3, 2, 1, 1, 10),
+    "groups of 16 abreast, 5x5": _conv(1, 64, 9, 8, 64, 5, 1, 2, groups=4),
+    "depthwise abreast": _conv(2, 48, 9, 8, 48, 3, 1, 1, groups=48),
     "groups worth Winograd's algorithm": _conv(2, 64, 20, 20, 64, 3, 1, 1, groups=2),
     "a phase of a strided 5x5's input gradient": _conv(2, 32, 24, 25, 32, 5, 2, 2),
     # so few pixels that a channels_last weight is read as it lies
@@ -382,10 +390,13 @@ LARGER = {
     "few pixels, most of them outside": _conv(2, 32, 1, 1, 16, (5, 3), 1, (2, 1), deep=True),
     "few outputs of many pixels": _conv(1, 32, 12, 11, 32, 3, 3, deep=True),
     "few pixels, groups": _conv(2, 64, 4, 3, 64, 3, 1, 1, groups=2, deep=True),
+    "few pixels, many groups": _conv(1, 192, 5, 5, 96, 3, 1, 1, groups=6, deep=True),
+    "few pixels, groups, 1x1": _conv(2, 128, 4, 4, 64, 1, groups=4, deep=True),
     "pixels that only the gradients call few": _conv(1, 32, 7, 7, 48, 3, 1, 1, deep=True),
     # and one as it is allocated, with unfolded pixels
     "few pixels, unfolded": _conv(2, 64, 4, 3, 96, 3, 1, 1),
     "few pixels, unfolded, odd outputs, strided": _conv(3, 32, 5, 6, 37, 3, 2, 1),
+    "few pixels, unfolded, groups": _conv(2, 96, 3, 4, 96, 3, 1, 1, groups=3),
     "few pixels, unfolded, dilated": _conv(1, 32, 6, 5, 16, 3, 1, 2, 2),
     "few pixels, unfolded, most of them outside": _conv(2, 16, 1, 1, 16, (5, 3), 1, (2, 1)),
     "unfolded for the weight's gradient alone": _conv(1, 32, 7, 7, 48, 3, 1, 1),

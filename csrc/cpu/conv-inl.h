@@ -14,6 +14,9 @@
 // transformed, the register kernel runs for each of 16, 25 or 36 positions, and the result is transformed back before
 // the epilogue.
 //
+// The groups of a convolution are problems of the same shape, whose tiles are the tasks of one loop. Narrow ones share
+// vectors (conv_abreast-inl.h); what does not fill a vector is the library's.
+//
 // Where a float32 weight meets few pixels (small batches, late stages), packing it would cost more than the product:
 // kernels then read it as it lies, each number once.
 #pragma once

@@ -1,6 +1,6 @@
-// Narrow groups abreast: a group has as many channels as it writes, a power of two and fewer than a vector has lanes,
-// so that a vector of the map holds whole groups. A lane needs the channels of its group one after the other: the
-// vector is shuffled within its groups once for each, and every lane works.
+// Narrow groups abreast: a group reads as many channels as it writes, a power of two and at most a vector's lanes, so
+// that a vector of the map holds whole groups. A lane needs the channels of its group one after the other: the vector
+// is shuffled within its groups once for each, and every lane works.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,12 @@ namespace FUSEDRES_CAPABILITY {
 namespace {
 
 #if FUSEDRES_LANES == 8 || (FUSEDRES_LANES == 4 && defined(__x86_64__))
-constexpr int kAbreastSums = 8;  // 16 registers
-constexpr int abreast_rows(int of_group) { return of_group == kLanes ? 10 : 8; }
+constexpr int kAbreastSums = 8;  // of 16 registers
 #else
-constexpr int kAbreastSums = 16;  // 32 registers
-constexpr int abreast_rows(int of_group) { return of_group == kLanes ? 10 : 8; }
+constexpr int kAbreastSums = 16;  // of 32 registers
 #endif
+// As many as there are registers for their addresses, or for the weights beside them.
+constexpr int abreast_rows(int of_group) { return of_group == kLanes ? 10 : 8; }
 
 template <int... kLane>
 struct LaneList {};
@@ -40,7 +40,7 @@ inline vec of_group(vec channels, LaneList<kLane...>) {
 template <int kHalf, int... kLane>
 inline vec half_of_group(vec channels, LaneList<kLane...>) {
   vec half = __builtin_shufflevector(channels, channels, (kLane / 8 * 8 + 4 * kHalf + kLane % 4)...);
-  __asm__("" : "+x"(half));
+  __asm__("" : "+v"(half));
   return half;
 }
 

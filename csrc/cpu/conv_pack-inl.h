@@ -29,7 +29,7 @@ inline int64_t packed_size(const Problem& p) { return p.packs ? 0 : p.blocks * b
 // That of a block of groups.
 inline Factor of_block(const Problem& p, Factor factor, int64_t block) {
   factor.weight.data += block * p.abreast * factor.group_stride;
-  factor.packed += block * block_size(p);
+  if (!p.packs) factor.packed += block * block_size(p);
   return factor;
 }
 

@@ -17,7 +17,7 @@ namespace FUSEDRES_CAPABILITY {
 namespace {
 
 void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, float* scratch) {
-  const int64_t begin = p.first_row(tile), end = p.first_row(tile + 1), width = chunk.width;
+  const int64_t begin = p.first_row(tile), end = p.first_row(tile + 1);
   float* dst = scratch;
   for (int64_t row = begin; row < end;) {
     const int64_t n = row / p.h.grid, first = row % p.h.grid;
@@ -26,8 +26,8 @@ void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, flo
     for (int64_t i = 0; i < in_rows; ++i) {
       const int64_t y = p.h.source(first, i);
       if (y < 0 || y >= p.h.src_size) {
-        std::memset(dst, 0, p.scratch_w * width * sizeof(float));
-        dst += p.scratch_w * width;
+        std::memset(dst, 0, p.scratch_w * chunk.width * sizeof(float));
+        dst += p.scratch_w * chunk.width;
         continue;
       }
       const int64_t line = (n * p.h.src_size + y) * p.w.src_size;
@@ -36,21 +36,20 @@ void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, flo
                     begin_inside = least(p.scratch_w, left < 0 ? div_up(-left, step) : 0),
                     end_inside = most(begin_inside, least(p.scratch_w, div_up(p.w.src_size - left, step)));
       const auto pad = [&](int64_t from, int64_t to) {
-        std::memset(dst + from * width, 0, (to - from) * width * sizeof(float));
+        std::memset(dst + from * chunk.width, 0, (to - from) * chunk.width * sizeof(float));
       };
       pad(0, begin_inside);
-      const int64_t pixel = line + left + begin_inside * step, count_inside = end_inside - begin_inside;
-      float* inside = dst + begin_inside * width;
-      (p.winograd || p.abreast > 1 ? load_line : load_units_of_line)(s, pixel, step, count_inside, chunk.first, width,
-                                                                     inside);
+      (p.winograd || p.abreast > 1 ? load_line : load_units_of_line)(s, line + left + begin_inside * step, step,
+                                                                     end_inside - begin_inside, chunk.first,
+                                                                     chunk.width, dst + begin_inside * chunk.width);
       pad(end_inside, p.scratch_w);
-      dst += p.scratch_w * width;
+      dst += p.scratch_w * chunk.width;
     }
     row += count;
   }
 }
 
-// The operand of groups abreast, a vector of channels behind the other: what a register kernel reads stays in L1.
+// The operand of groups abreast, one vector of channels behind the other: what a register kernel reads stays in L1.
 void load_abreast(const Problem& p, const Source& s, int64_t tile, float* scratch) {
   for (int64_t first = 0; first < p.dst_c; first += kLanes)
     load_tile(p, s, tile, {first, kLanes, 0}, scratch + first * p.scratch_pixels);

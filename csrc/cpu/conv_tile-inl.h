@@ -275,7 +275,7 @@ Tile multiply_directly(const Problem& p, const Source& s, int64_t tile, const Fa
 // Every task of a tile loads all of its operand, unless it is there.
 int64_t panels_per_task(const Problem& p, const Source& s) {
   const int64_t panels = div_up(p.dst_c, kPanel);
-  const int64_t wanted = p.packs && !multiplies_in_place(p, s) ? 8 : div_up(16, p.tiles);
+  const int64_t wanted = p.packs && !multiplies_in_place(p, s) ? 8 : div_up(16, p.blocks * p.tiles);
   const int64_t each = p.winograd && p.chunks() > 1 ? 4 : 1;  // products of all positions live side by side
   const int64_t fit = most(1, 2 * kScratchFloats / (p.tile_pixels * kPanel * each));
   return most(1, least(fit, div_up(panels, wanted)));

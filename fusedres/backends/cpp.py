@@ -87,16 +87,29 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_capability() == "avx512_bf16")
 
 
-def _takes_groups(read: int, written: int, taps: int, pixels: int, groups: int) -> bool:
-    """Whether the kernels are faster than the library, with the passes around it, on groups that read and write so many channels each. A
-    group is a convolution of slices here, which fills a vector only where it is wide; the library has kernels for narrow ones, which take
-    longer to begin: they win on many ``pixels`` of output, the sooner the more groups there are. What times both sides of the bounds:
+@functools.cache
+def _lanes() -> int:
+    """The float32 numbers of a vector register."""
+    return {"default": 4, "avx2": 8}.get(cpu_capability() or "", 16)
+
+
+def _takes_groups(read: int, written: int, taps: int, pixels: int, groups: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels are faster than the library, with the passes around it, on groups that read and write so many channels each.
+    Groups as narrow as a part of a vector share one where they read what they write (``take_groups`` in csrc/cpu/conv_grid-inl.h); others
+    have vectors of their own, which have to be full. What times both sides of the bounds:
     ``pytest -p benchmark bench/test_primitives.py --benchmark-only -k groups``."""
+    lanes, pairs = _lanes(), dtype == torch.bfloat16
     if pixels <= 16:
         return read >= 4
+    if read == written and lanes % read == 0 and groups % (lanes // read) == 0:
+        if read == 1:  # depthwise: the library's are passes over memory, but begin slowly
+            return not pairs and pixels * groups <= 1 << 16
+        return not pairs or read <= 4
     if taps == 1:
-        return read >= 4 and (written >= 16 or pixels * groups <= 4096)
-    return min(read, written) >= 8 and read * written >= 256
+        return read >= 4 and (pixels * groups <= 4096 or (written >= 16 and (read >= 32 or pixels <= 2048)))
+    return (read // 2 if pairs else read) % lanes == 0 and (
+        written % lanes == 0 or (2 * written == lanes and not pairs)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,7 +132,7 @@ def _own_conv(
     height, width = geometry.out_size(tuple(shape[2:]), tuple(weight[2:]))
     out = (shape[0], weight[0], height, width)
     groups, pixels = geometry.groups, shape[0] * height * width
-    if groups > 1 and not _takes_groups(weight[1], written, weight[2] * weight[3], pixels, groups):
+    if groups > 1 and not _takes_groups(weight[1], written, weight[2] * weight[3], pixels, groups, dtype):
         return None
     several = () if groups == 1 else (groups,)
     return out, [*geometry.stride, *geometry.padding, *geometry.dilation, *several]

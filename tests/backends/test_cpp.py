@@ -156,7 +156,9 @@ def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, g: Geometry) -> Ten
             inside, beside = (y >= 0) & (y < x.shape[2]), (z >= 0) & (z < x.shape[3])
             pixels = x[:, :, y[inside]][:, :, :, z[beside]].double()
             gradients = grad[:, :, rows[inside]][:, :, :, columns[beside]].double()
-            found[:, :, i, j] = torch.einsum("nkyx,ncyx->kc", gradients, pixels)
+            for group, (of, by) in enumerate(zip(gradients.chunk(g.groups, 1), pixels.chunk(g.groups, 1), strict=True)):
+                rows_of_group = found.chunk(g.groups)[group]
+                rows_of_group[:, :, i, j] = torch.einsum("nkyx,ncyx->kc", of, by)
     return found
 
 
@@ -226,15 +228,31 @@ def test_gradients_of_what_is_not_ordinary(
         (1, 16, 10, 10, 16, 1, Geometry((1, 1), (1, 1), (1, 1), 1)),
         (1, 64, 4, 5, 48, 3, THREE),
         (1, 32, 7, 7, 64, 3, Geometry((2, 2), (1, 1), (1, 1), 1)),
+        (2, 64, 13, 12, 64, 3, Geometry((1, 1), (1, 1), (1, 1), 16)),
+        (2, 64, 13, 12, 64, 3, Geometry((2, 2), (1, 1), (1, 1), 8)),
+        (1, 64, 13, 12, 64, 5, Geometry((1, 1), (2, 2), (1, 1), 4)),
+        (2, 64, 9, 12, 64, 3, Geometry((1, 1), (1, 1), (1, 1), 2)),
     ],
-    ids=["winograd", "3x3", "stride", "5x5", "1x1 padded", "few pixels", "few pixels, stride"],
+    ids=[
+        "winograd",
+        "3x3",
+        "stride",
+        "5x5",
+        "1x1 padded",
+        "few pixels",
+        "few pixels, stride",
+        "groups of 4",
+        "groups of 8, stride",
+        "groups of 16, 5x5",
+        "groups of 32",
+    ],
 )
 def test_padding_has_no_part_in_the_gradient_of_a_weight(
     n: int, c: int, h: int, w: int, k: int, size: int, g: Geometry, weights: torch.memory_format, value: float
 ) -> None:
-    weight = normal(k, c, size, size, seed=1).contiguous(memory_format=weights)
+    weight = normal(k, c // g.groups, size, size, seed=1).contiguous(memory_format=weights)
     x = poked(normal(n, c, h, w), value)
-    shape = F.conv2d(x, weight, None, g.stride, g.padding, g.dilation).shape
+    shape = F.conv2d(x, weight, None, g.stride, g.padding, g.dilation, g.groups).shape
     for grad in (poked(normal(*shape, seed=2), value), normal(*shape, seed=2)):
         _, ours = cpp.BACKEND.conv_backward(LazyGrad(grad), LazyMap(x), weight, g, None)
         assert ours is not None

@@ -75,6 +75,8 @@ def test_the_number_of_threads_changes_no_bit_of_a_pass(shape):
         "odd sizes, tiles across images",
         "channels beyond one chunk",
         "few pixels, 3x3",
+        "groups of 4 abreast, of many pixels",
+        "few pixels, many groups",
     ],
 )
 def test_the_number_of_threads_changes_no_bit_of_a_convolution(name, dtype):
@@ -101,8 +103,16 @@ def routes(case: Convolution, dtype: torch.dtype) -> set[str]:
     return {*forward.values(), *backward.values()}
 
 
-#: groups too narrow to fill a vector
+#: groups that fill no vector, alone or abreast
 NARROW = ("groups", "depthwise", "depthwise multiplier")
+#: and those on which the library's products of pairs are faster than products of numbers
+PAIRED = (
+    "groups of a register",
+    "groups that narrow, strided",
+    "groups of 8 abreast, strided",
+    "groups of 16 abreast, 5x5",
+    "depthwise abreast",
+)
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS.cases)
@@ -118,18 +128,31 @@ def test_bfloat16_convolutions_of_even_channels_are_its_own(name):
     """It is multiplied in pairs of channels."""
     case, groups = CONVOLUTIONS.cases[name], CONVOLUTIONS.cases[name].geometry.groups
     even = case.shape[1] // groups % 2 == case.outputs // groups % 2 == 0
-    assert routes(case, torch.bfloat16) == {"fused" if even and name not in NARROW else "library"}
+    assert routes(case, torch.bfloat16) == {"fused" if even and name not in NARROW + PAIRED else "library"}
 
 
 @pytest.mark.parametrize(
-    ("read", "written", "taps", "own"),
-    [(4, 2, 1, True), (2, 8, 1, False), (16, 16, 9, True), (32, 8, 9, True), (8, 8, 9, False), (1, 1, 9, False)],
+    ("read", "written", "groups", "taps", "size", "own"),
+    [
+        (4, 2, 4, 1, 8, True),
+        (2, 8, 4, 1, 8, False),
+        (16, 16, 4, 9, 8, True),
+        (32, 8, 4, 9, 8, True),
+        (8, 8, 4, 9, 8, True),
+        (8, 8, 3, 9, 8, cpp._lanes() < 16),
+        (4, 4, 32, 9, 40, True),
+        (4, 8, 32, 9, 40, False),
+        (2, 2, 32, 9, 40, True),
+        (1, 1, 4, 9, 8, cpp._lanes() == 4),
+        (1, 1, 64, 9, 20, True),
+        (1, 1, 64, 9, 40, False),
+    ],
 )
-def test_groups_are_its_own_where_they_fill_a_vector_or_would_be_copied_out(read, written, taps, own):
+def test_groups_are_its_own_where_they_fill_vectors_or_would_be_copied_out(read, written, groups, taps, size, own):
     kernel = 1 if taps == 1 else 3
-    weight = torch.Size((4 * written, read, kernel, kernel))
-    geometry = Geometry((1, 1), (0, 0), (1, 1), 4)
-    found = cpp._own_conv(torch.Size((1, 4 * read, 8, 8)), weight, torch.float32, geometry)
+    weight = torch.Size((groups * written, read, kernel, kernel))
+    geometry = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
+    found = cpp._own_conv(torch.Size((1, groups * read, size, size)), weight, torch.float32, geometry)
     assert (found is not None) == own
 
 
