@@ -88,8 +88,8 @@ def test_results_are_those_of_before_to_the_bit(
 def test_every_weight_that_is_packed_stays_so(bytes_now: Callable[[], int]) -> None:
     model = fusedres.prepack(network())
     assert_same(model, images(3))
-    # all but the grouped one, by Winograd's algorithm or as they are, in whole vectors of outputs
-    weights = [part[0].weight for part in model.children() if part is not model.grouped]
+    # by Winograd's algorithm or as they are, in whole vectors of outputs
+    weights = [part[0].weight for part in model.children()]
     assert bytes_now() >= sum(4 * weight.numel() for weight in weights)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import Unsupported
 from .graph import BlockGraph, check_graph
 from .ops import Op, act_of, ops
-from .pieces import Piece, Unit, check_gain
+from .pieces import Piece, Unit
 
 Value = TypeVar("Value")
 
@@ -199,8 +199,4 @@ def layout(block: nn.Module, graph: BlockGraph, training: bool | None = None) ->
         piece.first is not None and piece.units for piece in laid.pieces
     ):
         raise Unsupported("no convolution with a BatchNorm before or behind it")
-    fused = [piece for piece in laid.pieces if piece.fused]
-    norms = [norm for piece in fused for norm in (piece.first, *(n for _, n in piece.units)) if norm is not None]
-    convolutions: list[Any] = [c.module for piece in fused for c, _ in piece.units]
-    check_gain(convolutions, [*(n.value for n in norms), *(act_of(p.act) for p in fused if p.act is not None)])
     return laid

@@ -33,7 +33,7 @@ from .modules import (
 )
 from .ops import Op, ops
 from .part import Part
-from .pieces import check_gain, module_of, norm_of
+from .pieces import module_of, norm_of
 
 Dtype = torch.dtype | None
 
@@ -45,7 +45,6 @@ def _stem(children: Sequence[nn.Module | None], dtype: Dtype) -> tuple[Residual,
     if convolution is None or batch_norm is None:
         raise Unsupported("a stem without its convolution or its BatchNorm")
     unit = Unit(conv(convolution, dtype), norm(batch_norm, activation(act)))
-    check_gain([convolution], [unit.norm.act if unit.norm is not None else "none"])
     no_pool = pooling is None or class_of(pooling) is nn.Identity and not hooked(pooling)
     return Residual((unit,), pool=None if no_pool or pooling is None else pool(pooling)), [batch_norm]
 

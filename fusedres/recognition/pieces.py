@@ -134,14 +134,3 @@ def residual(piece: Piece, dtype: torch.dtype | None) -> tuple[Residual, list[nn
     )
     act = "none" if piece.act is None else act_of(piece.act)
     return Residual(units, first, _shortcut(piece, dtype, norms), act), norms
-
-
-def check_gain(convolutions: Iterable[nn.Module], acts: Iterable[str]) -> None:
-    """Check that fusing can be faster than the modules: beyond ReLU not around a depthwise convolution, which the library runs between
-    passes over maps that are its whole cost. Measured on CPU, MobileNets and EfficientNets: 0.7 to 0.95 of eager's speed. Raises
-    Unsupported."""
-    depthwise = any(1 < c.groups == c.in_channels for c in convolutions)  # type: ignore[operator]
-    if not set(acts) <= {"none", "relu"} and depthwise:
-        raise Unsupported(
-            "a depthwise convolution with an activation beyond ReLU, which gains nothing from being fused"
-        )

@@ -27,7 +27,7 @@ from .graph import CONCATENATIONS, SUMS, is_fresh, may_overwrite, shares, unary
 from .layout import pieces_of
 from .modules import child_of, class_of
 from .ops import Op, act_of, of_step
-from .pieces import Piece, check_gain
+from .pieces import Piece
 from .trace import Held, Node, own
 
 # ---- rows --------------------------------------------------------------------------------------------------------------
@@ -438,8 +438,7 @@ def _without_the_done(actions: Sequence[Action], kept: Iterable[int]) -> tuple[A
 
 
 def program(block: nn.Module, flow: Flow) -> Program:
-    """What ``block`` runs as, in the form of ``flow``. Raises Unsupported where no convolution with its BatchNorm would run fused, or that
-    gains nothing."""
+    """What ``block`` runs as, in the form of ``flow``. Raises Unsupported where no convolution with its BatchNorm would run fused."""
     regions = _Regions(block, flow)
     regions.find_rows()
     regions.find_sums()
@@ -459,10 +458,6 @@ def program(block: nn.Module, flow: Flow) -> Program:
     units = [(piece, unit) for piece in made.pieces for unit in (*piece.units, *_unit_beside(piece))]
     if not any(norm is not None or piece.first is not None for piece, (_, norm) in units):
         raise Unsupported("no convolution with a BatchNorm before or behind it")
-    firsts = [piece.first for piece in made.pieces]
-    norms = [norm for norm in (*firsts, *(norm for _, (_, norm) in units)) if norm is not None]
-    convolutions: list[Any] = [c.module for _, (c, _) in units]
-    check_gain(convolutions, [*(n.value for n in norms), *(act_of(p.act) for p in made.pieces if p.act is not None)])
     return made
 
 

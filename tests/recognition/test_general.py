@@ -138,15 +138,6 @@ class NormTwice(nn.Module):
         return torch.cat((self.bn(self.conv(x)), self.bn(x)), 1)
 
 
-class Depthwise(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(C, C, 3, padding=1, groups=C), nn.BatchNorm2d(C), nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((x, self.act(self.bn(self.conv(x)))), 1)
-
-
 class NoNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +153,6 @@ class NoNorm(nn.Module):
         (AppendsToArgument, "changes a list that it is given"),
         (ReturnsDict, "does what cannot be followed"),
         (NormTwice, "a BatchNorm that stands twice"),
-        (Depthwise, "gains nothing"),
         (NoNorm, "no convolution with a BatchNorm"),
     ],
 )
