@@ -44,8 +44,8 @@ inline vec half_of_group(vec channels, LaneList<kLane...>) {
   return half;
 }
 
-// body(c, i, channel c of vector i) for the channels of a group of kOf: in each lane that of the lane's own group. One
-// vector after the other, since the sums of each are a chain of additions.
+// body(c, i, channel c of vector i) for the channels of a group of kOf: in each lane that of the lane's own group. Of
+// every vector before the next channel: what is added up of one vector alone would wait for itself.
 template <int kOf, int kFirst = 0, int R, class F>
 inline __attribute__((always_inline)) void each_channel(const vec (&channels)[R], F&& body) {
   if constexpr (kOf == 8) {

@@ -205,8 +205,8 @@ void multiply_abreast(const Problem& p, const float* scratch, const Tile& where,
 }
 
 // c[pixels x (last - first) panels] = operand * weights; c has `ldc` floats a row and starts at panel `first_panel`.
-// `epilogue(where, &prefetch)` may name what the epilogue of this tile will read and write. `next` is the tile behind
-// it.
+// `epilogue(where, &prefetch)` may name what the epilogue of this tile will read and write. `next` is what will
+// be loaded behind it.
 template <class F>
 void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Operand& next, const Factor& factor,
                    int64_t first_panel, int64_t last_panel, float* c, int64_t ldc, Tile* where, F&& epilogue) {
@@ -307,7 +307,7 @@ struct Tasks {
     const int64_t count = blocks * parts, part = by_panels ? i / tiles : i % count, first = part % parts * each;
     return {part / parts, by_panels ? i % tiles : i / count, first, least(panels, first + each)};
   }
-  // What task `i`, of an operand whose groups have so many channels, finds loaded if it asks for it: that of the next.
+  // What the task behind task `i` loads of the operand `s`, whose groups have so many channels.
   Operand behind(int64_t i, const Problem& p, const Source& s, int64_t of_group) const {
     if (blocks == 1) return {s, at(i).tile + 1};
     if (i + 1 == count()) return {s, tiles};
