@@ -57,7 +57,8 @@ std::vector<Value> numbers(int64_t count, unsigned seed) {
 }
 
 struct Shape {
-  int64_t batch, size, in_c, out_c, kernel, stride;
+  int64_t batch, size, in_c, out_c, kernel, stride, groups = 1;
+  int64_t weights() const { return out_c * (in_c / groups) * kernel * kernel; }
   int64_t out_size() const { return (size + 2 * (kernel / 2) - kernel) / stride + 1; }
 };
 
@@ -69,7 +70,7 @@ struct Written {
   Written(const Shape& s)
       : out(s.batch * s.out_size() * s.out_size() * s.out_c),
         dx(s.batch * s.size * s.size * s.in_c),
-        dweight(s.out_c * s.in_c * s.kernel * s.kernel),
+        dweight(s.weights()),
         sums(4 * (s.in_c + s.out_c)) {}
   bool operator==(const Written& other) const {
     const auto same = [](const auto& a, const auto& b) {
@@ -93,7 +94,7 @@ struct Convolution {
         grad(numbers<Value>(s.batch * s.out_size() * s.out_size() * s.out_c, 2)),
         raw(numbers<Value>(static_cast<int64_t>(grad.size()), 3)),
         residual(numbers<Value>(static_cast<int64_t>(grad.size()), 4)),
-        weight(numbers<Value>(s.out_c * s.in_c * s.kernel * s.kernel, 5)),
+        weight(numbers<Value>(s.weights(), 5)),
         vectors(numbers<float>(8 * (s.in_c + s.out_c), 6)) {
     keep_weight(weight.data());
     kept = find_kept(weight.data());
@@ -102,18 +103,20 @@ struct Convolution {
 
   void run(const ConvKernelsOf<Value>& kernels, Parallel parallel, Written<Value>* to) {
     const int64_t taps = s.kernel * s.kernel, size = s.out_size(), pad = s.kernel / 2;
-    const Geometry2d g{s.batch,  s.size,   s.size,   s.in_c, size, size, s.out_c, s.kernel,
-                       s.kernel, s.stride, s.stride, pad,    pad,  1,    1};
+    const Geometry2d g{s.batch,  s.size,   s.size,   s.in_c / s.groups, size, size, s.out_c / s.groups,
+                       s.kernel, s.kernel, s.stride, s.stride,          pad,  pad,  1,
+                       1};
     const float *of_in = vectors.data(), *of_out = of_in + 4 * s.in_c;
     const Activation relu{Act::relu, 0}, none{Act::none, 0};
     const SourceOf<Value> lazy{{x.data(), s.in_c}, {nullptr, 0}, of_in, of_in + s.in_c, nullptr, relu};
     const SourceOf<Value> pending{{grad.data(), s.out_c}, {raw.data(), s.out_c}, of_out,
                                   of_out + 2 * s.out_c,   of_out + s.out_c,      none};
-    const WeightOf<Value> w{weight.data(), s.in_c * taps, taps, s.kernel, 1};
+    const WeightOf<Value> w{weight.data(), g.in_c * taps, taps, s.kernel, 1};
     float* sums = to->sums.data();
 
     ForwardArgsOf<Value> forward{};
     forward.g = g;
+    forward.groups = s.groups;
     forward.x = lazy;
     forward.weight = w;
     forward.out = {to->out.data(), s.out_c};
@@ -130,6 +133,7 @@ struct Convolution {
 
     DgradArgsOf<Value> dgrad{};
     dgrad.g = g;
+    dgrad.groups = s.groups;
     dgrad.grad = pending;
     dgrad.weight = w;
     dgrad.dx = {to->dx.data(), s.in_c};
@@ -143,7 +147,7 @@ struct Convolution {
     dgrad.sum_dz_xhat = dgrad.sum_dz + s.in_c;
     kernels.dgrad(dgrad, parallel);
 
-    kernels.wgrad({g, pending, lazy, {to->dweight.data(), s.in_c * taps, taps, s.kernel, 1}}, parallel);
+    kernels.wgrad({g, s.groups, pending, lazy, {to->dweight.data(), g.in_c * taps, taps, s.kernel, 1}}, parallel);
   }
 };
 
@@ -270,9 +274,12 @@ struct ConvolutionOf : Convolution<T> {
 template <class Value>
 bool convolutions(const std::string& name, const ConvKernelsOf<Value>& kernels, const Run& run) {
   bool right = true;
-  // Winograd's by either tiles, a strided one, a product with more than one panel, an odd rest, few pixels
-  for (const Shape& shape : {Shape{2, 20, 64, 64, 3, 1}, Shape{2, 10, 64, 64, 3, 1}, Shape{2, 17, 32, 48, 3, 2},
-                             Shape{2, 14, 72, 136, 1, 1}, Shape{3, 13, 34, 18, 3, 1}, Shape{1, 5, 64, 96, 3, 1}})
+  // Winograd's by either tiles, a strided one, a product with more than one panel, an odd rest, few pixels; groups
+  // abreast, and groups that read more than they write
+  for (const Shape& shape :
+       {Shape{2, 20, 64, 64, 3, 1}, Shape{2, 10, 64, 64, 3, 1}, Shape{2, 17, 32, 48, 3, 2}, Shape{2, 14, 72, 136, 1, 1},
+        Shape{3, 13, 34, 18, 3, 1}, Shape{1, 5, 64, 96, 3, 1}, Shape{2, 12, 64, 64, 3, 1, 16},
+        Shape{2, 13, 32, 32, 3, 2, 16}, Shape{1, 9, 96, 48, 3, 1, 3}})
     right &= agree<ConvolutionOf<Value>>(name + " convolution " + std::to_string(shape.in_c), shape, kernels, run);
   return right;
 }
