@@ -65,8 +65,10 @@ Tensor fresh(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stri
   void* data = take_map(bytes);
   AtenTensorHandle made = nullptr;
   if (data == nullptr) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dims, sizes.data(), strides.data(), number, cpu.type, cpu.index, &made));
+    // torch 2.11 does not say what was in the way
+    STD_TORCH_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), number, cpu.type, cpu.index, &made) ==
+                        AOTI_TORCH_SUCCESS,
+                    "a map of ", bytes, " bytes could not be allocated: there is too little memory");
     return Tensor(made);
   }
   const auto give = [](void* data, void* bytes) {
