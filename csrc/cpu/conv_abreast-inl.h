@@ -35,8 +35,8 @@ inline vec of_group(vec channels, LaneList<kLane...>) {
   return __builtin_shufflevector(channels, channels, (kLane / kOf * kOf + kChannel)...);
 }
 
-// Lanes of 128 bits, each twice: `kHalf` of a group of two. A shuffle within these lanes is several times as fast as
-// one across them, which the compiler would otherwise make of both.
+// Lanes of 128 bits, each twice: `kHalf` of a group of two. Shuffles within these lanes follow; without the
+// barrier the compiler would make one across them of both.
 template <int kHalf, int... kLane>
 inline vec half_of_group(vec channels, LaneList<kLane...>) {
   vec half = __builtin_shufflevector(channels, channels, (kLane / 8 * 8 + 4 * kHalf + kLane % 4)...);
@@ -195,7 +195,7 @@ inline const AbreastKernels& abreast_kernels(int64_t of_group) {
 inline int tap_offsets(const Problem& p, int64_t* offsets) {
   int count = 0;
   for (int i = 0; i < p.h.taps; ++i)
-    for (int j = 0; j < p.w.taps; ++j) offsets[count++] = (p.h.shift(i) * p.scratch_w + p.w.shift(j)) * kLanes;
+    for (int j = 0; j < p.w.taps; ++j) offsets[count++] = p.shift(i, j) * kLanes;
   return count;
 }
 

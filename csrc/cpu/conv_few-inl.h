@@ -30,8 +30,8 @@ inline int make_runs(const Problem& p, const Weight& w, bool side_by_side, Run* 
   const int columns = merged ? 1 : p.w.taps;
   for (int i = 0; i < p.h.taps; ++i)
     for (int j = 0; j < columns; ++j)
-      runs[count++] = {(p.h.shift(i) * p.scratch_w + p.w.shift(j)) * p.src_c,
-                       p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw, merged ? p.w.taps * p.src_c : p.src_c};
+      runs[count++] = {p.shift(i, j) * p.src_c, p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw,
+                       merged ? p.w.taps * p.src_c : p.src_c};
   return count;
 }
 

@@ -127,6 +127,11 @@ struct Problem {
   }
 
   int64_t channels() const { return blocks * dst_c; }  // of the destination
+  // Of a tile's operand: its size, and what lies between two pixels; vector by vector where groups are abreast.
+  int64_t scratch_floats() const { return scratch_pixels * chunk * abreast; }
+  int64_t scratch_pitch(Chunk of) const { return abreast > 1 ? kLanes : of.width; }
+  // How many pixels behind a pixel's own place a tap is read.
+  int64_t shift(int i, int j) const { return h.shift(i) * scratch_w + w.shift(j); }
   int64_t rows() const { return batch * h.grid; }
   int64_t lines() const { return batch * div_up(h.grid, line_rows); }
   // Of all images' rows, the first of tile `tile`; behind the last tile, their number.
@@ -308,7 +313,7 @@ int make_segments(const Problem& p, Chunk chunk, int64_t deepest, Segment* segme
   const int64_t run = merged ? p.w.taps * chunk.width : chunk.width;
   for (int i = 0; i < p.h.taps; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
-      const int64_t offset = (p.h.shift(i) * p.scratch_w + p.w.shift(static_cast<int>(j))) * chunk.width;
+      const int64_t offset = p.shift(i, static_cast<int>(j)) * chunk.width;
       const int64_t row = chunk.row + (int64_t(i) * p.w.taps + j) * chunk.width;
       const int64_t parts = div_up(run, deepest), part = div_up(run, parts);
       for (int64_t k = 0; k < run; k += part) segments[count++] = {offset + k, least(part, run - k), row + k};

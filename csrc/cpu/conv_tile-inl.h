@@ -219,13 +219,13 @@ void multiply_tile(const Problem& p, const Source& s, int64_t tile, const Operan
     return;
   }
   const Source* in_place = multiplies_in_place(p, s) ? &s : nullptr;
-  float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_pixels * p.chunk * p.abreast);
+  float* loaded = in_place ? nullptr : scratch_a.get(p.scratch_floats());
   for (int64_t k = 0; k < p.chunks(); ++k) {
     const Chunk chunk = p.chunk_at(k);
     if (p.abreast > 1) load_abreast(p, s, tile, loaded);
     else if (!in_place) load_tile(p, s, tile, chunk, loaded);
     const float* scratch = in_place ? reinterpret_cast<const float*>(s.map.data) + chunk.first : loaded;
-    *where = locate(p, tile, p.abreast > 1 ? kLanes : chunk.width, in_place);
+    *where = locate(p, tile, p.scratch_pitch(chunk), in_place);
     Prefetch prefetch;
     const bool last = k + 1 == p.chunks();
     if (last) epilogue(*where, &prefetch);

@@ -104,8 +104,7 @@ void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const f
       base[count] = where.base[m];
       inside[count++] = m;
     }
-    const int64_t offset = (p.h.shift(i) * p.scratch_w + p.w.shift(j)) * (p.abreast > 1 ? kLanes : chunk.width),
-                  first = chunk.row + t * chunk.width;
+    const int64_t offset = p.shift(i, j) * p.scratch_pitch(chunk), first = chunk.row + t * chunk.width;
     if (p.abreast > 1) {
       for (int64_t m = 0; m < count; ++m) gradient_base[m] = inside[m] * kLanes;
       for (int64_t n = 0; n < p.dst_c; n += kLanes)
@@ -270,12 +269,12 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
     const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first,
                   written = round_up(columns, kLanes);
     const int64_t stop = least(p.tiles, (group + 1) * plan.group_tiles);
-    float* scratch = scratch_a.get(p.scratch_pixels * p.chunk * p.abreast);
+    float* scratch = scratch_a.get(p.scratch_floats());
     float* gradient = scratch_b.get(p.tile_pixels * written);
     const WgradArgs of = block_of(a, p.abreast, block);
     for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
       const bool fresh = tile == group * plan.group_tiles;
-      Tile where = locate(p, tile, p.abreast > 1 ? kLanes : chunk.width);
+      Tile where = locate(p, tile, p.scratch_pitch(chunk));
       if (p.abreast > 1) {
         load_abreast(p, of.x, tile, scratch);
         for (int64_t n = 0; n < p.dst_c; n += kLanes)
