@@ -1,10 +1,14 @@
 #include "tape.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
+#include <memory>
+#include <string>
 
 #include "cpu/fresh.h"
 
@@ -30,18 +34,7 @@ std::vector<Entry>& entries() {
 }
 
 // What a recorded schedule does beside calling operators; `fusedres/backends/tape.py` writes these numbers.
-enum Step : int64_t {
-  kEmpty,
-  kEmptyLike,
-  kView,
-  kFill,
-  kCopy,
-  kAdd,
-  kConvolution,
-  kConvolutionBackward,
-  kCall,
-  kLaunch
-};
+enum Step : int64_t { kEmpty, kEmptyLike, kView, kFill, kCopy, kAdd, kTorch, kSum, kCall, kLaunch };
 
 // A device by the numbers that torch gives it.
 struct Device {
@@ -81,10 +74,17 @@ struct Queue {
 
 using torch::stable::detail::from;
 
-// Calls an operator of torch's, whose results replace its arguments on `stack`.
-template <size_t kArguments>
-void call_torch(const char* name, const char* overload, std::array<StableIValue, kArguments>& stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+// An argument of an operator of torch's: what it is, and itself; `kMaybe` more where none could stand in its place.
+enum Argument : int64_t { kNone, kTensor, kInteger, kNumber, kFlag, kIntegers, kTensors, kFlags, kDtype, kMaybe };
+
+// A tensor of a device with these strides.
+Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype,
+             const Device& device) {
+  if (device.type == kCpu) return fresh(sizes, strides, static_cast<torch::headeronly::ScalarType>(dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         device.type, device.index, &made));
+  return Tensor(made);
 }
 
 // Adds C numbers to C numbers.
@@ -102,54 +102,71 @@ void add(const Tensor& to, const Tensor& other) {
   sum(float{});
 }
 
-// A map of the library's in channels_last, whatever it chose.
-Tensor as_map(const Tensor& t) { return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast); }
-
-// Stride, padding, dilation of a convolution with no output padding, and its groups.
-struct Geometry {
-  std::vector<int64_t> stride, padding, dilation;
-  int64_t groups;
-
-  explicit Geometry(Reader& r)
-      : stride(r.integers()), padding(r.integers()), dilation(r.integers()), groups(r.integer()) {}
-};
-
-void convolution(Reader& r) {
-  const int64_t to = r.integer();
-  const Tensor x = r.next<Tensor>(), weight = r.next<Tensor>();
-  const auto bias = r.next<std::optional<Tensor>>();
-  const Geometry g(r);
-  const std::vector<int64_t> no_padding(g.padding.size(), 0);
-  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),       from(g.stride), from(g.padding),
-                                    from(g.dilation), from(false),  from(no_padding), from(g.groups)};
-  call_torch("aten::convolution", "", stack);
-  r.slot(to) = as_map(torch::stable::detail::to<Tensor>(stack[0]));
+template <class T>
+StableIValue given(Reader& r, bool maybe) {
+  const T value = r.next<T>();
+  return maybe ? from(std::optional<T>(value)) : from(value);
 }
 
-void convolution_backward(Reader& r) {
-  const int64_t to_input = r.integer(), to_weight = r.integer();
-  const Tensor grad = r.next<Tensor>(), x = r.next<Tensor>(), weight = r.next<Tensor>();
-  const Geometry g(r);
-  const std::vector<int64_t> no_padding(g.padding.size(), 0);
-  const bool needs_input = to_input >= 0, needs_weight = to_weight >= 0;
-  const std::array<bool, 3> wanted{needs_input, needs_weight, false};
-  std::array<StableIValue, 11> stack{from(grad),
-                                     from(x),
-                                     from(weight),
-                                     from(std::nullopt),
-                                     from(g.stride),
-                                     from(g.padding),
-                                     from(g.dilation),
-                                     from(false),
-                                     from(no_padding),
-                                     from(g.groups),
-                                     from(torch::headeronly::HeaderOnlyArrayRef<bool>(wanted.data(), wanted.size()))};
-  call_torch("aten::convolution_backward", "", stack);
-  // all three are taken off the stack, since each is owned
-  const Tensor dx = torch::stable::detail::to<Tensor>(stack[0]), dweight = torch::stable::detail::to<Tensor>(stack[1]);
-  torch::stable::detail::to<Tensor>(stack[2]);
-  if (needs_input) r.slot(to_input) = as_map(dx);
-  if (needs_weight) r.slot(to_weight) = dweight;
+StableIValue flags(Reader& r) {
+  const std::vector<int64_t> written = r.integers();
+  const auto values = std::make_unique<bool[]>(written.size());
+  std::copy(written.begin(), written.end(), values.get());
+  return from(torch::headeronly::HeaderOnlyArrayRef<bool>(values.get(), written.size()));
+}
+
+StableIValue argument(Reader& r) {
+  const int64_t written = r.integer();
+  const bool maybe = written >= kMaybe;
+  switch (maybe ? written - kMaybe : written) {
+    case kNone: return from(std::nullopt);
+    case kTensor: return given<Tensor>(r, maybe);
+    case kInteger: return given<int64_t>(r, maybe);
+    case kNumber: return given<double>(r, maybe);
+    case kFlag: return given<bool>(r, maybe);
+    case kIntegers: return given<std::vector<int64_t>>(r, maybe);
+    case kTensors: return given<std::vector<Tensor>>(r, maybe);
+    case kFlags: return flags(r);
+    case kDtype: {
+      const auto dtype = static_cast<torch::headeronly::ScalarType>(r.integer());
+      return maybe ? from(std::optional(dtype)) : from(dtype);
+    }
+    default: STD_TORCH_CHECK(false, "an argument of a recorded operator that is none");
+  }
+}
+
+// What an operator of torch's has made, as it lay in memory when it was recorded: what reads it counts on that.
+Tensor as_recorded(const Tensor& made, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                   const Device& device) {
+  int64_t* lies = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(made.get(), &lies));
+  const auto found = made.sizes();
+  STD_TORCH_CHECK(std::equal(found.begin(), found.end(), sizes.begin(), sizes.end()),
+                  "a recorded operator has made a tensor of another shape");
+  if (std::equal(strides.begin(), strides.end(), lies)) return made;
+  Tensor copy = empty(sizes, strides, int32_t(made.scalar_type()), device);
+  torch::stable::copy_(copy, made);
+  return copy;
+}
+
+// Keeps what was made where the schedule says, and as it says (-1: nowhere, being none, or an argument that was
+// overwritten).
+void keep(Reader& r, const Tensor& made, const Device& device) {
+  const int64_t to = r.integer();
+  if (to < 0) return;
+  const std::vector<int64_t> sizes = r.integers(), strides = r.integers();
+  r.slot(to) = as_recorded(made, sizes, strides, device);
+}
+
+// An operator of torch's: its name and overload, its arguments; then of each result where it is kept.
+void torch_operator(Reader& r, const Device& device) {
+  const std::string name = r.text(), overload = r.text();
+  std::vector<StableIValue> stack;
+  for (int64_t n = r.integer(); n > 0; --n) stack.push_back(argument(r));
+  const int64_t results = r.integer();
+  if (results > int64_t(stack.size())) stack.resize(results);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), overload.c_str(), stack.data(), TORCH_ABI_VERSION));
+  for (int64_t i = 0; i < results; ++i) keep(r, torch::stable::detail::to<Tensor>(stack[i]), device);
 }
 
 // A kernel of a GPU: its handle, grid, threads and shared memory, whether it is dependent, then its parameters, each
@@ -187,14 +204,7 @@ void step(Reader& r, const Device& device, const Queue& queue) {
     case kEmpty: {
       const int64_t to = r.integer(), dtype = r.integer();
       const std::vector<int64_t> sizes = r.integers(), strides = r.integers();
-      if (device.type == kCpu) {
-        r.slot(to) = fresh(sizes, strides, static_cast<torch::headeronly::ScalarType>(dtype));
-        return;
-      }
-      AtenTensorHandle made = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                             int32_t(dtype), device.type, device.index, &made));
-      r.slot(to) = Tensor(made);
+      r.slot(to) = empty(sizes, strides, int32_t(dtype), device);
       return;
     }
     case kEmptyLike: {
@@ -226,8 +236,15 @@ void step(Reader& r, const Device& device, const Queue& queue) {
       const Tensor to = r.next<Tensor>(), other = r.next<Tensor>();
       return add(to, other);
     }
-    case kConvolution: return convolution(r);
-    case kConvolutionBackward: return convolution_backward(r);
+    case kTorch: return torch_operator(r, device);
+    case kSum: {
+      const Tensor a = r.next<Tensor>(), b = r.next<Tensor>();
+      STD_TORCH_CHECK(device.type == kCpu, "a recorded sum of maps is on a CPU");
+      AtenTensorHandle made = nullptr;
+      // of two tensors alone, since the dispatcher takes no scalar from here
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(a.get(), b.get(), 1.0, &made));
+      return keep(r, Tensor(made), device);
+    }
     case kCall: {
       const int64_t number = r.integer();
       STD_TORCH_CHECK(number >= 0 && number < int64_t(entries().size()), "no operator has the number ", number);
@@ -313,6 +330,17 @@ std::vector<int64_t> Reader::integers() {
   const int64_t* begin = code_;
   code_ += n;
   return {begin, code_};
+}
+
+std::vector<Tensor> Reader::tensors() {
+  std::vector<Tensor> found;
+  for (int64_t number : integers()) found.push_back(tensor(number));
+  return found;
+}
+
+std::string Reader::text() {
+  const std::vector<int64_t> letters = integers();
+  return {letters.begin(), letters.end()};
 }
 
 std::optional<Tensor>& Reader::slot(int64_t number) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -30,6 +31,7 @@ class [[gnu::visibility("hidden")]] Reader {
     else if constexpr (std::is_same_v<T, double>) return number(integer());
     else if constexpr (std::is_same_v<T, bool>) return integer() != 0;
     else if constexpr (std::is_same_v<T, std::vector<int64_t>>) return integers();
+    else if constexpr (std::is_same_v<T, std::vector<torch::stable::Tensor>>) return tensors();
     else {
       static_assert(std::is_same_v<T, int64_t>, "no recorded operator takes this");
       return integer();
@@ -38,6 +40,8 @@ class [[gnu::visibility("hidden")]] Reader {
 
   int64_t integer();
   std::vector<int64_t> integers();
+  std::vector<torch::stable::Tensor> tensors();
+  std::string text();
   // Where the tensor of that number is kept, and the tensor itself.
   std::optional<torch::stable::Tensor>& slot(int64_t number);
   const torch::stable::Tensor& tensor(int64_t number);

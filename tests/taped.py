@@ -12,9 +12,6 @@ import fusedres
 from fusedres.backends.contract import Backend
 from fusedres.testing import randomize
 
-#: of the family: whose shortcut is a pool that the library has to compute, which no tape holds
-WITHOUT = ("basic-pooled-projection-odd", "pyramid", "pooled-odd")
-
 
 def in_python(backend: type[Backend], run: Callable[[], list[Tensor]]) -> list[Tensor]:
     """What ``run`` gives where no schedule of the ``backend`` has a tape."""

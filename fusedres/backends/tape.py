@@ -2,8 +2,9 @@
 
 A schedule (:meth:`~.contract.Backend.run_schedule`) goes the same way for all maps of the same shapes: the same operators on the same
 numbers, with other tensors. :func:`record` runs it and writes that down; :meth:`Tape.play` is one operator, ``fusedres_cpp::play``, that
-goes the same way in C++. A tape holds operators of ``fusedres_cpp``, launches of compiled kernels, convolutions of the library, fresh
-tensors, views, fills and sums in place and copies; a schedule that does anything else (a collective, a pool of the library) has none.
+goes the same way in C++. A tape holds operators of ``fusedres_cpp``, launches of compiled kernels, fresh tensors, views, fills and sums in
+place and copies, and the operators of torch's that compute tensors of tensors and of constants that C++ can be told; a schedule that does
+anything else (a collective, a random number, a number of Python's that may be of any type) has none.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ else:
     _play = torch.ops.fusedres_cpp.play.default
 
 # as csrc/tape.cpp has them
-_EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _COPY, _ADD, _CONVOLUTION, _CONVOLUTION_BACKWARD, _CALL, _LAUNCH = range(10)
+_EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _COPY, _ADD, _TORCH, _SUM, _CALL, _LAUNCH = range(10)
+_NONE, _TENSOR, _INTEGER, _NUMBER, _FLAG, _INTEGERS, _TENSORS, _FLAGS, _DTYPE, _MAYBE = range(10)
 #: as torch numbers them
 _DEVICES = {"cpu": 0, "cuda": 1}
 _DTYPES = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
@@ -41,6 +43,10 @@ _VIEWS_OR_COPIES = (
     *(getattr(torch.ops.aten.to, o) for o in torch.ops.aten.to.overloads()),
 )
 _FILLS = ("fill_", "zero_")
+#: of operators whose results are not the same every time, or whose shapes follow from values
+_NOT_THE_SAME = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+#: parameters of operators that, where they are true, draw or move statistics, which a schema does not say
+_TRAINS = ("training", "train")
 
 #: how often a schedule runs for maps of the same shapes before it is recorded: sizes that come once are not worth it
 RUNS_BEFORE_RECORDING = 1
@@ -229,7 +235,7 @@ class _Recorder(TorchDispatchMode):
     def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[list[int]]:
         if isinstance(y, Tensor) and y.device.type == "meta":
             return []  # somebody asks for strides: nothing that a step could read
-        if func is torch.ops.aten.unbind.int:
+        if isinstance(y, list | tuple) and all(_share_memory(args[0], part) for part in y):
             return [self._view(args[0], part) for part in y]
         if func in _COPIES or func in _VIEWS_OR_COPIES and not _share_memory(args[0], y):
             of = self._slot(args[0])
@@ -247,19 +253,16 @@ class _Recorder(TorchDispatchMode):
             return self._empty(y)
         if library == "fusedres_cpp" and name in _NUMBERS and not kwargs:
             return [_CALL, _NUMBERS[name], *self._arguments(schema.arguments, args)]
-        if library == "aten" and name == "convolution_backward":
-            return self._library_backward(args, y)
-        if library != "aten" or not isinstance(y, Tensor):
+        if library != "aten" or not _NOT_THE_SAME.isdisjoint(func.tags):
             raise _Refused
-        if name == "convolution":
-            x, weight, bias, *geometry = args
-            # before it gets its number: one that is not a map already would be copied
-            inputs = [self._slot(x), self._slot(weight), -1 if bias is None else self._slot(bias)]
-            return [_CONVOLUTION, self._library_map(y), *inputs, *_geometry(*geometry)]
+        if not isinstance(y, Tensor):
+            return self._called(schema, args, kwargs, y)
         if name == "copy_" and len(args) == 2 and not kwargs:
             return [_COPY, self._slot(y), self._slot(args[1])]
         if name == "add_" and not kwargs and _can_be_added(*args):
             return [_ADD, self._slot(y), self._slot(args[1])]
+        if name == "add" and self._device.type == "cpu" and isinstance(args[1], Tensor) and not kwargs:
+            return [_SUM, self._slot(args[0]), self._slot(args[1]), *self._made(y)]
         if name in _FRESH:
             return self._fresh(name, args, kwargs, y)
         if name in _FILLS:
@@ -268,9 +271,57 @@ class _Recorder(TorchDispatchMode):
                 raise _Refused
             return [_FILL, self._slot(y), self._number(value)]
         alias = schema.returns[0].alias_info
-        if alias is None or alias.is_write or not _share_memory(args[0], y):
+        if _share_memory(args[0], y) and not (alias is not None and alias.is_write):
+            return self._view(args[0], y)
+        return self._called(schema, args, kwargs, y)
+
+    def _called(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[int]:
+        """An operator of torch's that computes tensors, or overwrites its first argument."""
+        first, *rest = schema.arguments
+        overwrites = first.alias_info is not None and first.alias_info.is_write
+        if any(p.alias_info is not None for p in rest) or overwrites != (y is args[0]):
             raise _Refused
-        return self._view(args[0], y)
+        step = [_TORCH, *_text(schema.name), *_text(schema.overload_name), len(schema.arguments)]
+        for i, parameter in enumerate(schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(parameter.name, parameter.default_value)
+            if value is True and parameter.name in _TRAINS:
+                raise _Refused
+            step += self._argument(str(parameter.type), value)
+        results = y if isinstance(y, tuple) else (y,)
+        step.append(len(results))
+        for made in results:
+            step += [-1] if made is None or overwrites else self._made(made)
+        return step
+
+    def _made(self, made: Any) -> list[int]:
+        """A tensor that an operator of torch's has made."""
+        if not isinstance(made, Tensor) or made.device != self._device or self._known(made) is not None:
+            raise _Refused
+        return [self._new(made), *_strided(made)]
+
+    def _argument(self, kind: str, value: Any) -> list[int]:
+        """An argument of an operator of torch's, of a parameter of that ``kind``."""
+        maybe = _MAYBE if kind.startswith("Optional[") else 0
+        kind = kind.removeprefix("Optional[").removesuffix("]" if maybe else "")
+        if value is None and maybe:
+            return [_NONE]
+        if kind == "Tensor" and isinstance(value, Tensor):
+            return [_TENSOR + maybe, self._slot(value)]
+        if kind == "List[Tensor]":
+            return [_TENSORS + maybe, len(value), *map(self._slot, value)]
+        if kind == "bool":
+            return [_FLAG + maybe, int(value)]
+        if kind == "float":
+            return [_NUMBER + maybe, self._number(value)]
+        if kind == "int" and type(value) is int:
+            return [_INTEGER + maybe, value]
+        if kind == "int" and value in _DTYPES:  # what schemas call them
+            return [_DTYPE + maybe, _DTYPES[value]]
+        if kind == "List[int]":
+            return [_INTEGERS + maybe, len(value), *value]
+        if kind == "List[bool]":
+            return [_FLAGS, len(value), *map(int, value)]
+        raise _Refused
 
     def _fresh(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> list[int]:
         if kwargs.get("pin_memory"):
@@ -287,20 +338,6 @@ class _Recorder(TorchDispatchMode):
     def _check(self, made: Tensor) -> None:
         if made.device != self._device or made.dtype not in _DTYPES:
             raise _Refused
-
-    def _library_map(self, y: Tensor) -> _Slot:
-        if not y.is_contiguous(memory_format=torch.channels_last):
-            raise _Refused  # copied then, and not where the library chooses otherwise
-        return self._new(y)
-
-    def _library_backward(self, args: tuple[Any, ...], y: tuple[Tensor | None, ...]) -> list[int]:
-        grad, x, weight, bias_sizes, *geometry, (needs_input, needs_weight, needs_bias) = args
-        if needs_bias or bias_sizes is not None:
-            raise _Refused
-        inputs = [self._slot(grad), self._slot(x), self._slot(weight)]
-        dx = self._library_map(y[0]) if needs_input and y[0] is not None else -1
-        dweight = self._new(y[1]) if needs_weight and y[1] is not None else -1
-        return [_CONVOLUTION_BACKWARD, dx, dweight, *inputs, *_geometry(*geometry)]
 
     def _arguments(self, parameters: Sequence[Any], args: tuple[Any, ...]) -> Iterator[int]:
         for parameter, value in zip(parameters, args, strict=True):
@@ -374,9 +411,14 @@ class _Recorder(TorchDispatchMode):
         )
 
 
-def _share_memory(a: Any, b: Tensor) -> bool:
-    """Whether they are of one storage: an operator that may give a view may give a copy."""
-    return isinstance(a, Tensor) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _share_memory(a: Any, b: Any) -> bool:
+    """Whether they are tensors of one storage: an operator that may give a view may give a copy."""
+    both = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return both and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _text(text: str) -> list[int]:
+    return [len(text), *text.encode("ascii")]
 
 
 def _can_be_added(to: Tensor, other: Any) -> bool:
@@ -390,19 +432,6 @@ def _can_be_added(to: Tensor, other: Any) -> bool:
         and to.is_contiguous()
         and other.is_contiguous()
     )
-
-
-def _geometry(
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> list[int]:
-    if transposed or any(output_padding):
-        raise _Refused
-    return [len(stride), *stride, len(padding), *padding, len(dilation), *dilation, groups]
 
 
 def _form(t: Tensor) -> list[int]:

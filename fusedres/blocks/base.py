@@ -70,9 +70,10 @@ class Kind(ABC):
         """The modules, the block among them, on which :meth:`read` depends."""
         return list(block.modules())
 
-    def calls(self, block: Any, state: BlockState, found: Any) -> list[nn.Module] | None:
-        """The fused modules that :meth:`run` goes through, the block among them, where it runs their parts and nothing else; None where
-        it may run what is not fused."""
+    def calls(self, block: Any, state: BlockState, found: Any, plain: bool) -> list[nn.Module] | None:
+        """The fused modules that :meth:`run` goes through, the block among them, where it runs their parts and nothing else; with
+        ``plain`` it may run modules, too, that do nothing but compute as they stand (:func:`fusedres.recognition.computing`), which are
+        told, and functions. None where it may run anything else."""
         return None
 
     def graphs(self, block: Any, state: BlockState) -> tuple[BlockGraph | Flow, ...]:

@@ -86,11 +86,13 @@ class DenseKind(Kind):
             return [found]
         return [piece.part for pieces in found for piece in pieces if piece.fused]
 
-    def calls(self, block: Any, state: BlockState, found: Part | list[tuple[Piece, ...]]) -> list[nn.Module] | None:
+    def calls(
+        self, block: Any, state: BlockState, found: Part | list[tuple[Piece, ...]], plain: bool
+    ) -> list[nn.Module] | None:
         if not isinstance(found, Part):
             return None
         children = list(block._modules.values())
-        before = [] if state.layers is None else through(children[: len(children) - len(state.layers)])
+        before = [] if state.layers is None else through(children[: len(children) - len(state.layers)], plain)
         return None if before is None else [*before, block]
 
     def run(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import Unsupported
 from ..recognition import (
+    ONE_MAP,
     Flow,
     Form,
     Fused,
@@ -30,6 +31,7 @@ from .plan import Planner
 from .reading import Sets
 from .residual import behind_sum
 from .state import BlockState
+from .stretch import Steps, as_one, beside
 
 _AS_IT_IS = contextlib.nullcontext()
 
@@ -102,13 +104,13 @@ class GeneralKind(Kind):
     def parts(self, found: Programs) -> list[Part]:
         return [piece.part for piece in found.shown().pieces]
 
-    def calls(self, block: Any, state: BlockState, found: Programs) -> list[nn.Module] | None:
+    def calls(self, block: Any, state: BlockState, found: Programs, plain: bool) -> list[nn.Module] | None:
         chosen, *others = {id(program): program for program in found.by_form.values()}.values()
-        if others or isinstance(chosen, Unsupported):
+        if others or isinstance(chosen, Unsupported) or not isinstance(chosen.output, Slot):
             return None
-        fused = isinstance(chosen.output, Slot) and all(isinstance(action, Fused) for action in chosen.actions)
-        keeps = chosen.found or chosen.overwrites or self.sets(block, state)
-        return [block] if fused and chosen.only_computes and not keeps else None
+        if not chosen.only_computes or chosen.found or chosen.overwrites or self.sets(block, state):
+            return None
+        return beside(block, [action.call for action in chosen.actions if isinstance(action, Plain)], plain)
 
     def label(self, block: Any, state: BlockState) -> str:
         try:
@@ -151,6 +153,8 @@ class GeneralKind(Kind):
         except Unsupported as reason:
             note_unfused(state, reason)
             return original(*args, **kwargs)
+        if _may_be_one(form, chosen):
+            return self._as_one(block, state, found, chosen, Handover(maps[0])).leave()
         return _Call(self, block, state, chosen, [Handover(x) for x in maps]).run(leaves=True)
 
     def run(
@@ -162,10 +166,22 @@ class GeneralKind(Kind):
         except Unsupported as reason:
             note_unfused(state, reason)
             return Handover(original(given.leave()))
+        if _may_be_one(form, chosen):
+            return self._as_one(block, state, found, chosen, given)
         inputs = [given] if maps and maps[0] is given.x else [Handover(x) for x in maps]
         # what is copied later would be copied with gradients recorded as they are there
         y = _Call(self, block, state, chosen, inputs).run(leaves=chosen.switches)
         return y if isinstance(y, Handover) else Handover(y)
+
+    def _as_one(self, block: Any, state: BlockState, found: Programs, chosen: Program, given: Handover) -> Handover:
+        def calls(at: int, plain: bool) -> list[nn.Module] | None:
+            inside = self.calls(block, state, found, plain)
+            return None if inside is None else inside[1:]
+
+        def run(start: int, stop: int, given: Handover) -> Handover:
+            return cast(Handover, _Call(self, block, state, chosen, [given]).run(leaves=False))
+
+        return as_one(block, state, given, Steps(1, calls, run))
 
     # ---- for compilers -----------------------------------------------------------------------------------------------
 
@@ -203,6 +219,11 @@ class GeneralKind(Kind):
                 grad=action.grad,
             )
         return _told(chosen.output, at, planner)
+
+
+def _may_be_one(form: Form, chosen: Program) -> bool:
+    """Whether a call in ``form`` is of one map alone and computes another, so that it may be recorded for maps like that."""
+    return form.args == ONE_MAP.args and not form.kwargs and isinstance(chosen.output, Slot) and chosen.only_computes
 
 
 def _check_kept(chosen: Program, maps: Sequence[Tensor]) -> None:

@@ -126,7 +126,12 @@ def arrive(given: Handover, x: Tensor) -> tuple[Tensor, Order]:
 
 def calls_directly(cls: type) -> bool:
     """Whether what calls a module of ``cls`` comes to the fused forward, as far as classes go."""
-    return runs_fused(cls) and cls.__call__ is _MODULE_CALL
+    return runs_fused(cls) and is_called_as_module(cls)
+
+
+def is_called_as_module(cls: type) -> bool:
+    """Whether modules of ``cls`` are called as torch's are."""
+    return cls.__call__ is _MODULE_CALL
 
 
 def is_direct(module: nn.Module) -> bool:

@@ -52,8 +52,8 @@ class StemKind(Kind):
     ) -> Handover:
         layers = [block.layer1, block.layer2, block.layer3, block.layer4, block.avgpool]
 
-        def calls(at: int) -> list[nn.Module] | None:
-            return [] if at == 0 else through(layers[at - 1 : at])
+        def calls(at: int, plain: bool) -> list[nn.Module] | None:
+            return [] if at == 0 else through(layers[at - 1 : at], plain)
 
         def run(start: int, stop: int, given: Handover) -> Handover:
             if start == 0:
@@ -117,8 +117,10 @@ class HeadKind(Kind):
         inner = state_of(features) if is_direct(features) else None
         row = inner if inner is not None and inner.kind is SEQUENTIAL else None
 
-        def calls(at: int) -> list[nn.Module] | None:
-            return through(list(features)[:-1]) if row is None else SEQUENTIAL.calls_but_last(features, row)
+        def calls(at: int, plain: bool) -> list[nn.Module] | None:
+            if row is None:
+                return through(list(features)[:-1], plain)
+            return SEQUENTIAL.calls_but_last(features, row, plain)
 
         def end(x: Tensor) -> Tensor:
             return F.adaptive_avg_pool2d(F.relu(norm(x), inplace=True), (1, 1))

@@ -15,6 +15,7 @@ from .base import Behind, Kind, Original, Ran, behind_convolutions, note, run_pa
 from .handover import Handover, Order, contiguous, suggests_channels_last
 from .plan import Planner
 from .state import BlockState
+from .stretch import beside
 
 
 class SinglePart(Kind):
@@ -23,7 +24,7 @@ class SinglePart(Kind):
     def parts(self, found: Part) -> list[Part]:
         return [found]
 
-    def calls(self, block: Any, state: BlockState, found: Part) -> list[nn.Module]:
+    def calls(self, block: Any, state: BlockState, found: Part, plain: bool) -> list[nn.Module]:
         return [block]
 
     def run(
@@ -90,8 +91,9 @@ class ResidualKind(Kind):
     def parts(self, found: Layout) -> list[Part]:
         return [piece.part for piece in found.pieces if piece.fused]
 
-    def calls(self, block: Any, state: BlockState, found: Layout) -> list[nn.Module] | None:
-        return [block] if all(piece.fused for piece in found.pieces) else None
+    def calls(self, block: Any, state: BlockState, found: Layout, plain: bool) -> list[nn.Module] | None:
+        steps = [run for piece in found.pieces if not piece.fused for op in piece.row for run in op.run]
+        return beside(block, steps, plain)
 
     def run(
         self, block: Any, state: BlockState, found: Layout, original: Original, given: Handover, place: Tensor | None

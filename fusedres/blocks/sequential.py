@@ -85,8 +85,8 @@ class SequentialKind(Kind):
         children = list(block)
         return [block, *(child for start, stop in conv_runs(children) for child in children[start:stop])]
 
-    def calls(self, block: Any, state: BlockState, found: Sequence[Step]) -> list[nn.Module] | None:
-        children = through(step.children[0] for step in found if step.part is None)
+    def calls(self, block: Any, state: BlockState, found: Sequence[Step], plain: bool) -> list[nn.Module] | None:
+        children = through((step.children[0] for step in found if step.part is None), plain)
         return None if children is None else [block, *children]
 
     def run(
@@ -101,8 +101,8 @@ class SequentialKind(Kind):
         if place is not None:
             return self._run_steps(block, state, found, given, place)
 
-        def calls(at: int) -> list[nn.Module] | None:
-            return through(found[at].children) if found[at].part is None else []
+        def calls(at: int, plain: bool) -> list[nn.Module] | None:
+            return through(found[at].children, plain) if found[at].part is None else []
 
         def run(start: int, stop: int, given: Handover) -> Handover:
             return self._run_steps(block, state, found[start:stop], given, goes_on=start > 0)
@@ -164,13 +164,13 @@ class SequentialKind(Kind):
                 x = planner.fused(step.part, x, None, behind_convolutions, instead, self.casts)
         return x
 
-    def calls_but_last(self, block: Any, state: BlockState) -> list[nn.Module] | None:
+    def calls_but_last(self, block: Any, state: BlockState, plain: bool) -> list[nn.Module] | None:
         """As :meth:`calls`, of :meth:`run_but_last`."""
         try:
             *steps, last = self.reading(block, state)
         except Unsupported:
-            return through(list(block)[:-1])
-        return through(list(block)[:-1]) if last.part is not None else self.calls(block, state, steps)
+            return through(list(block)[:-1], plain)
+        return through(list(block)[:-1], plain) if last.part is not None else self.calls(block, state, steps, plain)
 
     def run_but_last(self, block: Any, state: BlockState, given: Handover) -> Handover:
         """The output of all children but the last, which stands alone."""

@@ -13,7 +13,7 @@ that records gradients is asked here. Whatever is in the way, the blocks run one
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ..backends import select, tape
 from ..backends.contract import Backend
 from ..errors import Unsupported
-from ..recognition import BlockGraph, Flow
+from ..recognition import BlockGraph, Flow, computing, functions_behind
 from ..specs import BlockSpec
-from ..swap import state_of
+from ..swap import FusedBlock, resume, state_of
 from .base import PartCall, autocast_dtype, count, follow
-from .handover import Handover, calls_directly, enter, is_direct
+from .handover import Handover, calls_directly, enter, is_called_as_module, is_direct
 from .reading import Seen
 from .state import BlockState, CallRecord, Outcome
 
@@ -90,13 +90,17 @@ class _Row(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A stretch that was looked at: its ``length`` in steps, everything that its blocks depend on, the classes of those that are called,
-    the states of all, the tensors that they read, and what the backend has recorded of them (``memo``). By kind of map, how often they ran
-    one by one, and what that ``left``, or the ``rows`` that it was, None where it is none."""
+    """A stretch that was looked at: its ``length`` in steps, everything that its blocks depend on, the classes of those that are called
+    (``plain``: of modules that run as they stand, with ``functions``, those behind torch's own), whether anything does (``mixed``), the
+    states of all, the tensors that they read, and what the backend has recorded of them (``memo``). By kind of map, how often they ran one
+    by one, and what that ``left``, or the ``rows`` that it was, None where it is none."""
 
     length: int
     seen: Seen
     classes: tuple[type, ...]
+    plain: tuple[type, ...]
+    functions: tuple[Any, ...]
+    mixed: bool
     states: tuple[BlockState, ...]
     tensors: tuple[Tensor, ...]
     memo: dict[Any, Any]
@@ -106,7 +110,9 @@ class _Known(NamedTuple):
 
     def holds(self) -> bool:
         """Whether nothing has changed since."""
-        return all(map(calls_directly, self.classes)) and self.seen.holds()
+        if not all(map(calls_directly, self.classes)) or not all(map(is_called_as_module, self.plain)):
+            return False
+        return (not self.plain or functions_behind() == self.functions) and self.seen.holds()
 
 
 #: of a thread: whether a stretch runs, so that those that begin inside of it leave recording to it
@@ -118,29 +124,62 @@ def _measures(t: Tensor) -> tuple[Any, ...]:
     return t.dtype, t.device, t.shape, t.stride(), t.requires_grad
 
 
-def through(modules: Iterable[nn.Module]) -> list[nn.Module] | None:
-    """The fused blocks that calls of ``modules`` run, one after the other; None where something else runs."""
+def through(modules: Iterable[nn.Module], plain: bool) -> list[nn.Module] | None:
+    """The fused blocks that calls of ``modules`` run, one after the other, and with ``plain`` the modules that do nothing but compute as
+    they stand; None where something else runs."""
     found: list[nn.Module] = []
     for module in modules:
-        state = state_of(module) if is_direct(module) else None
-        if state is None:
+        inside = _through_block(module, plain) if isinstance(resume(module), FusedBlock) else _through_plain(module, plain)
+        if inside is None:
             return None
-        try:
-            blocks = state.kind.calls(module, state, state.kind.reading(module, state))
-        except Unsupported:
-            return None
-        if blocks is None:
-            return None
-        found += blocks
+        found += inside
     return found
 
 
+def _through_block(module: nn.Module, plain: bool) -> list[nn.Module] | None:
+    state = state_of(module) if is_direct(module) else None
+    if state is None:
+        return None
+    try:
+        return state.kind.calls(module, state, state.kind.reading(module, state), plain)
+    except Unsupported:
+        return None
+
+
+def _through_plain(module: nn.Module, plain: bool) -> list[nn.Module] | None:
+    if not plain:
+        return None
+    try:
+        computing(module)
+    except Unsupported:
+        return None
+    inside = through(_outermost(module), plain)
+    return None if inside is None else [module, *inside]
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    """The fused blocks inside ``module``, those of them that are in no other."""
+    for child in module.children():
+        if isinstance(child, FusedBlock):
+            yield child
+        else:
+            yield from _outermost(child)
+
+
+def beside(block: nn.Module, calls: Iterable[Callable[..., Any]], plain: bool) -> list[nn.Module] | None:
+    """A fused ``block`` and the modules of ``calls``, which it makes as they stand beside its parts, as :func:`through` tells them; those
+    that are no modules are functions that its reading knows to compute."""
+    called = list(calls)
+    inside = through((call for call in called if isinstance(call, nn.Module)), plain) if plain or not called else None
+    return None if inside is None else [block, *inside]
+
+
 class Steps(NamedTuple):
-    """What a block's forward does one after the other, as far as that are fused blocks: ``count`` steps. ``calls(i)``: the fused blocks
-    that step ``i`` runs beside parts of the block's own; None where it runs anything else. ``run(start, stop, given)`` runs some."""
+    """What a block's forward does one after the other, as far as that are fused blocks: ``count`` steps. ``calls(i, plain)``: what step
+    ``i`` runs beside parts of the block's own, as :func:`through` tells it. ``run(start, stop, given)`` runs some."""
 
     count: int
-    calls: Callable[[int], list[nn.Module] | None]
+    calls: Callable[[int, bool], list[nn.Module] | None]
     run: Callable[[int, int, Handover], Handover]
 
     def run_all(self, given: Handover) -> Handover:
@@ -168,10 +207,12 @@ def as_one(block: nn.Module, state: BlockState, given: Handover, steps: Steps) -
 class Stretch:
     """The stretch at the beginning of a block, with gradients or without. Threads that come together replace what is known as a whole."""
 
-    __slots__ = ("_failures", "_known", "_wait")
+    __slots__ = ("_failures", "_known", "_plain", "_wait")
 
     def __init__(self) -> None:
         self._known: _Known | None = None
+        #: whether what computes as it stands is part of it: as long as that could be recorded
+        self._plain = True
         self._wait, self._failures = RUNS_BEFORE, 0
 
     def run(self, block: nn.Module, given: Handover, steps: Steps) -> Handover:
@@ -201,6 +242,8 @@ class Stretch:
         left = known.left.get(kind)
         if ran:
             known.left[kind] = self._note(known, kind, ran[0], RUNS_IN_VAIN)
+            if ran[0].x.untyped_storage().data_ptr() == given.x.untyped_storage().data_ptr():
+                self._give_up()  # a view of what it was given, which a tape's would not say of itself
             return ran[0]
         if left is None or y is None:  # another thread has recorded it at this moment
             return _one_by_one(known, given, steps)
@@ -225,7 +268,8 @@ class Stretch:
         """What is known of the stretch; None where it cannot be recorded now."""
         known = self._known
         if known is None:
-            known = self._known = _look_at(block, steps)
+            plain = self._plain and not torch.is_grad_enabled()
+            known = self._known = _look_at(block, steps, plain)
         elif not known.holds():
             known = None
         if known is None:
@@ -238,12 +282,14 @@ class Stretch:
         times = known.runs[kind] = known.runs.get(kind, 0) + 1
         fused = all(outcome is not None and outcome.fused for _, outcome, _ in calls)
         alone = torch.is_grad_enabled() or (y.stats is None and y.keeper is None)
-        if not fused or not alone or times > most or len(known.runs) > tape.MOST_SCHEDULES:
+        if times > most and known.mixed:
+            self._plain, self._known = False, None
+        elif not fused or not alone or times > most or len(known.runs) > tape.MOST_SCHEDULES:
             self._give_up()
         return _Left(calls, y.keeper, y.owes_nchw)
 
     def _give_up(self) -> None:
-        self._known = None
+        self._plain, self._known = True, None
         self._wait = min(RUNS_AFTER_FAILURE << self._failures, MOST_RUNS_AFTER_FAILURE)
         self._failures = min(self._failures + 1, MOST_RUNS_AFTER_FAILURE.bit_length())
 
@@ -288,12 +334,12 @@ def _row(
     return _Row(measures, counters, steps, behind.stats is not None, left)
 
 
-def _look_at(block: nn.Module, steps: Steps) -> _Known | None:
-    """What the longest row of ``steps`` that are fused depends on; None where there are not two parts in it, or a weight is of a class that
-    makes its own of operators, or was computed and would be kept with its graph."""
+def _look_at(block: nn.Module, steps: Steps, plain: bool) -> _Known | None:
+    """What the longest row of ``steps`` that are fused, or with ``plain`` compute as they stand, depends on; None where there are not two
+    parts in it, or a weight is of a class that makes its own of operators, or was computed and would be kept with its graph."""
     called, length = list[nn.Module](), 0
     while length < steps.count:
-        inside = steps.calls(length)
+        inside = steps.calls(length, plain)
         if inside is None:
             break
         called += inside
@@ -304,7 +350,10 @@ def _look_at(block: nn.Module, steps: Steps) -> _Known | None:
     parts = 0
     for of in (block, *called):
         state = state_of(of)
-        assert state is not None
+        if state is None:
+            modules.update(dict.fromkeys(of.modules()))
+            graphs += computing(of)
+            continue
         kind = state.kind
         modules.update(dict.fromkeys(kind.inside(of, state)))
         graphs += kind.graphs(of, state)
@@ -315,5 +364,8 @@ def _look_at(block: nn.Module, steps: Steps) -> _Known | None:
     kept = all(type(t) in (Tensor, nn.Parameter) and t.grad_fn is None for t in tensors)
     if length == 0 or parts < 2 or not kept:
         return None
-    classes = tuple(dict.fromkeys(map(type, called)))
-    return _Known(length, Seen([*modules], tuple(graphs), {}), classes, tuple(states), tensors, {}, {}, {}, {})
+    classes = tuple(dict.fromkeys(type(of) for of in called if state_of(of) is not None))
+    as_they_are = tuple(dict.fromkeys(type(inside) for of in called if state_of(of) is None for inside in of.modules()))
+    seen = Seen([*modules], tuple(graphs), {})
+    mixed = any(steps.calls(at, False) is None for at in range(length))
+    return _Known(length, seen, classes, as_they_are, functions_behind(), mixed, tuple(states), tensors, {}, {}, {}, {})

@@ -11,6 +11,7 @@
     effects.py     what a forward does beside computing: it sets attributes, changes what its modules keep, records gradients or not
     flow.py        Flow: a forward of any shape, all its calls in their order, for one form of its arguments
     regions.py     from a flow to its Program, a fixed order of pieces and of calls as they stand (actions.py)
+    computing.py   which modules, as they stand, do nothing but compute
     lowering.py    the other descriptions: dense blocks, transitions, stems, a BatchNorm alone
     part.py        Part: a description as it runs, and its check against the input
     families.py    the only file that names torchvision and timm
@@ -22,6 +23,7 @@ Every function raises :class:`fusedres.errors.Unsupported` with the reason where
     program(module, flow) -> Program                     what it runs as
     read_layers(row) -> dict[str, Graphs]                those of the dense layers at the end of a Sequential; empty: none
     BlockGraph(main, shortcut, shared, after)            may be made by hand, for a module whose forward is ours
+    computing(module) -> tuple[Flow, ...]                the flows by which a module that runs as it stands does nothing but compute
     graph.outside(), watched(classes_of(modules)) -> list   the code and the values behind a reading, to be compared by identity with before
     check_graph(block, graph, training=None)             raises where ``block`` is no longer what was read, or a hook waits inside
     check_family(block, kind)                            raises where a block that was told by its class has another forward
@@ -36,6 +38,7 @@ Every function raises :class:`fusedres.errors.Unsupported` with the reason where
 
 from .actions import Fused, Getter, Plain, Program, Setter, Slot
 from .calls import is_sequential
+from .computing import computing, functions_behind
 from .families import check_family
 from .families import kind_of as family_kind
 from .flow import MAP, ONE_MAP, Flow, Flows, Form, arguments, follow, form_of, read_flows, read_form
@@ -103,6 +106,7 @@ __all__ = [
     "check_graph",
     "child_of",
     "classes_of",
+    "computing",
     "conv_runs",
     "dense_layer",
     "dense_part",
@@ -110,6 +114,7 @@ __all__ = [
     "follow",
     "follows",
     "form_of",
+    "functions_behind",
     "global_hooks",
     "has_global_hooks",
     "head_part",

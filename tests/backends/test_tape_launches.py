@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulated import Driver, emulated
 from support import each_mode
-from taped import WITHOUT, assert_same, drawn, in_python, row, steps
+from taped import assert_same, drawn, in_python, row, steps
 from test_family import ALL
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ QUICK = ("bottleneck-grouped", "row-then-transition")
 
 @each_mode
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALL if n not in WITHOUT]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALL]
 )
 def test_a_tape_of_launches_gives_the_bits_of_its_schedule(name, training, driver):
     build, (_, *shape) = ALL[name]

@@ -184,12 +184,25 @@ def test_inference_mode_gives_inference_tensors(plays):
     assert added_by(lambda: model(x), plays) == 1 and not model(x).is_inference()
 
 
+class Counts(nn.Module):
+    """Does more than compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + 1
+
+
 def test_what_is_in_the_way_ends_a_stretch_and_rows_behind_it_have_their_own(plays):
-    model = model_of(lambda: row(nn.Dropout(0.5), *blocks(), nn.Sequential(*blocks())))
+    model = model_of(lambda: row(Counts(), *blocks(), nn.Sequential(*blocks())))
     twin, x = one_by_one(model), images()
     for _ in range(WARM + 1):
         assert torch.equal(model(x), twin(x))
-    # up to the dropout, two blocks alone, the row inside
+    assert model[5].calls == twin[5].calls == WARM + 1
+    # up to what counts, two blocks alone, the row inside
     assert added_by(lambda: model(x), plays) == 1 + 2 + 1
 
 
