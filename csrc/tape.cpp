@@ -75,7 +75,21 @@ struct Queue {
 using torch::stable::detail::from;
 
 // An argument of an operator of torch's: what it is, and itself; `kMaybe` more where none could stand in its place.
-enum Argument : int64_t { kNone, kTensor, kInteger, kNumber, kFlag, kIntegers, kTensors, kFlags, kDtype, kMaybe };
+enum Argument : int64_t {
+  kNone,
+  kTensor,
+  kScalar,
+  kInteger,
+  kNumber,
+  kFlag,
+  kText,
+  kDtype,
+  kIntegers,
+  kNumbers,
+  kFlags,
+  kTensors,
+  kMaybe
+};
 
 // A tensor of a device with these strides.
 Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype,
@@ -115,7 +129,14 @@ StableIValue flags(Reader& r) {
   return from(torch::headeronly::HeaderOnlyArrayRef<bool>(values.get(), written.size()));
 }
 
-StableIValue argument(Reader& r) {
+// A number in the place of a tensor.
+Tensor scalar(Reader& r, const Tensor& numbers) {
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(numbers.get(), 0, nullptr, nullptr, r.integer(), &made));
+  return Tensor(made);
+}
+
+StableIValue argument(Reader& r, const Tensor& numbers) {
   const int64_t written = r.integer();
   const bool maybe = written >= kMaybe;
   switch (maybe ? written - kMaybe : written) {
@@ -124,7 +145,10 @@ StableIValue argument(Reader& r) {
     case kInteger: return given<int64_t>(r, maybe);
     case kNumber: return given<double>(r, maybe);
     case kFlag: return given<bool>(r, maybe);
+    case kScalar: return from(scalar(r, numbers));
+    case kText: return from(r.text());
     case kIntegers: return given<std::vector<int64_t>>(r, maybe);
+    case kNumbers: return given<std::vector<double>>(r, maybe);
     case kTensors: return given<std::vector<Tensor>>(r, maybe);
     case kFlags: return flags(r);
     case kDtype: {
@@ -159,10 +183,10 @@ void keep(Reader& r, const Tensor& made, const Device& device) {
 }
 
 // An operator of torch's: its name and overload, its arguments; then of each result where it is kept.
-void torch_operator(Reader& r, const Device& device) {
+void torch_operator(Reader& r, const Device& device, const Tensor& numbers) {
   const std::string name = r.text(), overload = r.text();
   std::vector<StableIValue> stack;
-  for (int64_t n = r.integer(); n > 0; --n) stack.push_back(argument(r));
+  for (int64_t n = r.integer(); n > 0; --n) stack.push_back(argument(r, numbers));
   const int64_t results = r.integer();
   if (results > int64_t(stack.size())) stack.resize(results);
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), overload.c_str(), stack.data(), TORCH_ABI_VERSION));
@@ -199,7 +223,7 @@ void launch(Reader& r, const Queue& queue) {
   STD_TORCH_CHECK(error == 0, "the driver has refused a recorded launch: error ", error);
 }
 
-void step(Reader& r, const Device& device, const Queue& queue) {
+void step(Reader& r, const Device& device, const Queue& queue, const Tensor& numbers) {
   switch (r.integer()) {
     case kEmpty: {
       const int64_t to = r.integer(), dtype = r.integer();
@@ -236,9 +260,9 @@ void step(Reader& r, const Device& device, const Queue& queue) {
       const Tensor to = r.next<Tensor>(), other = r.next<Tensor>();
       return add(to, other);
     }
-    case kTorch: return torch_operator(r, device);
+    case kTorch: return torch_operator(r, device, numbers);
     case kSum: {
-      const Tensor a = r.next<Tensor>(), b = r.next<Tensor>();
+      const Tensor a = r.next<Tensor>(), b = r.integer() == kScalar ? scalar(r, numbers) : r.next<Tensor>();
       STD_TORCH_CHECK(device.type == kCpu, "a recorded sum of maps is on a CPU");
       AtenTensorHandle made = nullptr;
       // of two tensors alone, since the dispatcher takes no scalar from here
@@ -305,7 +329,7 @@ std::vector<Tensor> play(std::vector<Tensor> inputs, const Tensor& code, const T
   for (size_t i = 0; i < inputs.size(); ++i) slots[i] = std::move(inputs[i]);
   const std::vector<int64_t> outputs = r.integers();
   while (!r.done()) {
-    step(r, device, queue);
+    step(r, device, queue, numbers);
     for (int64_t n = r.integer(); n > 0; --n) r.slot(r.integer()).reset();
   }
   std::vector<Tensor> returned;
@@ -330,6 +354,12 @@ std::vector<int64_t> Reader::integers() {
   const int64_t* begin = code_;
   code_ += n;
   return {begin, code_};
+}
+
+std::vector<double> Reader::numbers() {
+  std::vector<double> found;
+  for (int64_t at : integers()) found.push_back(number(at));
+  return found;
 }
 
 std::vector<Tensor> Reader::tensors() {

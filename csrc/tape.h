@@ -31,6 +31,7 @@ class [[gnu::visibility("hidden")]] Reader {
     else if constexpr (std::is_same_v<T, double>) return number(integer());
     else if constexpr (std::is_same_v<T, bool>) return integer() != 0;
     else if constexpr (std::is_same_v<T, std::vector<int64_t>>) return integers();
+    else if constexpr (std::is_same_v<T, std::vector<double>>) return numbers();
     else if constexpr (std::is_same_v<T, std::vector<torch::stable::Tensor>>) return tensors();
     else {
       static_assert(std::is_same_v<T, int64_t>, "no recorded operator takes this");
@@ -40,6 +41,7 @@ class [[gnu::visibility("hidden")]] Reader {
 
   int64_t integer();
   std::vector<int64_t> integers();
+  std::vector<double> numbers();
   std::vector<torch::stable::Tensor> tensors();
   std::string text();
   // Where the tensor of that number is kept, and the tensor itself.

@@ -10,6 +10,7 @@ anything else (a collective, a random number, a number of Python's that may be o
 from __future__ import annotations
 
 import contextlib
+import enum
 import itertools
 import operator
 import threading
@@ -31,7 +32,9 @@ else:
 
 # as csrc/tape.cpp has them
 _EMPTY, _EMPTY_LIKE, _VIEW, _FILL, _COPY, _ADD, _TORCH, _SUM, _CALL, _LAUNCH = range(10)
-_NONE, _TENSOR, _INTEGER, _NUMBER, _FLAG, _INTEGERS, _TENSORS, _FLAGS, _DTYPE, _MAYBE = range(10)
+_Argument = enum.IntEnum(
+    "_Argument", "NONE TENSOR SCALAR INTEGER NUMBER FLAG TEXT DTYPE INTEGERS NUMBERS FLAGS TENSORS MAYBE", start=0
+)
 #: as torch numbers them
 _DEVICES = {"cpu": 0, "cuda": 1}
 _DTYPES = {torch.uint8: 0, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
@@ -235,6 +238,8 @@ class _Recorder(TorchDispatchMode):
     def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> list[list[int]]:
         if isinstance(y, Tensor) and y.device.type == "meta":
             return []  # somebody asks for strides: nothing that a step could read
+        if args and y is args[0] and not func._schema.is_mutable:
+            return []  # as it was, which inference mode leaves to operators that may copy, or draw
         if isinstance(y, list | tuple) and all(_share_memory(args[0], part) for part in y):
             return [self._view(args[0], part) for part in y]
         if func in _COPIES or func in _VIEWS_OR_COPIES and not _share_memory(args[0], y):
@@ -261,8 +266,14 @@ class _Recorder(TorchDispatchMode):
             return [_COPY, self._slot(y), self._slot(args[1])]
         if name == "add_" and not kwargs and _can_be_added(*args):
             return [_ADD, self._slot(y), self._slot(args[1])]
-        if name == "add" and self._device.type == "cpu" and isinstance(args[1], Tensor) and not kwargs:
-            return [_SUM, self._slot(args[0]), self._slot(args[1]), *self._made(y)]
+        if (
+            name == "add"
+            and self._device.type == "cpu"
+            and len(args) == 2
+            and not kwargs
+            and args[0].is_floating_point()
+        ):
+            return [_SUM, self._slot(args[0]), *self._argument("Tensor", args[1]), *self._made(y)]
         if name in _FRESH:
             return self._fresh(name, args, kwargs, y)
         if name in _FILLS:
@@ -286,6 +297,8 @@ class _Recorder(TorchDispatchMode):
             value = args[i] if i < len(args) else kwargs.get(parameter.name, parameter.default_value)
             if value is True and parameter.name in _TRAINS:
                 raise _Refused
+            if isinstance(value, float | int) and str(parameter.type) == "Tensor" and not args[0].is_floating_point():
+                raise _Refused  # whole numbers stay what they are beside whole numbers
             step += self._argument(str(parameter.type), value)
         results = y if isinstance(y, tuple) else (y,)
         step.append(len(results))
@@ -295,32 +308,38 @@ class _Recorder(TorchDispatchMode):
 
     def _made(self, made: Any) -> list[int]:
         """A tensor that an operator of torch's has made."""
-        if not isinstance(made, Tensor) or made.device != self._device or self._known(made) is not None:
+        if not isinstance(made, Tensor) or made.layout is not torch.strided or made.device != self._device or self._known(made) is not None:
             raise _Refused
         return [self._new(made), *_strided(made)]
 
     def _argument(self, kind: str, value: Any) -> list[int]:
         """An argument of an operator of torch's, of a parameter of that ``kind``."""
-        maybe = _MAYBE if kind.startswith("Optional[") else 0
+        maybe = _Argument.MAYBE if kind.startswith("Optional[") else 0
         kind = kind.removeprefix("Optional[").removesuffix("]" if maybe else "")
         if value is None and maybe:
-            return [_NONE]
+            return [_Argument.NONE]
         if kind == "Tensor" and isinstance(value, Tensor):
-            return [_TENSOR + maybe, self._slot(value)]
+            return [_Argument.TENSOR + maybe, self._slot(value)]
+        if kind == "Tensor" and type(value) in (int, float):
+            return [_Argument.SCALAR, self._number(value)]
         if kind == "List[Tensor]":
-            return [_TENSORS + maybe, len(value), *map(self._slot, value)]
+            return [_Argument.TENSORS + maybe, len(value), *map(self._slot, value)]
         if kind == "bool":
-            return [_FLAG + maybe, int(value)]
+            return [_Argument.FLAG + maybe, int(value)]
         if kind == "float":
-            return [_NUMBER + maybe, self._number(value)]
+            return [_Argument.NUMBER + maybe, self._number(value)]
+        if kind == "str" and not maybe:
+            return [_Argument.TEXT, *_text(value)]
         if kind == "int" and type(value) is int:
-            return [_INTEGER + maybe, value]
+            return [_Argument.INTEGER + maybe, value]
         if kind == "int" and value in _DTYPES:  # what schemas call them
-            return [_DTYPE + maybe, _DTYPES[value]]
+            return [_Argument.DTYPE + maybe, _DTYPES[value]]
         if kind == "List[int]":
-            return [_INTEGERS + maybe, len(value), *value]
+            return [_Argument.INTEGERS + maybe, len(value), *value]
+        if kind == "List[float]":
+            return [_Argument.NUMBERS + maybe, len(value), *map(self._number, value)]
         if kind == "List[bool]":
-            return [_FLAGS, len(value), *map(int, value)]
+            return [_Argument.FLAGS, len(value), *map(int, value)]
         raise _Refused
 
     def _fresh(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> list[int]:
@@ -413,7 +432,7 @@ class _Recorder(TorchDispatchMode):
 
 def _share_memory(a: Any, b: Any) -> bool:
     """Whether they are tensors of one storage: an operator that may give a view may give a copy."""
-    both = isinstance(a, Tensor) and isinstance(b, Tensor)
+    both = all(isinstance(t, Tensor) and t.layout is torch.strided for t in (a, b))
     return both and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 

@@ -129,7 +129,9 @@ def through(modules: Iterable[nn.Module], plain: bool) -> list[nn.Module] | None
     they stand; None where something else runs."""
     found: list[nn.Module] = []
     for module in modules:
-        inside = _through_block(module, plain) if isinstance(resume(module), FusedBlock) else _through_plain(module, plain)
+        inside = (
+            _through_block(module, plain) if isinstance(resume(module), FusedBlock) else _through_plain(module, plain)
+        )
         if inside is None:
             return None
         found += inside

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import each_mode, ran
 from taped import assert_same, drawn, in_python, row, steps
 from test_family import ALL
@@ -135,6 +136,97 @@ def test_what_may_be_a_view_or_a_copy_is_recorded_as_what_it_is(change, mode):
             (y,) = made.play((x,))
             assert torch.equal(y, change(x))
     assert made is not None or change(x).untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+OF_TORCH: dict[str, Callable[[Tensor], Tensor | Sequence[Tensor]]] = {
+    "one": torch.sigmoid,
+    "several, one of them of whole numbers": lambda x: F.max_pool2d(x, 2, return_indices=True),
+    "parts": lambda x: torch.cat([part.flip(1) for part in x.chunk(2, 1)], 1),
+    "parts of two sizes": lambda x: torch.cat([*x.split([1, 3], 1)][::-1], 1),
+    "unbound": lambda x: torch.stack([*x.unbind(2)][::-1]),
+    "a list": lambda x: torch.cat([x, x[:, :1], torch.sigmoid(x)], 1),
+    "a dtype": lambda x: x.sum((0, 2), dtype=torch.float64),
+    "a number": lambda x: x * 2.5 + 1 + x / 3,
+    "a bool": lambda x: x.mean((2, 3), keepdim=True),
+    "a text": lambda x: F.gelu(x, approximate="tanh"),
+    "numbers": lambda x: F.interpolate(x, scale_factor=1.5),
+    "a convolution": lambda x: F.conv2d(x, x[:1, :, :2, :2].contiguous(), stride=2),
+    "a norm": lambda x: F.batch_norm(x, x[0, :, 0, 0], x[1, :, 0, 0].sigmoid(), eps=0.1),
+    "a group norm": lambda x: F.group_norm(x, 2),
+    "in place": lambda x: torch.sigmoid(x).relu_().mul_(x),
+    "in place, of what it was given": lambda x: x.sigmoid_().clone(),
+    "a broadcast sum": lambda x: x + x.mean(1, keepdim=True),
+    "itself": lambda x: F.dropout(x, 0.5, training=False).flatten(0, 0) * 2.0,
+    "shuffled": lambda x: F.channel_shuffle(x, 2),
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_operators_of_torchs_are_played(name, mode, memory_format):
+    def schedule(x: Tensor) -> list[Tensor]:
+        y = OF_TORCH[name](x)
+        return [y] if isinstance(y, Tensor) else [*y]
+
+    def maps() -> tuple[Tensor, Tensor]:
+        x = torch.randn(2, 4, 6, 4).to(memory_format=memory_format)
+        return x, x.clone()
+
+    with mode():
+        x, _ = maps()
+        _, made = tape.record(lambda: schedule(x), [x])
+        assert made is not None
+        for _ in range(2):
+            x, twin = maps()
+            assert_same(made.play([x]), schedule(twin))
+            assert torch.equal(x, twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@torch.no_grad()
+def test_numbers_beside_maps_of_other_dtypes(dtype):
+    def schedule(x: Tensor) -> list[Tensor]:
+        return [(x * 1.1 + 0.3) / 7]
+
+    x = torch.randn(2, 3, 4, 5).to(dtype)
+    made = tape.record(lambda: schedule(x), [x])[1]
+    assert made is not None
+    assert_same(made.play([x]), schedule(x))
+
+
+NOT_THE_SAME: dict[str, Callable[[Tensor], Tensor]] = {
+    "random numbers": torch.bernoulli,
+    "a dropout": lambda x: F.dropout(x, 0.5),
+    "a shape of values": lambda x: x[x > 0.5],
+    "statistics that move": lambda x: F.batch_norm(x, torch.zeros(3), torch.ones(3), training=True),
+    "a number of any type": lambda x: x.clamp(0.2, 0.6),
+    "another sum": lambda x: torch.add(x, x, alpha=2),
+    "a map made of nothing": lambda x: x + torch.ones(3, 1, 1),
+    "a sparse one": lambda x: x.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", NOT_THE_SAME)
+def test_what_no_tape_holds(name, mode):
+    with mode():
+        x = torch.rand(2, 3, 4, 5)
+        assert tape.record(lambda: [NOT_THE_SAME[name](x)], [x])[1] is None
+
+
+@torch.no_grad()
+def test_what_an_operator_makes_lies_as_it_was_recorded():
+    """A library may choose otherwise, and what comes behind counts on the strides."""
+    x = torch.rand(2, 3)
+    made = tape.record(lambda: [torch.sigmoid(x)], [x])[1]
+    assert made is not None
+    code = made.code.tolist()
+    assert code[-6:-1] == [2, 3, 2, 3, 1]
+    y = made._replace(code=torch.tensor([*code[:-3], 1, 2, code[-1]])).play([x])[0]
+    assert torch.equal(y, torch.sigmoid(x)) and y.stride() == (1, 2)
+    with pytest.raises(RuntimeError, match="another shape"):
+        made._replace(code=torch.tensor([*code[:-6], 3, 2, *code[-4:]])).play([x])
 
 
 def test_a_size_that_came_once_is_not_recorded(tapes, monkeypatch):

@@ -49,9 +49,7 @@ QUICK = ("bottleneck-grouped", "row-then-transition")
 
 
 @each_mode
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALL]
-)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
 def test_a_tape_of_launches_gives_the_bits_of_its_schedule(name, training, driver):
     build, (_, *shape) = ALL[name]
     assert_plays(drawn(build, training), (1, *shape), training, driver)

@@ -28,20 +28,6 @@ def compiled_backend() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def plays(monkeypatch) -> list[int]:
-    """The number of schedules that were played."""
-    count, play = [0], tape.Tape.play
-
-    def played(self, *args):
-        found = play(self, *args)
-        count[0] += found is not None
-        return found
-
-    monkeypatch.setattr(tape.Tape, "play", played)
-    return count
-
-
 def warm(model: nn.Module, x: Tensor) -> None:
     for _ in range(WARM):
         model(x)

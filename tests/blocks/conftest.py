@@ -1,0 +1,21 @@
+"""Fixtures for tests of blocks."""
+
+from __future__ import annotations
+
+import pytest
+
+from fusedres.backends import tape
+
+
+@pytest.fixture
+def plays(monkeypatch) -> list[int]:
+    """The number of schedules that were played."""
+    count, play = [0], tape.Tape.play
+
+    def played(self, *args):
+        found = play(self, *args)
+        count[0] += found is not None
+        return found
+
+    monkeypatch.setattr(tape.Tape, "play", played)
+    return count

@@ -1,0 +1,315 @@
+"""What blocks call as it stands, beside what is fused, is part of the one schedule that they are in inference, where it does nothing but
+compute: the bits of the blocks one by one, any change noticed, and anything else runs at every call as it did."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import general_blocks
+import pytest
+import torch
+import torch.nn.functional as F
+from stretched import WARM, added_by, images, model_of, one_by_one, row
+from torch import Tensor, nn
+from torchvision.models.mobilenetv2 import InvertedResidual
+from torchvision.models.shufflenetv2 import InvertedResidual as Shuffled
+from torchvision.ops import SqueezeExcitation
+
+import fusedres
+from fusedres.errors import Unsupported
+from fusedres.recognition import computing
+from fusedres.swap import state_of
+
+pytest.importorskip("fusedres._C")
+
+
+@pytest.fixture(autouse=True)
+def compiled_backend() -> Iterator[None]:
+    with fusedres.use_backend("cpp"):
+        yield
+
+
+SCALE = 2.0
+
+
+class Gate(nn.Module):
+    """Weighs the channels, by a parameter and constants of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.steps = nn.Conv2d(8, 8, 1), 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.steps):
+            x = x * torch.sigmoid(self.conv(x.mean((2, 3), keepdim=True))) / SCALE
+        return x
+
+
+class Weighed(nn.Module):
+    """A residual block with ``inside`` between what is fused."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.inside = inside
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inside(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(self.bn2(self.conv2(y)) + x)
+
+
+class Branches(nn.Module):
+    """Paths side by side, one of them a pool (Szegedy et al. 2015)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (general_blocks.unit(8, 4, k) for k in (1, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.max_pool2d(x, 3, 1, 1)
+        return torch.cat([self.one(x), self.two(x), self.three(pooled)[:, ::2], F.avg_pool2d(x, 3, 1, 1)[:, :2]], 1)
+
+
+class Sums(nn.Module):
+    """Adds what no piece takes over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = general_blocks.unit(8), general_blocks.unit(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        return self.two(y + x.mean((2, 3), keepdim=True)) + torch.sigmoid(y)
+
+
+class Counting(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 2.0
+
+
+def squeeze() -> nn.Module:
+    return SqueezeExcitation(8, 4, scale_activation=nn.Hardsigmoid)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "squeeze": lambda: row(Weighed(squeeze())),
+    "gate": lambda: row(Weighed(Gate())),
+    "shuffle": lambda: row(Shuffled(8, 16, 2), Shuffled(16, 16, 1)),
+    "branches": lambda: row(Branches(), nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8)),
+    "sums": lambda: row(Sums()),
+    "around": lambda: row(InvertedResidual(8, 12, 1, 2), nn.Hardswish(), nn.Dropout(0.5)),
+    "pools": lambda: row(nn.AdaptiveAvgPool2d(4), nn.GroupNorm(2, 8), nn.Upsample(scale_factor=2), nn.MaxPool2d(2)),
+    "norm": lambda: row(nn.BatchNorm2d(8), nn.GELU()),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_gives_the_bits_of_the_blocks_one_by_one(name, memory_format, mode: AbstractContextManager, plays):
+    model = model_of(MODELS[name])
+    twin = one_by_one(model)
+    with mode():
+        for _ in range(WARM + 2):
+            x = images().to(memory_format=memory_format)
+            y, expected = model(x), twin(x)
+            assert torch.equal(y, expected) and y.stride() == expected.stride()
+        assert added_by(lambda: model(x), plays) == 1 and added_by(lambda: twin(x), plays) > 1
+
+
+@pytest.mark.parametrize("name", ["squeeze", "sums"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_in_other_dtypes(name, dtype, plays):
+    model = model_of(MODELS[name], dtype)
+    twin = one_by_one(model)
+    with torch.no_grad():
+        for _ in range(WARM + 1):
+            x = images().to(dtype)
+            assert torch.equal(model(x), twin(x))
+        assert added_by(lambda: model(x), plays) == 1
+
+
+@pytest.mark.parametrize("build", [Branches, Sums, lambda: Shuffled(8, 8, 1)], ids=["branches", "sums", "shuffle"])
+def test_a_general_block_alone_is_one_schedule(build, plays):
+    model = model_of(build)
+    twin = one_by_one(model)
+    with torch.no_grad():
+        for _ in range(WARM + 1):
+            x = torch.randn(2, 8, 9, 7).to(memory_format=torch.channels_last)
+            y, expected = model(x), twin(x)
+            assert torch.equal(y, expected) and y.stride() == expected.stride()
+        assert added_by(lambda: model(x), plays) == 1
+
+
+# ---- what may happen between two calls ---------------------------------------------------------------------------------
+
+
+def _doubles(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+    return y * 2.0
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a weight in place": lambda m: m[5].inside.conv.bias.sub_(6.0),
+    "another weight": lambda m: setattr(m[5].inside.conv, "bias", nn.Parameter(torch.full((8,), -3.0))),
+    "a constant": lambda m: setattr(m[5].inside, "steps", 3),
+    "a child": lambda m: setattr(m[5].inside, "conv", nn.Identity()),
+    "its own forward": lambda m: setattr(m[5].inside, "forward", lambda x: x * 0.5),
+    "a hook": lambda m: m[5].inside.register_forward_hook(_doubles),
+    "a hook inside": lambda m: m[5].inside.conv.register_forward_hook(lambda module, args, y: y - 4.0),
+    "another module": lambda m: setattr(m[5], "inside", nn.Sigmoid()),
+    "one that counts": lambda m: setattr(m[5], "inside", Counting()),
+    "padding": lambda m: setattr(m[5].inside.conv, "padding", (1, 1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_a_change_is_noticed(change, plays):
+    model = model_of(MODELS["gate"])
+    x = images()
+    for _ in range(WARM + 1):
+        before = model(x)
+    assert added_by(lambda: model(x), plays) == 1
+    plain = fusedres.revert(copy.deepcopy(model))
+    if change is CHANGES["padding"]:
+        with pytest.raises(RuntimeError, match="size"):
+            change(plain)
+            plain(x)
+        change(model)
+        with pytest.raises(RuntimeError, match="size"):
+            model(x)
+        return
+    change(plain)
+    change(model)
+    assert not torch.allclose(before, plain(x), rtol=1e-3, atol=1e-3), "a change that changes nothing"
+    for _ in range(WARM + 1):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    if change is CHANGES["one that counts"]:
+        assert model[5].inside.calls == WARM + 1
+
+
+REPLACED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "a forward of the class": lambda patch: patch.setattr(Gate, "forward", lambda self, x: x * 0.5),
+    "a call of the class": lambda patch: patch.setattr(Gate, "__call__", lambda self, x: x * 0.5, raising=False),
+    "a constant of the file": lambda patch: patch.setitem(Gate.forward.__globals__, "SCALE", -9.0),
+    "a function that it calls": lambda patch: patch.setattr(torch, "sigmoid", torch.tanh),
+    "a function behind torch's module": lambda patch: patch.setattr(F, "hardsigmoid", lambda x, inplace: x),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+@torch.no_grad()
+def test_code_that_is_replaced_is_called(replace, plays, monkeypatch):
+    name = "squeeze" if replace is REPLACED["a function behind torch's module"] else "gate"
+    model = model_of(MODELS[name])
+    plain, x = fusedres.revert(copy.deepcopy(model)), images()
+    for _ in range(WARM + 1):
+        before = model(x)
+    assert added_by(lambda: model(x), plays) == 1
+    replace(monkeypatch)
+    assert not torch.allclose(before, plain(x), rtol=1e-3, atol=1e-3), "a change that changes nothing"
+    for _ in range(WARM + 1):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+# ---- what does more --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_what_counts_its_calls_runs_at_every_call():
+    model = model_of(lambda: row(Weighed(Counting())))
+    for _ in range(2 * WARM):
+        model(images())
+    assert model[5].inside.calls == 2 * WARM
+
+
+@torch.no_grad()
+def test_random_numbers_are_drawn_at_every_call(plays):
+    model = model_of(lambda: row(Weighed(nn.Dropout(0.5))))
+    model[5].inside.train()
+    x = images()
+    found = [model(x) for _ in range(4 * WARM)]
+    assert not any(torch.equal(a, b) for a, b in zip(found, found[1:], strict=False))
+    assert added_by(lambda: model(x), plays) > 1, "the fused parts are schedules still"
+
+
+@torch.no_grad()
+def test_a_norm_that_uses_its_batch_moves_its_statistics_at_every_call():
+    model = model_of(lambda: row(Weighed(nn.Sequential(nn.BatchNorm2d(8), nn.Sigmoid()))))
+    model[5].inside.train()
+    plain, x = fusedres.revert(copy.deepcopy(model)), images()
+    for _ in range(3 * WARM):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    ours, theirs = model[5].inside[0], plain[5].inside[0]
+    assert ours.num_batches_tracked == theirs.num_batches_tracked
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+
+
+class Clamped(nn.Module):
+    """Computes by an operator that no schedule holds: it takes numbers of any type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def test_where_that_cannot_be_recorded_what_is_fused_in_front_of_it_is_one_schedule(plays):
+    model = model_of(lambda: row(Clamped(), *general_blocks.unit(8)))
+    twin, x = one_by_one(model), images()
+    for _ in range(3 * WARM):
+        assert torch.equal(model(x), twin(x))
+    assert added_by(lambda: model(x), plays) == 2 < added_by(lambda: twin(x), plays)
+    assert state_of(model).stretches[0]._failures == 0
+
+
+class Halves(nn.Module):
+    """Returns a part of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = general_blocks.unit(8), general_blocks.unit(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :4] if self.two(self.one(x)).dim() == 4 else x
+
+
+@torch.no_grad()
+def test_a_view_of_the_input_stays_one():
+    model = model_of(Halves)
+    x = torch.randn(2, 8, 5, 7)
+    for _ in range(2 * WARM):
+        y = model(x)
+        assert y._base is x and y.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "build, reason",
+    [
+        (Counting, "more than compute"),
+        (lambda: nn.BatchNorm2d(8), "BatchNorm"),
+        (lambda: nn.Bilinear(2, 2, 2), "Bilinear"),
+        (lambda: nn.Sequential(nn.ReLU(), Counting()), "more than compute"),
+    ],
+    ids=["counts", "norm", "unknown", "inside"],
+)
+def test_what_is_not_known_to_compute_alone_says_why(build, reason):
+    with pytest.raises(Unsupported, match=reason):
+        computing(build().train())
+
+
+def test_what_is_known_to_compute_alone():
+    assert computing(nn.Linear(2, 2)) == ()
+    assert computing(nn.BatchNorm2d(8).eval()) == ()
+    assert len(computing(squeeze())) == 1
+    assert len(computing(nn.Sequential(nn.ReLU(), Gate()).eval())) == 2
