@@ -91,7 +91,7 @@ def cases() -> dict[str, Call]:
         **{f"conv 3x3, groups of {n}": (WIDE, WIDE, 3, WIDE // n) for n in (4, 8, 16, 32)},
         **{f"conv 1x1, groups of 8, {size} px": (WIDE, WIDE, 1, WIDE // 8, size) for size in (8, 16, 64)},
         **{f"conv 3x3, groups of 4, {size} px": (WIDE, WIDE, 3, WIDE // 4, size) for size in (1, 4)},
-        **{f"conv 3x3, groups of 1, {size} px": (WIDE, WIDE, 3, WIDE, size) for size in (2, 8, 16)},
+        **{f"conv {k}x{k}, groups of 1": (WIDE, WIDE, k, WIDE) for k in (3, 5)},
         **{f"conv 3x3, groups of {n} to 8": (4 * n, 32, 3, 4) for n in (16, 24, 32)},
     }
     convolutions = {f"{name} {use}": c for name, shape in shapes.items() for use, c in convolution(*shape).items()}

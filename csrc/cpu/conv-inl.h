@@ -15,21 +15,30 @@
 // the epilogue.
 //
 // The groups of a convolution are problems of the same shape, whose tiles are the tasks of one loop. Narrow ones share
-// vectors (conv_abreast-inl.h); what does not fill a vector is the library's.
+// vectors (conv_abreast-inl.h); what does not fill a vector is the library's. Depthwise ones have no product to block
+// for registers, and loops of their own (conv_depthwise-inl.h).
 //
 // Where a float32 weight meets few pixels (small batches, late stages), packing it would cost more than the product:
 // kernels then read it as it lies, each number once.
 #pragma once
 
-#include "conv_dgrad-inl.h"
-#include "conv_forward-inl.h"
-#include "conv_wgrad-inl.h"
+#include "conv_depthwise-inl.h"
 
 namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-constexpr ConvKernelsOf<Value> conv_kernels = {conv_forward, conv_dgrad, conv_wgrad};
+void forward(const ForwardArgs& a, Parallel parallel) {
+  is_depthwise(a.g, a.groups) ? depthwise_forward(a, parallel) : conv_forward(a, parallel);
+}
+void dgrad(const DgradArgs& a, Parallel parallel) {
+  is_depthwise(a.g, a.groups) ? depthwise_dgrad(a, parallel) : conv_dgrad(a, parallel);
+}
+void wgrad(const WgradArgs& a, Parallel parallel) {
+  is_depthwise(a.g, a.groups) ? depthwise_wgrad(a, parallel) : conv_wgrad(a, parallel);
+}
+
+constexpr ConvKernelsOf<Value> conv_kernels = {forward, dgrad, wgrad};
 
 }  // namespace
 }  // namespace FUSEDRES_CAPABILITY

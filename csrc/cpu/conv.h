@@ -97,6 +97,15 @@ struct WgradArgsOf {
   WeightOf<Value> dweight;
 };
 
+constexpr int kDepthwiseTaps = 7;    // of a row of a depthwise kernel, at most
+constexpr int kDepthwiseStride = 2;  // at most
+
+// Whether kernels of their own compute it, whose groups read one channel and write one.
+inline bool is_depthwise(const Geometry2d& g, int64_t groups) {
+  return groups > 1 && g.in_c == 1 && g.out_c == 1 && g.kernel_w <= kDepthwiseTaps && g.dilation_w == 1 &&
+         g.stride_h <= kDepthwiseStride && g.stride_w <= kDepthwiseStride;
+}
+
 template <class Value>
 struct ConvKernelsOf {
   void (*forward)(const ForwardArgsOf<Value>&, Parallel);

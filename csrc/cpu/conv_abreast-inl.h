@@ -1,4 +1,4 @@
-// Narrow groups abreast: a group reads as many channels as it writes, a power of two and at most a vector's lanes, so
+// Narrow groups abreast: a group reads as many channels as it writes, a power of two from two to a vector's lanes, so
 // that a vector of the map holds whole groups. A lane needs the channels of its group one after the other: the vector
 // is shuffled within its groups once for each, and every lane works.
 #pragma once
@@ -183,7 +183,6 @@ inline const AbreastKernels& abreast_kernels(int64_t of_group) {
   // no code for more channels than there are lanes
   constexpr int kFour = kLanes < 4 ? kLanes : 4, kEight = kLanes < 8 ? kLanes : 8;
   switch (of_group) {
-    case 1: return abreast_kernels_of<1>();
     case 2: return abreast_kernels_of<2>();
     case 4: return abreast_kernels_of<kFour>();
     case 8: return abreast_kernels_of<kEight>();

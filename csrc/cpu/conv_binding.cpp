@@ -141,7 +141,7 @@ Groups groups_of(const Tensor& in, const Tensor& out, const Tensor& weight, cons
                       g.out_h == size(g.in_h, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h) &&
                       g.out_w == size(g.in_w, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w),
                   "input, weight and output do not belong to one convolution");
-  if (in.scalar_type() == ScalarType::BFloat16)
+  if (in.scalar_type() == ScalarType::BFloat16 && !is_depthwise(g, count))
     STD_TORCH_CHECK(g.in_c % 2 == 0 && g.out_c % 2 == 0, "bfloat16 convolutions take even numbers of channels, found ",
                     g.in_c, " and ", g.out_c);
   STD_TORCH_CHECK(g.kernel_h <= 16 && g.kernel_w <= 16 && g.stride_h * g.stride_w <= 16,

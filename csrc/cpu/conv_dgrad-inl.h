@@ -94,13 +94,21 @@ DgradTile dgrad_tile_for(bool old, bool scaled) {
 void derive_tile(const DgradArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc) {
   constexpr int64_t kPiece = 512;
   float z[kPiece];
-  for (int64_t m = 0; m < where.pixels; ++m) {
-    const Value* x = a.x.data + where.pixel[m] * a.x.stride + first;
+  // pixels that lie side by side are derived at once
+  const int64_t together = ldc == columns ? most(1, kPiece / columns) : 1;
+  for (int64_t m = 0; m < where.pixels; m += together) {
+    const int64_t pixels = least(together, where.pixels - m);
     for (int64_t begin = 0; begin < columns; begin += kPiece) {
       const int64_t width = least(kPiece, columns - begin);
       const float *scale = a.scale + first + begin, *shift = a.shift + first + begin;
-      for (int64_t n = 0; n < width; ++n) z[n] = scale[n] * to_float(x[begin + n]) + shift[n];
-      gradient_row(c + m * ldc + begin, z, width, a.act);
+      for (int64_t i = 0; i < pixels; ++i) {
+        const Value* x = a.x.data + where.pixel[m + i] * a.x.stride + first + begin;
+        float* of = z + i * width;
+        int64_t n = 0;
+        for (; n + kLanes <= width; n += kLanes) store(of + n, load(scale + n) * load(x + n) + load(shift + n));
+        for (; n < width; ++n) of[n] = scale[n] * to_float(x[n]) + shift[n];
+      }
+      gradient_row(c + m * ldc + begin, z, pixels * width, a.act);
     }
   }
 }
@@ -118,6 +126,21 @@ void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t 
       mask ? (sums ? dgrad_tile_for<true, true>(old, a.scaled) : dgrad_tile_for<true, false>(old, a.scaled))
            : (sums ? dgrad_tile_for<false, true>(old, a.scaled) : dgrad_tile_for<false, false>(old, a.scaled));
   tile(a, where, first, columns, c, ldc, sum_dz, sum_dz_xhat);
+}
+
+// The sums of all tiles, in their order.
+void merge_sums(const DgradArgs& a, const float* sums, int64_t tiles, int64_t channels, Parallel parallel) {
+  run_parallel(parallel, div_up(channels, 64), tiles * channels, [&](int64_t b) {
+    for (int64_t n = b * 64; n < least(channels, b * 64 + 64); ++n) {
+      double s0 = 0, s1 = 0;
+      for (int64_t t = 0; t < tiles; ++t) {
+        s0 += sums[t * 2 * channels + n];
+        s1 += sums[(t * 2 + 1) * channels + n];
+      }
+      a.sum_dz[n] = static_cast<float>(s0);
+      a.sum_dz_xhat[n] = static_cast<float>(s1 * a.invstd[n]);
+    }
+  });
 }
 
 // The sums of the only tile go to `sums`.
@@ -208,18 +231,7 @@ void conv_dgrad(const Args& a, Parallel parallel) {
       finish_dgrad(of, where, first, columns, c, ldc, own, from(own, channels));
     });
   }
-  if (sums == nullptr) return;
-  run_parallel(parallel, div_up(channels, 64), tiles * channels, [&](int64_t b) {
-    for (int64_t n = b * 64; n < least(channels, b * 64 + 64); ++n) {
-      double s0 = 0, s1 = 0;
-      for (int64_t t = 0; t < tiles; ++t) {
-        s0 += sums[t * 2 * channels + n];
-        s1 += sums[(t * 2 + 1) * channels + n];
-      }
-      a.sum_dz[n] = static_cast<float>(s0);
-      a.sum_dz_xhat[n] = static_cast<float>(s1 * a.invstd[n]);
-    }
-  });
+  if (sums != nullptr) merge_sums(a, sums, tiles, channels, parallel);
 }
 
 }  // namespace

@@ -28,8 +28,10 @@ void finish_rows(const ForwardArgs& a, const Tile& where, int64_t first, int64_t
         value += kResidualScaleShift ? residual_scale[n] * to_float(r[n]) + residual_shift[n] : to_float(r[n]);
       v[n] = value <= floor ? floor : value;  // NaN passes
     }
-    if (a.out_act.is_other()) activate_row(v, columns, a.out_act);
   }
+  if (!a.out_act.is_other()) return;
+  if (ldc == columns) return activate_row(c, where.pixels * columns, a.out_act);
+  for (int64_t m = 0; m < where.pixels; ++m) activate_row(c + m * ldc, columns, a.out_act);
 }
 
 // The epilogue of a tile, in place.

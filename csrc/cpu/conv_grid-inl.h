@@ -116,7 +116,7 @@ struct Problem {
   void take_groups(int64_t groups) {
     blocks = groups;
     const int64_t of_group = src_c * per_unit;
-    if (of_group != dst_c || of_group > kLanes || (of_group & (of_group - 1)) != 0) return;
+    if (of_group != dst_c || of_group < 2 || of_group > kLanes || (of_group & (of_group - 1)) != 0) return;
     for (int64_t vectors = kPanelVectors; vectors > 0 && abreast == 1; --vectors)
       if (groups % (vectors * kLanes / of_group) == 0) abreast = vectors * kLanes / of_group;
     if (abreast == 1) return;

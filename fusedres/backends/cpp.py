@@ -94,17 +94,21 @@ def _lanes() -> int:
     return {"default": 4, "avx2": 8}.get(cpu_capability() or "", 16)
 
 
+def _is_depthwise(weight: torch.Size, geometry: Geometry) -> bool:
+    """Whether the kernels for groups that read one channel and write one take it (``is_depthwise`` in csrc/cpu/conv.h)."""
+    one_each = weight[1] == 1 and weight[0] == geometry.groups > 1
+    return one_each and weight[3] <= 7 and geometry.dilation[1] == 1 and max(geometry.stride) <= 2
+
+
 def _takes_groups(read: int, written: int, taps: int, pixels: int, groups: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels are faster than the library, with the passes around it, on groups that read and write so many channels each.
-    Groups as narrow as a part of a vector share one where they read what they write (``take_groups`` in csrc/cpu/conv_grid-inl.h); others
-    have vectors of their own, which have to be full. What times both sides of the bounds:
+    """Whether the kernels are faster than the library, with the passes around it, on groups that read and write so many channels each and
+    are not depthwise. Groups as narrow as a part of a vector share one where they read what they write (``take_groups`` in
+    csrc/cpu/conv_grid-inl.h); others have vectors of their own, which have to be full. What times both sides of the bounds:
     ``pytest -p benchmark bench/test_primitives.py --benchmark-only -k groups``."""
     lanes, pairs = _lanes(), dtype == torch.bfloat16
     if pixels <= 16:
         return read >= 4
-    if read == written and lanes % read == 0 and groups % (lanes // read) == 0:
-        if read == 1:  # depthwise: the library's are passes over memory, but begin slowly
-            return not pairs and pixels * groups <= 1 << 16
+    if read == written > 1 and lanes % read == 0 and groups % (lanes // read) == 0:
         return not pairs or read <= 4
     if taps == 1:
         return read >= 4 and (pixels * groups <= 4096 or (written >= 16 and (read >= 32 or pixels <= 2048)))
@@ -119,13 +123,13 @@ def _own_conv(
 ) -> tuple[tuple[int, ...], list[int]] | None:
     """``(the shape of the output, the geometry as the operators take it)`` for an input of ``shape``; None where the convolution is the
     library's. Kept, because telling takes as long as a small pass."""
-    written = weight[0] // geometry.groups
-    takes = _multiplies(dtype)
-    if dtype == torch.bfloat16:  # in pairs of channels
-        takes = takes and written % 2 == weight[1] % 2 == 0
+    if len(weight) != 4 or not _multiplies(dtype):
+        return None
+    written, depthwise = weight[0] // geometry.groups, _is_depthwise(weight, geometry)
+    in_pairs = dtype == torch.bfloat16 and not depthwise  # of channels
     if (
-        len(weight) != 4
-        or not takes
+        in_pairs
+        and (written % 2 or weight[1] % 2)
         or max(weight[2:]) > _MAX_KERNEL
         or geometry.stride[0] * geometry.stride[1] > _MAX_STRIDE
     ):
@@ -133,8 +137,9 @@ def _own_conv(
     height, width = geometry.out_size(tuple(shape[2:]), tuple(weight[2:]))
     out = (shape[0], weight[0], height, width)
     groups, pixels = geometry.groups, shape[0] * height * width
-    if groups > 1 and not _takes_groups(weight[1], written, weight[2] * weight[3], pixels, groups, dtype):
-        return None
+    if groups > 1 and not depthwise:
+        if not _takes_groups(weight[1], written, weight[2] * weight[3], pixels, groups, dtype):
+            return None
     several = () if groups == 1 else (groups,)
     return out, [*geometry.stride, *geometry.padding, *geometry.dilation, *several]
 

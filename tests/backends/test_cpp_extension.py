@@ -104,14 +104,13 @@ def routes(case: Convolution, dtype: torch.dtype) -> set[str]:
 
 
 #: groups that fill no vector, alone or abreast
-NARROW = ("groups", "depthwise", "depthwise multiplier")
+NARROW = ("groups", "depthwise multiplier")
 #: and those on which the library's products of pairs are faster than products of numbers
 PAIRED = (
     "groups of a register",
     "groups that narrow, strided",
     "groups of 8 abreast, strided",
     "groups of 16 abreast, 5x5",
-    "depthwise abreast",
 )
 
 
@@ -128,7 +127,8 @@ def test_bfloat16_convolutions_of_even_channels_are_its_own(name):
     """It is multiplied in pairs of channels."""
     case, groups = CONVOLUTIONS.cases[name], CONVOLUTIONS.cases[name].geometry.groups
     even = case.shape[1] // groups % 2 == case.outputs // groups % 2 == 0
-    assert routes(case, torch.bfloat16) == {"fused" if even and name not in NARROW + PAIRED else "library"}
+    own = even and name not in NARROW + PAIRED or name.startswith("depthwise") and name not in NARROW
+    assert routes(case, torch.bfloat16) == {"fused" if own else "library"}
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,8 @@ def test_bfloat16_convolutions_of_even_channels_are_its_own(name):
         (4, 4, 32, 9, 40, True),
         (4, 8, 32, 9, 40, cpp._lanes() == 4),
         (2, 2, 32, 9, 40, True),
-        (1, 1, 4, 9, 8, cpp._lanes() == 4),
-        (1, 1, 64, 9, 20, True),
-        (1, 1, 64, 9, 40, False),
+        (1, 1, 4, 9, 8, True),
+        (1, 1, 64, 9, 40, True),
     ],
 )
 def test_groups_are_its_own_where_they_fill_vectors_or_would_be_copied_out(read, written, groups, taps, size, own):
@@ -154,6 +153,22 @@ def test_groups_are_its_own_where_they_fill_vectors_or_would_be_copied_out(read,
     geometry = Geometry((1, 1), (kernel // 2, kernel // 2), (1, 1), groups)
     found = cpp._own_conv(torch.Size((1, groups * read, size, size)), weight, torch.float32, geometry)
     assert (found is not None) == own
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "own"),
+    [
+        ((3, 7), (2, 2), (1, 1), True),
+        ((16, 3), (1, 1), (1, 1), True),
+        ((3, 8), (1, 1), (1, 1), False),
+        ((3, 3), (3, 3), (1, 1), False),
+        ((3, 3), (1, 1), (2, 1), True),
+        ((3, 3), (1, 1), (1, 2), False),
+    ],
+)
+def test_depthwise_convolutions_are_its_own_but_for_wide_rows_and_far_taps(kernel, stride, dilation, own):
+    case = Convolution((2, 32, 40, 24), 32, kernel, Geometry(stride, (2, 2), dilation, 32))
+    assert routes(case, torch.float32) == {"fused" if own else "library"}
 
 
 def test_a_weight_of_another_number_of_groups_is_refused_by_the_operator():
