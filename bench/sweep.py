@@ -22,7 +22,8 @@ from .networks import NETWORKS
 
 MODELS = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2",
-    "densenet121", "densenet169", "densenet201", *NETWORKS,
+    "densenet121", "densenet169", "densenet201", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf",
+    "shufflenet_v2_x1_0", *NETWORKS,
 )  # fmt: skip
 WORDS = {"train": "Training", "infer": "Inference"}
 

@@ -131,8 +131,10 @@ StableIValue flags(Reader& r) {
 
 // A number in the place of a tensor.
 Tensor scalar(Reader& r, const Tensor& numbers) {
+  const int64_t at = r.integer();
+  STD_TORCH_CHECK(at >= 0 && at < numbers.numel(), "there is no number ", at);
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(numbers.get(), 0, nullptr, nullptr, r.integer(), &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(numbers.get(), 0, nullptr, nullptr, at, &made));
   return Tensor(made);
 }
 

@@ -260,19 +260,16 @@ class _Recorder(TorchDispatchMode):
             return [_CALL, _NUMBERS[name], *self._arguments(schema.arguments, args)]
         if library != "aten" or not _NOT_THE_SAME.isdisjoint(func.tags):
             raise _Refused
+        if not args:
+            raise _Refused
         if not isinstance(y, Tensor):
             return self._called(schema, args, kwargs, y)
         if name == "copy_" and len(args) == 2 and not kwargs:
             return [_COPY, self._slot(y), self._slot(args[1])]
         if name == "add_" and not kwargs and _can_be_added(*args):
             return [_ADD, self._slot(y), self._slot(args[1])]
-        if (
-            name == "add"
-            and self._device.type == "cpu"
-            and len(args) == 2
-            and not kwargs
-            and args[0].is_floating_point()
-        ):
+        of_two = self._device.type == "cpu" and len(args) == 2 and not kwargs
+        if name == "add" and of_two and _is_floating(args[0]):
             return [_SUM, self._slot(args[0]), *self._argument("Tensor", args[1]), *self._made(y)]
         if name in _FRESH:
             return self._fresh(name, args, kwargs, y)
@@ -297,9 +294,10 @@ class _Recorder(TorchDispatchMode):
             value = args[i] if i < len(args) else kwargs.get(parameter.name, parameter.default_value)
             if value is True and parameter.name in _TRAINS:
                 raise _Refused
-            if isinstance(value, float | int) and str(parameter.type) == "Tensor" and not args[0].is_floating_point():
-                raise _Refused  # whole numbers stay what they are beside whole numbers
-            step += self._argument(str(parameter.type), value)
+            kind = str(parameter.type)
+            if kind == "Tensor" and isinstance(value, float | int) and not _is_floating(args[0]):
+                raise _Refused  # beside whole numbers a whole number stays one
+            step += self._argument(kind, value)
         results = y if isinstance(y, tuple) else (y,)
         step.append(len(results))
         for made in results:
@@ -308,7 +306,12 @@ class _Recorder(TorchDispatchMode):
 
     def _made(self, made: Any) -> list[int]:
         """A tensor that an operator of torch's has made."""
-        if not isinstance(made, Tensor) or made.layout is not torch.strided or made.device != self._device or self._known(made) is not None:
+        if (
+            not isinstance(made, Tensor)
+            or made.layout is not torch.strided
+            or made.device != self._device
+            or self._known(made) is not None
+        ):
             raise _Refused
         return [self._new(made), *_strided(made)]
 
@@ -316,8 +319,10 @@ class _Recorder(TorchDispatchMode):
         """An argument of an operator of torch's, of a parameter of that ``kind``."""
         maybe = _Argument.MAYBE if kind.startswith("Optional[") else 0
         kind = kind.removeprefix("Optional[").removesuffix("]" if maybe else "")
-        if value is None and maybe:
-            return [_Argument.NONE]
+        if value is None:
+            if maybe:
+                return [_Argument.NONE]
+            raise _Refused
         if kind == "Tensor" and isinstance(value, Tensor):
             return [_Argument.TENSOR + maybe, self._slot(value)]
         if kind == "Tensor" and type(value) in (int, float):
@@ -434,6 +439,10 @@ def _share_memory(a: Any, b: Any) -> bool:
     """Whether they are tensors of one storage: an operator that may give a view may give a copy."""
     both = all(isinstance(t, Tensor) and t.layout is torch.strided for t in (a, b))
     return both and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _text(text: str) -> list[int]:

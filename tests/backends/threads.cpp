@@ -279,8 +279,8 @@ bool convolutions(const std::string& name, const ConvKernelsOf<Value>& kernels, 
   for (const Shape& shape :
        {Shape{2, 20, 64, 64, 3, 1}, Shape{2, 10, 64, 64, 3, 1}, Shape{2, 17, 32, 48, 3, 2}, Shape{2, 14, 72, 136, 1, 1},
         Shape{3, 13, 34, 18, 3, 1}, Shape{1, 5, 64, 96, 3, 1}, Shape{2, 12, 64, 64, 3, 1, 16},
-        Shape{2, 13, 32, 32, 3, 2, 16}, Shape{1, 9, 96, 48, 3, 1, 3},
-        Shape{2, 22, 40, 40, 3, 1, 40}, Shape{1, 45, 24, 24, 5, 2, 24}})
+        Shape{2, 13, 32, 32, 3, 2, 16}, Shape{1, 9, 96, 48, 3, 1, 3}, Shape{2, 22, 40, 40, 3, 1, 40},
+        Shape{1, 45, 24, 24, 5, 2, 24}})
     right &= agree<ConvolutionOf<Value>>(name + " convolution " + std::to_string(shape.in_c), shape, kernels, run);
   return right;
 }
