@@ -242,7 +242,8 @@ class _Recorder(TorchDispatchMode):
             return []  # as it was, which inference mode leaves to operators that may copy, or draw
         if isinstance(y, list | tuple) and all(_share_memory(args[0], part) for part in y):
             return [self._view(args[0], part) for part in y]
-        if func in _COPIES or func in _VIEWS_OR_COPIES and not _share_memory(args[0], y):
+        copies = func in _COPIES or func in _VIEWS_OR_COPIES and not _share_memory(args[0], y)
+        if copies and isinstance(y, Tensor):
             of = self._slot(args[0])
             return [self._empty(y), [_COPY, self._slot(y), of]]
         return [self._step(func, args, kwargs, y)]

@@ -31,7 +31,7 @@ from .plan import Planner
 from .residual import SinglePart, tell_piece
 from .sequential import in_a_row, pass_on
 from .state import BlockState
-from .stretch import through
+from .stretch import beside, through
 
 
 def _is_row(block: nn.Module) -> bool:
@@ -89,11 +89,14 @@ class DenseKind(Kind):
     def calls(
         self, block: Any, state: BlockState, found: Part | list[tuple[Piece, ...]], plain: bool
     ) -> list[nn.Module] | None:
-        if not isinstance(found, Part):
-            return None
         children = list(block._modules.values())
         before = [] if state.layers is None else through(children[: len(children) - len(state.layers)], plain)
-        return None if before is None else [*before, block]
+        if isinstance(found, Part):
+            inside: list[nn.Module] | None = [block]
+        else:
+            calls = [run for pieces in found for piece in pieces for run in piece.unfused]
+            inside = beside(block, [torch.cat, *calls], plain)
+        return None if before is None or inside is None else [*before, *inside]
 
     def run(
         self,

@@ -92,8 +92,7 @@ class ResidualKind(Kind):
         return [piece.part for piece in found.pieces if piece.fused]
 
     def calls(self, block: Any, state: BlockState, found: Layout, plain: bool) -> list[nn.Module] | None:
-        steps = [run for piece in found.pieces if not piece.fused for op in piece.row for run in op.run]
-        return beside(block, steps, plain)
+        return beside(block, [run for piece in found.pieces for run in piece.unfused], plain)
 
     def run(
         self, block: Any, state: BlockState, found: Layout, original: Original, given: Handover, place: Tensor | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,11 @@ class Piece:
         beside = in_a_row(x if source is None else source, self.shortcut)
         y = beside + y if self.shortcut_left else y + beside
         return y if self.act is None else in_a_row(y, (self.act,))
+
+    @property
+    def unfused(self) -> list[Callable[[Tensor], Tensor]]:
+        """The originals that run as they stand, none where it runs fused."""
+        return [] if self.fused else [run for op in self.row for run in op.run]
 
     @functools.cached_property
     def part(self) -> Part:

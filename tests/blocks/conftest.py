@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fusedres.backends import tape
-
 
 @pytest.fixture
 def plays(monkeypatch) -> list[int]:
     """The number of schedules that were played."""
+    from fusedres.backends import tape  # not before tests/conftest.py has said which interpreter Triton has
+
     count, play = [0], tape.Tape.play
 
     def played(self, *args):

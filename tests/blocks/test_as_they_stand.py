@@ -98,6 +98,19 @@ class Counting(nn.Module):
         return x * 2.0
 
 
+class Layer(nn.Module):
+    """A dense layer with an activation behind it, which keeps it out of the buffer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, 8, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.norm1(x)))
+        return torch.cat([x, F.gelu(self.conv2(F.relu(self.norm2(y))))], 1)
+
+
 def squeeze() -> nn.Module:
     return SqueezeExcitation(8, 4, scale_activation=nn.Hardsigmoid)
 
@@ -111,6 +124,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "around": lambda: row(InvertedResidual(8, 12, 1, 2), nn.Hardswish(), nn.Dropout(0.5)),
     "pools": lambda: row(nn.AdaptiveAvgPool2d(4), nn.GroupNorm(2, 8), nn.Upsample(scale_factor=2), nn.MaxPool2d(2)),
     "norm": lambda: row(nn.BatchNorm2d(8), nn.GELU()),
+    "layers in pieces": lambda: row(nn.Sequential(Layer(8), Layer(12)), nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8)),
 }
 
 
