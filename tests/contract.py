@@ -392,6 +392,9 @@ LARGER = {
     # so few pixels that a channels_last weight is read as it lies
     "few pixels, 3x3": _conv(2, 64, 4, 3, 96, 3, 1, 1, deep=True),
     "few pixels, 3x3, odd outputs": _conv(1, 48, 5, 4, 37, 3, 1, 1, deep=True),
+    "few pixels, 1x1, a rest of channels": _conv(2, 72, 2, 2, 40, 1),
+    "few pixels, 3x3, a rest of channels": _conv(1, 44, 4, 4, 40, 3, 1, 1, deep=True),
+    "few pixels, 1x1, groups, a rest of channels": _conv(2, 120, 2, 2, 60, 1, groups=3, deep=True),
     "few pixels, deep 1x1": _conv(1, 528, 2, 3, 80, 1, deep=True),
     "few pixels, 3x3 strided": _conv(3, 32, 5, 6, 48, 3, 2, 1, deep=True),
     "few pixels, 1x1 strided": _conv(2, 32, 7, 6, 64, 1, 2, deep=True),

@@ -11,6 +11,9 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
+// For plan_few, the channels of whole vectors of which the last may overlap the one before.
+inline int64_t with_rest(int64_t channels) { return channels < kLanes ? channels : kLanes; }
+
 // The operand of a problem that plan_few took: loaded, or the source map itself where nothing is pending and nothing
 // padded.
 inline const float* load_whole(const Problem& p, const Source& s, Tile* where) {

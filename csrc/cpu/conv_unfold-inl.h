@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "conv_few-inl.h"
 #include "conv_grid-inl.h"
 #include "conv_pixel-inl.h"
 
@@ -24,8 +25,9 @@ inline Geometry2d unfolded(const Geometry2d& g) {
 
 inline Weight unfolded(const Weight& w) { return {w.data, w.so, 1, 1, 1}; }
 
-// Whether the 1x1 convolution reads the weight as it lies, of up to `most_pixels`.
-inline bool unfolds(const Geometry2d& g, const Weight& w, int64_t most_pixels) {
+// Whether the 1x1 convolution reads the weight as it lies, of up to `most_pixels`; `rest`: where the last of its
+// vectors may overlap the one before.
+inline bool unfolds(const Geometry2d& g, const Weight& w, int64_t most_pixels, bool rest = false) {
   const int64_t taps = g.kernel_h * g.kernel_w;
   if (taps == 1 || w.sw != 1 || w.sh != g.kernel_w || w.si != taps) return false;
   const Geometry2d u = unfolded(g);
@@ -36,7 +38,7 @@ inline bool unfolds(const Geometry2d& g, const Weight& w, int64_t most_pixels) {
             u.out_c,
             u.out_h,
             u.out_w};
-  return p.plan_few(unfolded(w), u.in_c, most_pixels);
+  return p.plan_few(unfolded(w), rest ? with_rest(u.in_c) : u.in_c, most_pixels);
 }
 
 // The operand of all groups unfolded, with what is pending applied and padding as zeros.

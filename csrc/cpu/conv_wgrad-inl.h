@@ -211,11 +211,14 @@ bool wgrad_few(const Args& a, const Problem& p, bool padded, Parallel parallel) 
     for (int64_t n = 0; n < columns; n += block) {
       for (int i = 0; i < count; ++i) {
         float* to = dweight.data + (first + n) * dweight.so + runs[i].weight;
-        for (int64_t k = 0; k < runs[i].depth; k += kPanel) {
+        for (int64_t k = 0; k < runs[i].depth;) {
+          // what fills no vector is computed once more with what lies in front of it
+          if (runs[i].depth - k < kLanes) k = runs[i].depth - kLanes;
           const int64_t vectors = least(kPanel, runs[i].depth - k) / kLanes;
           kernels().outer[vectors][least(block, columns - n)](gradient + n, base, operand + runs[i].operand + k,
                                                               where.base, where.pixels, to + k, dweight.so, true,
                                                               kNothingAhead);
+          k += vectors * kLanes;
         }
       }
     }
@@ -240,14 +243,14 @@ template <class Args>
 bool wgrad_of_few(const Args& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   Problem problem = wgrad_problem(g, a.groups);
-  if (problem.plan_few(a.dweight, g.in_c, kFewPixels)) return wgrad_few(a, problem, is_padded(g), parallel);
-  if (!unfolds(g, a.dweight, kFewPixels)) return false;
+  if (problem.plan_few(a.dweight, with_rest(g.in_c), kFewPixels)) return wgrad_few(a, problem, is_padded(g), parallel);
+  if (!unfolds(g, a.dweight, kFewPixels, true)) return false;
   Args by_pixels = a;
   by_pixels.g = unfolded(g);
   by_pixels.x = unfold(g, a.groups, a.x, parallel);
   by_pixels.dweight = unfolded(a.dweight);
   Problem by_pixel = wgrad_problem(by_pixels.g, a.groups);
-  by_pixel.plan_few(by_pixels.dweight, by_pixels.g.in_c, kFewPixels);
+  by_pixel.plan_few(by_pixels.dweight, with_rest(by_pixels.g.in_c), kFewPixels);
   return wgrad_few(by_pixels, by_pixel, is_padded(g), parallel);
 }
 
