@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import Unsupported
 from .calls import call_is_plain
 from .flow import ONE_MAP, Flow, follow
-from .modules import class_of, norm, norm_types, plain
+from .modules import class_of, has_own_code, norm, norm_types, plain, unhooked
 from .trace import Node
 
 #: torch's own that hold no other module, with the function behind each
@@ -60,7 +60,9 @@ def functions_behind() -> tuple[Any, ...]:
 def computing(module: nn.Module) -> tuple[Flow, ...]:
     """The flows by which a call of ``module`` with one map computes in its present mode, none for a module of torch's; raises Unsupported
     where it is not known to do nothing but that."""
-    if not call_is_plain(module) or module.__dict__.get("_compiled_call_impl") is not None:
+    unhooked(module)
+    own = has_own_code(module) or module.__dict__.get("_compiled_call_impl") is not None
+    if own or not call_is_plain(module):
         raise Unsupported(f"the call of its {type(module).__name__} is overridden")
     if class_of(module) in _FUNCTIONS:
         plain(module, class_of(module))
