@@ -202,3 +202,15 @@ class Draw:
                 torch.testing.assert_close(
                     value, before, rtol=0, atol=0, equal_nan=True, msg="wrote into what is only read"
                 )
+
+
+class Counts(nn.Module):
+    """Counts its calls beside what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + 1

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support import Counts
 from torch import Tensor, nn
 
 import fusedres
@@ -236,16 +237,6 @@ def test_a_backward_whose_forward_was_overwritten_raises():
     with pytest.raises(RuntimeError, match="called again before the backward"):
         first[0].sum().backward()
     second[0].sum().backward()
-
-
-class Counts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x + 1
 
 
 def test_a_forward_that_sets_attributes_is_refused():

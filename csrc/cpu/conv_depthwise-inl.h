@@ -176,31 +176,35 @@ struct DepthwiseWeights {
   }
 };
 
-void pack_depthwise(const DepthwiseWeights& to, const Weight& weight, int64_t channels) {
+// A weight, packed into the calling thread's buffer.
+DepthwiseWeights pack_depthwise(const DepthwiseGrid& grid, const Geometry2d& g, const Weight& weight,
+                                int64_t channels) {
+  const DepthwiseWeights to{grid, g.kernel_h, g.kernel_w,
+                            packed_weights.get(round_up(channels, kLanes) * g.kernel_h * g.kernel_w)};
   for (int64_t first = 0; first < channels; first += kLanes)
     to.each_tap(first / kLanes, [&](float* tap, int64_t i, int64_t j) {
       const Value* from = weight.data + first * weight.so + i * weight.sh + j * weight.sw;
       for (int64_t c = 0; c < kLanes; ++c) tap[c] = first + c < channels ? to_float(from[c * weight.so]) : 0.f;
     });
+  return to;
 }
 
 // `count` pixels that lie side by side, a vector of channels behind the other, `pitch` floats apart. Those `ahead`
 // pixels further are asked for: they are loaded next.
 void load_planes(const Source& s, int64_t pixel, int64_t count, int64_t ahead, int64_t first, int64_t channels,
                  int64_t pitch, float* to) {
-  Source linear = s;
+  Source linear = s;  // an activation beyond ReLU comes behind, of whole planes
   if (s.act.is_other()) linear.act = {Act::none, 0};
   int64_t done = 0;
   with_pending(linear, [&](auto pending) {
     const decltype(pending) from(linear, first);
     done = channels / kLanes * kLanes;
-    const bool rounds = !s.act.is_other();
     for (int64_t m = 0; m < count; ++m)
       for (int64_t c = 0; c < done; c += kLanes) {
-        const vec value = from.read(pixel + m, c);
+        store(to + c / kLanes * pitch + m * kLanes, from.read(pixel + m, c));
         __builtin_prefetch(s.map.data + (pixel + m + ahead) * s.map.stride + first + c, 0, 2);
-        if (s.q != nullptr) __builtin_prefetch(s.second.data + (pixel + m + ahead) * s.second.stride + first + c, 0, 2);
-        store(to + c / kLanes * pitch + m * kLanes, rounds ? as_stored(value) : value);
+        if (s.second.data != nullptr)
+          __builtin_prefetch(s.second.data + (pixel + m + ahead) * s.second.stride + first + c, 0, 2);
       }
   });
   for (int64_t c = done; c < channels; c += kLanes) {
@@ -208,21 +212,13 @@ void load_planes(const Source& s, int64_t pixel, int64_t count, int64_t ahead, i
     for (int64_t m = 0; m < count; ++m) {
       float* values = to + c / kLanes * pitch + m * kLanes;
       load_pixel(linear, pixel + m, first + c, valid, values);
-      for (int64_t i = 0; i < kLanes; ++i) values[i] = i < valid ? values[i] : 0.f;
+      for (int64_t i = valid; i < kLanes; ++i) values[i] = 0.f;
     }
   }
-  if (!s.act.is_other()) {
-    if (kPairs && done < channels) {
-      float* last = to + done / kLanes * pitch;
-      for (int64_t i = 0; i < count * kLanes; i += kLanes) store(last + i, as_stored(load(last + i)));
-    }
-    return;
-  }
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    float* plane = to + c / kLanes * pitch;
-    activate_row(plane, count * kLanes, s.act);
-    if (kPairs)
-      for (int64_t i = 0; i < count * kLanes; i += kLanes) store(plane + i, as_stored(load(plane + i)));
+  if (!kPairs && !s.act.is_other()) return;
+  for (float* plane = to; plane < to + div_up(channels, kLanes) * pitch; plane += pitch) {
+    if (s.act.is_other()) activate_row(plane, count * kLanes, s.act);
+    for (int64_t i = 0; kPairs && i < count * kLanes; i += kLanes) store(plane + i, as_stored(load(plane + i)));
   }
 }
 
@@ -355,9 +351,7 @@ void depthwise_forward(const ForwardArgs& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   const DepthwiseGrid grid(g, false);
   const DepthwisePlan plan(grid, g.batch, g.out_h, g.out_w, a.groups);
-  const DepthwiseWeights weights{grid, g.kernel_h, g.kernel_w,
-                                 packed_weights.get(div_up(a.groups, kLanes) * kLanes * g.kernel_h * g.kernel_w)};
-  pack_depthwise(weights, a.weight, a.groups);
+  const DepthwiseWeights weights = pack_depthwise(grid, g, a.weight, a.groups);
   float* stats = a.mean == nullptr ? nullptr : partial_sums.get(plan.p.tiles * kTileStats * a.groups);
   const auto is_in_place = [](int64_t columns) { return !kPairs && columns % kLanes == 0; };
   each_depthwise_tile(
@@ -382,9 +376,7 @@ void depthwise_dgrad(const DgradArgs& a, Parallel parallel) {
   const Geometry2d& g = a.g;
   const DepthwiseGrid grid(g, true);
   const DepthwisePlan plan(grid, g.batch, g.in_h, g.in_w, a.groups);
-  const DepthwiseWeights weights{grid, g.kernel_h, g.kernel_w,
-                                 packed_weights.get(div_up(a.groups, kLanes) * kLanes * g.kernel_h * g.kernel_w)};
-  pack_depthwise(weights, a.weight, a.groups);
+  const DepthwiseWeights weights = pack_depthwise(grid, g, a.weight, a.groups);
   float* sums = a.sum_dz == nullptr ? nullptr : partial_sums.get(plan.p.tiles * 2 * a.groups);
   each_depthwise_tile(
       plan, grid, weights, a.grad, g.out_h, g.out_w, parallel,

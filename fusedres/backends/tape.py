@@ -326,7 +326,7 @@ class _Recorder(TorchDispatchMode):
             raise _Refused
         if kind == "Tensor" and isinstance(value, Tensor):
             return [_Argument.TENSOR + maybe, self._slot(value)]
-        if kind == "Tensor" and type(value) in (int, float):
+        if kind == "Tensor" and type(value) in (int, float) and not maybe:
             return [_Argument.SCALAR, self._number(value)]
         if kind == "List[Tensor]":
             return [_Argument.TENSORS + maybe, len(value), *map(self._slot, value)]
@@ -344,7 +344,7 @@ class _Recorder(TorchDispatchMode):
             return [_Argument.INTEGERS + maybe, len(value), *value]
         if kind == "List[float]":
             return [_Argument.NUMBERS + maybe, len(value), *map(self._number, value)]
-        if kind == "List[bool]":
+        if kind == "List[bool]" and not maybe:
             return [_Argument.FLAGS, len(value), *map(int, value)]
         raise _Refused
 

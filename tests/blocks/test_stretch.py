@@ -10,6 +10,7 @@ import pytest
 import torch
 from converted import small_resnet
 from stretched import CHANGES, MODELS, WARM, added_by, blocks, images, model_of, one_by_one, row
+from support import Counts
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -168,18 +169,6 @@ def test_inference_mode_gives_inference_tensors(plays):
             x = images()
             assert torch.equal(model(x), twin(x))
     assert added_by(lambda: model(x), plays) == 1 and not model(x).is_inference()
-
-
-class Counts(nn.Module):
-    """Does more than compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x + 1
 
 
 def test_what_is_in_the_way_ends_a_stretch_and_rows_behind_it_have_their_own(plays):
