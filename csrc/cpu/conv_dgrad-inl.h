@@ -130,15 +130,19 @@ void finish_dgrad(const DgradArgs& a, const Tile& where, int64_t first, int64_t 
 
 // The sums of all tiles, in their order.
 void merge_sums(const DgradArgs& a, const float* sums, int64_t tiles, int64_t channels, Parallel parallel) {
-  run_parallel(parallel, div_up(channels, 64), tiles * channels, [&](int64_t b) {
-    for (int64_t n = b * 64; n < least(channels, b * 64 + 64); ++n) {
-      double s0 = 0, s1 = 0;
-      for (int64_t t = 0; t < tiles; ++t) {
-        s0 += sums[t * 2 * channels + n];
-        s1 += sums[(t * 2 + 1) * channels + n];
+  run_parallel(parallel, div_up(channels, kMerged), tiles * channels, [&](int64_t b) {
+    const int64_t first = b * kMerged, width = least(kMerged, channels - first);
+    double s0[kMerged] = {}, s1[kMerged] = {};
+    for (int64_t t = 0; t < tiles; ++t) {
+      const float *own = sums + t * 2 * channels + first, *xhat = own + channels;
+      for (int64_t n = 0; n < width; ++n) {
+        s0[n] += own[n];
+        s1[n] += xhat[n];
       }
-      a.sum_dz[n] = static_cast<float>(s0);
-      a.sum_dz_xhat[n] = static_cast<float>(s1 * a.invstd[n]);
+    }
+    for (int64_t n = 0; n < width; ++n) {
+      a.sum_dz[first + n] = static_cast<float>(s0[n]);
+      a.sum_dz_xhat[first + n] = static_cast<float>(s1[n] * a.invstd[first + n]);
     }
   });
 }

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "conv.h"
 #include "storage-inl.h"
@@ -37,6 +38,17 @@ using DgradArgs = DgradArgsOf<Value>;
 using WgradArgs = WgradArgsOf<Value>;
 
 constexpr int64_t kChannelsPerUnit = kPairs ? 2 : 1;
+
+// By an instruction that passes NaN, where there is one.
+inline vec relu(vec z) {
+#if FUSEDRES_LANES == 16
+  return bit_cast<vec>(_mm512_max_ps(_mm512_setzero_ps(), bit_cast<__m512>(z)));
+#elif FUSEDRES_LANES == 8
+  return bit_cast<vec>(_mm256_max_ps(_mm256_setzero_ps(), bit_cast<__m256>(z)));
+#else
+  return z <= 0.f ? vec{} : z;
+#endif
+}
 
 inline float to_float(float value) { return value; }
 inline void put(float* p, float value) { *p = value; }
@@ -66,6 +78,7 @@ inline void pack_row(const float* src, int64_t, int64_t n, float* dst) { std::me
 #else
 
 using bits = VecI;
+typedef uint16_t Shorts __attribute__((vector_size(kRegister)));
 
 struct Units {
   // numbers that lie side by side
@@ -94,6 +107,42 @@ inline float as_stored(float value) {
 inline vec round_to_units(vec first, vec second) {
   return bit_cast<vec>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
 }
+
+// Of units, their numbers at even and at odd places; and of numbers, those at such places.
+struct Halves {
+  vec even, odd;
+};
+inline Halves halves(bits units) {
+  return {bit_cast<vec>(units << 16), bit_cast<vec>(units & static_cast<int32_t>(0xffff0000))};
+}
+template <int... kLane>
+inline Halves halves(const float* p, std::integer_sequence<int, kLane...>) {
+  const vec a = load(p), b = load(p + kLanes);
+  return {__builtin_shufflevector(a, b, 2 * kLane...), __builtin_shufflevector(a, b, (2 * kLane + 1)...)};
+}
+inline Halves halves(const float* p) { return halves(p, std::make_integer_sequence<int, kLanes>()); }
+
+// a and b have the numbers of one operand in front and those of another behind them: units of one number of each, in
+// turn from a and b, from number `kFirst` of theirs on.
+template <int kFirst, int... kShort>
+inline vec units_in_turn(Shorts a, Shorts b, std::integer_sequence<int, kShort...>) {
+  return bit_cast<vec>(
+      __builtin_shufflevector(a, b, (kShort / 2 % 2 * 2 * kLanes + kFirst + kShort / 4 + kShort % 2 * kLanes)...));
+}
+// Units of a's numbers and b's, from number `kFirst` on.
+template <int kFirst, int... kShort>
+inline vec units_of(Shorts a, Shorts b, std::integer_sequence<int, kShort...>) {
+  return bit_cast<vec>(__builtin_shufflevector(a, b, (kShort % 2 * 2 * kLanes + kFirst + kShort / 2)...));
+}
+constexpr std::make_integer_sequence<int, 2 * kLanes> kEveryShort;
+// Units of the numbers in a vector's first half and those in its second.
+template <int... kShort>
+inline vec units_of_halves(Shorts v, std::integer_sequence<int, kShort...>) {
+  return bit_cast<vec>(__builtin_shufflevector(v, v, (kShort % 2 * kLanes + kShort / 2)...));
+}
+
+inline Shorts round_to_shorts(vec first, vec second) { return bit_cast<Shorts>(round_to_units(first, second)); }
+
 inline vec make_units(bits low, bits high) { return bit_cast<vec>(low | (high << 16)); }
 inline float make_unit(Bfloat16 low, Bfloat16 high) {
   return bit_cast<float>(static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16);

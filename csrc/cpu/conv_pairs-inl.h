@@ -13,62 +13,143 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-// Units of two pixels' channels [first, first + n); `second` may be -1 for zeros. `values` has room for both.
-void interleave_pixels(const Source& s, int64_t one, int64_t second, int64_t first, int64_t n, float* values,
-                       float* units) {
-  int64_t c = 0;
-  if (second >= 0) {
-    with_pending(s, [&](auto pending) {
-      const decltype(pending) from(s, first);
-      for (; c + kLanes <= n; c += kLanes)
-        store(units + c,
-              make_units(widen(round_to_bfloat16(from.read(one, c))), widen(round_to_bfloat16(from.read(second, c)))));
-    });
-  }
-  if (c == n) return;
-  load_pixel(s, one, first + c, n - c, values);
-  if (second >= 0) load_pixel(s, second, first + c, n - c, values + n);
-  interleave(values, second >= 0 ? values + n : nullptr, n - c, units + c);
-}
+// As many numbers as lie in a vector of units.
+constexpr int64_t kOfVector = 2 * kLanes;
 
-// `width` units of a pixel from unit `first` on.
-inline void load_units_of_pixel(const Source& s, int64_t pixel, int64_t first, int64_t width, float* dst) {
-  int64_t c = 0;
-  with_pending(s, [&](auto pending) {
-    const decltype(pending) from(s, 2 * first);
-    for (; c + kLanes <= width; c += kLanes)
-      store(dst + c, round_to_units(from.read(pixel, 2 * c), from.read(pixel, 2 * c + kLanes)));
-  });
-  constexpr int64_t kPiece = 256;
-  float values[2 * kPiece];
-  for (; c < width; c += kPiece) {
-    const int64_t units = least(kPiece, width - c);
-    load_pixel(s, pixel, 2 * (first + c), 2 * units, values);
-    round_row(values, units, dst + c);
-  }
-}
+// The terms of numbers at even and at odd places.
+template <class P>
+struct TermHalves {
+  Terms even, odd;
 
-// `width` units of `count` pixels that lie `step` apart, side by side.
-inline void load_units_of_line(const Source& s, int64_t pixel, int64_t step, int64_t count, int64_t first,
-                               int64_t width, float* dst) {
-  for (int64_t j = 0; j < count; ++j) load_units_of_pixel(s, pixel + j * step, first, width, dst + j * width);
-}
-
-// The product is read once; the second visit of the statistics is to the output, which is half as large.
-template <int V>
-void write_block(const float* c, int64_t ldc, int64_t rows, Value* out, int64_t stride, const TileStats& to) {
-  const float inverse = 1.f / static_cast<float>(rows);
-  vec average[V];
-  for (int j = 0; j < V; ++j) average[j] = vec{};
-  for (int64_t m = 0; m < rows; ++m) {
-    for (int j = 0; j < V; ++j) {
-      const VecH rounded = round_to_bfloat16(load(c + m * ldc + j * kLanes));
-      write(out + m * stride + j * kLanes, rounded);
-      average[j] += bit_cast<vec>(widen(rounded) << 16);
+  TermHalves(const P& from, int64_t c) {
+    if constexpr (P::kPending) {
+      from.terms(c, [](const float* p) { return halves(p).even; }, &even);
+      from.terms(c, [](const float* p) { return halves(p).odd; }, &odd);
     }
   }
-  for (int j = 0; j < V; ++j) average[j] *= inverse;
-  deviations_block<V>(out, stride, rows, average, to);
+};
+
+inline bits read_units(const Plain& from, int64_t pixel, int64_t c) {
+  return read<bits>(from.x + pixel * from.stride + c);
+}
+
+// The numbers of a pixel from channel c on. They are widened where they lie, not moved.
+template <class P>
+inline Halves read_halves(const P& from, int64_t pixel, int64_t c, const TermHalves<P>& terms) {
+  const Halves x = halves(read_units(from, pixel, c));
+  Halves raw = {};
+  if constexpr (P::kSecond) raw = halves(read_units(from.raw, pixel, c));
+  return {P::apply(x.even, raw.even, terms.even), P::apply(x.odd, raw.odd, terms.odd)};
+}
+
+// Units of two pixels' channels [first, first + n); `second` may be -1 for zeros.
+inline void interleave_pixels(const Source& s, int64_t one, int64_t second, int64_t first, int64_t n, float* units) {
+  constexpr int64_t kPiece = 256;
+  float values[2 * kPiece];
+  for (int64_t c = 0; c < n; c += kPiece) {
+    const int64_t width = least(kPiece, n - c);
+    load_pixel(s, one, first + c, width, values);
+    if (second >= 0) load_pixel(s, second, first + c, width, values + kPiece);
+    interleave(values, second >= 0 ? values + kPiece : nullptr, width, units + c);
+  }
+}
+
+// Those of each two of `count` pixels that follow one another, `pitch` units apart. pixel(m) is one of them.
+template <class F>
+void interleave_line(const Source& s, F&& pixel, int64_t count, int64_t first, int64_t n, int64_t pitch, float* units) {
+  int64_t done = 0;  // channels, of pixels that are not alone
+  with_pending(s, [&](auto pending) {
+    using P = decltype(pending);
+    const P from(s, first);
+    for (; done + kOfVector <= n; done += kOfVector) {
+      const TermHalves<P> terms(from, done);
+      float* to = units + done;
+      for (int64_t m = 0; m + 1 < count; m += 2, to += pitch) {
+        if constexpr (P::kPending) {
+          const Halves a = read_halves(from, pixel(m), done, terms), b = read_halves(from, pixel(m + 1), done, terms);
+          const Shorts even = round_to_shorts(a.even, b.even), odd = round_to_shorts(a.odd, b.odd);
+          store(to, units_in_turn<0>(even, odd, kEveryShort));
+          store(to + kLanes, units_in_turn<kLanes / 2>(even, odd, kEveryShort));
+        } else {
+          const auto a = bit_cast<Shorts>(read_units(from, pixel(m), done)),
+                     b = bit_cast<Shorts>(read_units(from, pixel(m + 1), done));
+          store(to, units_of<0>(a, b, kEveryShort));
+          store(to + kLanes, units_of<kLanes>(a, b, kEveryShort));
+        }
+      }
+    }
+  });
+  for (int64_t m = 0; m < count; m += 2, units += pitch) {
+    const bool two = m + 1 < count;
+    const int64_t from = two ? done : 0;
+    interleave_pixels(s, pixel(m), two ? pixel(m + 1) : -1, first + from, n - from, units + from);
+  }
+}
+
+// `width` units of `count` pixels that lie `step` apart, side by side, from unit `first` on.
+inline void load_units_of_line(const Source& s, int64_t pixel, int64_t step, int64_t count, int64_t first,
+                               int64_t width, float* dst) {
+  int64_t done = 0;  // units
+  with_pending(s, [&](auto pending) {
+    using P = decltype(pending);
+    const P from(s, 2 * first);
+    for (; done + kLanes <= width; done += kLanes) {
+      const TermHalves<P> terms(from, 2 * done);
+      for (int64_t j = 0; j < count; ++j) {
+        float* to = dst + j * width + done;
+        const int64_t of = pixel + j * step;
+        if constexpr (P::kPending) {
+          const Halves x = read_halves(from, of, 2 * done, terms);
+          const Shorts both = round_to_shorts(x.even, x.odd);
+          store(to, units_of_halves(both, kEveryShort));
+        } else {
+          store(to, bit_cast<vec>(read_units(from, of, 2 * done)));
+        }
+      }
+    }
+  });
+  if (done == width) return;
+  constexpr int64_t kPiece = 256;
+  float values[2 * kPiece];
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t c = done; c < width; c += kPiece) {
+      const int64_t units = least(kPiece, width - c);
+      load_pixel(s, pixel + j * step, 2 * (first + c), 2 * units, values);
+      round_row(values, units, dst + j * width + c);
+    }
+  }
+}
+
+// A block of a finished tile on its way to the output, and the statistics of what is stored there. A unit's numbers are
+// widened where they lie, which makes a vector of those at even and one of those at odd places.
+template <int U>
+void write_block(const float* c, int64_t ldc, int64_t rows, Value* out, int64_t stride, const TileStats& to) {
+  VecStats found[2 * U];
+  measure<2 * U>(
+      rows,
+      [&](int64_t m, vec(&x)[2 * U]) {
+        for (int u = 0; u < U; ++u) {
+          const float* from = c + m * ldc + 2 * u * kLanes;
+          const bits units = bit_cast<bits>(round_to_units(load(from), load(from + kLanes)));
+          write(out + m * stride + 2 * u * kLanes, units);
+          const Halves stored = halves(units);
+          x[2 * u] = stored.even;
+          x[2 * u + 1] = stored.odd;
+        }
+      },
+      found);
+  for (int u = 0; u < U; ++u) {
+    const VecStats &even = found[2 * u], &odd = found[2 * u + 1];
+    const TileStats own = to.from(2 * u * kLanes);
+    for (int i = 0; i < kLanes; ++i) {
+      for (int k = 0; k < 2; ++k) {
+        const VecStats& from = k == 0 ? even : odd;
+        own.mean[2 * i + k] = from.mean[i];
+        own.rest[2 * i + k] = from.rest[i];
+        own.m2[2 * i + k] = from.m2[i];
+      }
+    }
+  }
 }
 
 void write_tile(const ForwardArgs& a, const Tile& where, int64_t first, int64_t columns, float* c, int64_t ldc, bool,
@@ -77,14 +158,18 @@ void write_tile(const ForwardArgs& a, const Tile& where, int64_t first, int64_t 
   Value* out = a.out.data + where.pixel[0] * stride + first;
   int64_t n = 0;
   if (stats) {
-    for (; n + 4 * kLanes <= columns; n += 4 * kLanes) write_block<4>(c + n, ldc, rows, out + n, stride, stats.from(n));
-    for (; n + kLanes <= columns; n += kLanes) write_block<1>(c + n, ldc, rows, out + n, stride, stats.from(n));
+    for (; n + 4 * kLanes <= columns; n += 4 * kLanes) write_block<2>(c + n, ldc, rows, out + n, stride, stats.from(n));
+    for (; n + 2 * kLanes <= columns; n += 2 * kLanes) write_block<1>(c + n, ldc, rows, out + n, stride, stats.from(n));
   }
   for (int64_t m = 0; m < rows; ++m) {
     float* from = c + m * ldc;
     Value* to = out + m * stride;
     int64_t i = n;
-    for (; i + kLanes <= columns; i += kLanes) store(to + i, load(from + i));
+    for (; i + kLanes <= columns; i += kLanes) {
+      const vec v = load(from + i);
+      store(to + i, v);
+      if (stats) store(from + i, as_stored(v));
+    }
     for (; i < columns; ++i) {
       put(to + i, from[i]);
       from[i] = to_float(to[i]);
@@ -105,17 +190,12 @@ void load_operand(const Problem& p, const Source& s, int64_t tile, Chunk chunk, 
   };
   int64_t pixel = 0;
   if (p.one_to_one()) {
-    int64_t before = -1;
+    int64_t* source = scratch_strided.get((end - begin) * p.w.grid);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t line = (row / p.h.grid * p.h.src_size + row % p.h.grid * p.h.step) * p.w.src_size;
-      for (int64_t j = 0; j < p.w.grid; ++j, ++pixel) {
-        const int64_t now = line + j * p.w.step;
-        if (pixel % 2 == 1) interleave_pixels(s, before, now, chunk.first, width, values, scratch + pixel / 2 * width);
-        before = now;
-      }
+      for (int64_t j = 0; j < p.w.grid; ++j) source[pixel++] = line + j * p.w.step;
     }
-    if (pixel % 2 == 1) interleave_pixels(s, before, -1, chunk.first, width, values, scratch + pixel / 2 * width);
-    return;
+    return interleave_line(s, [=](int64_t m) { return source[m]; }, pixel, chunk.first, width, width, scratch);
   }
   for (int64_t row = begin; row < end;) {
     const int64_t n = row / p.h.grid, first = row % p.h.grid, count = least(end - row, p.h.grid - first),
@@ -155,16 +235,14 @@ int64_t locate_units(const Problem& p, int64_t width, const Tile& where) {
 void load_gradient(const Problem& p, const Source& s, const Tile& where, int64_t units, int64_t first, int64_t columns,
                    float* gradient) {
   const int64_t line = line_pixels(p, where.pixels);
-  float* const values = scratch_v.get(2 * kPanel);
   each_panel(columns, units, gradient, [&](int64_t begin, int64_t valid, int64_t width, float* to) {
-    for (int64_t start = 0; start < where.pixels; start += line) {
-      for (int64_t j = 0; j < line; j += 2, to += width) {
-        const bool two = j + 1 < line;
-        interleave_pixels(s, where.pixel[start + j], two ? where.pixel[start + j + 1] : -1, first + begin, valid,
-                          values, to);
-        for (int64_t n = valid; n < width; ++n) to[n] = 0.f;
-      }
-    }
+    for (int64_t start = 0; start < where.pixels; start += line, to += div_up(line, 2) * width)
+      interleave_line(s, [&](int64_t m) { return where.pixel[start + m]; }, line, first + begin, valid, width, to);
+  });
+  if (columns % kLanes == 0) return;
+  each_panel(columns, units, gradient, [&](int64_t, int64_t valid, int64_t width, float* to) {
+    for (int64_t i = 0; i < units; ++i)
+      for (int64_t n = valid; n < width; ++n) to[i * width + n] = 0.f;
   });
 }
 

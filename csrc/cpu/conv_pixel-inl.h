@@ -39,29 +39,45 @@ inline void load_pixel(const Source& s, int64_t pixel, int64_t first, int64_t wi
   }
 }
 
+// What is pending on a vector of channels, as far as it has these.
+struct Terms {
+  vec scale = {}, shift = {}, q = {};
+};
+
 // The operands that models have most, a vector of channels at a time: read(pixel, c) is those of a pixel from channel
-// `first` + c on.
+// `first` + c on, which is what apply() makes of the numbers there.
 struct Plain {
+  static constexpr bool kPending = false, kSecond = false;
   const Value* x = nullptr;
   int64_t stride = 0;
   Plain() = default;
   Plain(const Source& s, int64_t first) : x(s.map.data + first), stride(s.map.stride) {}
+  static vec apply(vec value, vec, const Terms&) { return value; }
   vec read(int64_t pixel, int64_t c) const { return load(x + pixel * stride + c); }
 };
 struct ScaleShift : Plain {
+  static constexpr bool kPending = true;
   const float *scale = nullptr, *shift = nullptr;
   ScaleShift() = default;
   ScaleShift(const Source& s, int64_t first) : Plain(s, first), scale(s.scale + first), shift(s.shift + first) {}
-  vec read(int64_t pixel, int64_t c) const { return load(scale + c) * Plain::read(pixel, c) + load(shift + c); }
+  static vec apply(vec value, vec, const Terms& t) { return t.scale * value + t.shift; }
+  // their terms from channel c on, as `load` loads them
+  template <class F>
+  void terms(int64_t c, F&& load, Terms* to) const {
+    to->scale = load(scale + c);
+    to->shift = load(shift + c);
+  }
+  vec read(int64_t pixel, int64_t c) const {
+    return apply(Plain::read(pixel, c), vec{}, {load(scale + c), load(shift + c)});
+  }
 };
 struct ScaleShiftRelu : ScaleShift {
   using ScaleShift::ScaleShift;
-  vec read(int64_t pixel, int64_t c) const {
-    const vec z = ScaleShift::read(pixel, c);
-    return z <= 0.f ? vec{} : z;  // NaN passes
-  }
+  static vec apply(vec value, vec, const Terms& t) { return relu(ScaleShift::apply(value, vec{}, t)); }
+  vec read(int64_t pixel, int64_t c) const { return relu(ScaleShift::read(pixel, c)); }
 };
 struct Gradient : ScaleShift {
+  static constexpr bool kSecond = true;
   Plain raw;
   const float* q = nullptr;
   Gradient() = default;
@@ -69,8 +85,14 @@ struct Gradient : ScaleShift {
     raw.x = s.second.data + first;
     raw.stride = s.second.stride;
   }
+  static vec apply(vec value, vec other, const Terms& t) { return t.scale * value + (t.q * other + t.shift); }
+  template <class F>
+  void terms(int64_t c, F&& load, Terms* to) const {
+    ScaleShift::terms(c, load, to);
+    to->q = load(q + c);
+  }
   vec read(int64_t pixel, int64_t c) const {
-    return load(scale + c) * Plain::read(pixel, c) + (load(q + c) * raw.read(pixel, c) + load(shift + c));
+    return apply(Plain::read(pixel, c), raw.read(pixel, c), {load(scale + c), load(shift + c), load(q + c)});
   }
 };
 

@@ -29,52 +29,63 @@ inline TileStats tile_stats(float* partial, const Problem& p, int64_t tile) {
   return {own, own + p.channels(), own + 2 * p.channels()};
 }
 
-// The sums of a second visit: deviations from an average that is the mean but for rounding, and their squares.
-struct Deviations {
-  vec sum = {}, squares = {};
+// Vectors of a tile's statistics.
+struct VecStats {
+  vec mean, rest, m2;
 
-  void add(vec deviation) {
-    sum += deviation;
-    squares += deviation * deviation;
-  }
-  void add(const Deviations& more) {
-    sum += more.sum;
-    squares += more.squares;
-  }
-  void put(vec average, float rows, const TileStats& to) const {
-    const vec rest = sum / rows;
-    store(to.mean, average);
+  void store_to(const TileStats& to) const {
+    store(to.mean, mean);
     store(to.rest, rest);
-    store(to.m2, squares - sum * rest);
+    store(to.m2, m2);
   }
 };
 
-// The second visit, of a few rows at a time, whose sums are then added: a sum is rounded as often as something is added
-// to it.
-template <int V, class T>
-void deviations_block(const T* x, int64_t pitch, int64_t rows, const vec (&average)[V], const TileStats& to) {
-  constexpr int64_t kRows = 16;
-  Deviations all[V];
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
-    Deviations few[V];
-    for (int64_t m = begin; m < least(rows, begin + kRows); ++m)
-      for (int j = 0; j < V; ++j) few[j].add(load(x + m * pitch + j * kLanes) - average[j]);
-    for (int j = 0; j < V; ++j) all[j].add(few[j]);
+// The statistics of V vectors of columns, in one visit: of what deviates from the average of the first rows (shifted
+// data, Chan, Golub and LeVeque 1983). What that is off the mean of all rows is part of the deviation that is measured,
+// so that correcting the squares by it costs them little. read(m, x) sets the vectors of row m, and may be asked twice.
+// Several vectors at once, because one chain of additions would wait for itself.
+template <int V, class Read>
+inline void measure(int64_t rows, Read&& read, VecStats (&found)[V]) {
+  constexpr int64_t kRows = 16;  // are summed apart: a sum is rounded as often as something is added to it
+  const int64_t first = least(rows, kRows);
+  vec average[V] = {}, sum[V] = {}, squares[V] = {}, x[V];
+  for (int64_t m = 0; m < first; ++m) {
+    read(m, x);
+    for (int j = 0; j < V; ++j) average[j] += x[j];
   }
-  for (int j = 0; j < V; ++j) all[j].put(average[j], static_cast<float>(rows), to.from(j * kLanes));
+  for (int j = 0; j < V; ++j) average[j] *= 1.f / static_cast<float>(first);
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    vec few[V] = {}, few_squares[V] = {};
+    for (int64_t m = begin; m < least(rows, begin + kRows); ++m) {
+      read(m, x);
+      for (int j = 0; j < V; ++j) {
+        const vec deviation = x[j] - average[j];
+        few[j] += deviation;
+        few_squares[j] += deviation * deviation;
+      }
+    }
+    for (int j = 0; j < V; ++j) {
+      sum[j] += few[j];
+      squares[j] += few_squares[j];
+    }
+  }
+  for (int j = 0; j < V; ++j) {
+    const vec rest = sum[j] / static_cast<float>(rows);
+    found[j] = {average[j], rest, squares[j] - sum[j] * rest};
+  }
 }
 
-// Two visits of values that are in cache, several vectors at once, because one chain of additions would wait for
-// itself.
+// Of values that are in cache.
 template <int V>
 void stats_block(const float* c, int64_t ldc, int64_t rows, const TileStats& to) {
-  const float inverse = 1.f / static_cast<float>(rows);
-  vec average[V];
-  for (int j = 0; j < V; ++j) average[j] = vec{};
-  for (int64_t m = 0; m < rows; ++m)
-    for (int j = 0; j < V; ++j) average[j] += load(c + m * ldc + j * kLanes);
-  for (int j = 0; j < V; ++j) average[j] *= inverse;
-  deviations_block<V>(c, ldc, rows, average, to);
+  VecStats found[V];
+  measure<V>(
+      rows,
+      [&](int64_t m, vec(&x)[V]) {
+        for (int j = 0; j < V; ++j) x[j] = load(c + m * ldc + j * kLanes);
+      },
+      found);
+  for (int j = 0; j < V; ++j) found[j].store_to(to.from(j * kLanes));
 }
 
 void column_stats(const float* c, int64_t ldc, int64_t rows, int64_t columns, const TileStats& to) {
@@ -95,22 +106,30 @@ void column_stats(const float* c, int64_t ldc, int64_t rows, int64_t columns, co
   }
 }
 
+constexpr int64_t kMerged = 64;  // channels that are merged side by side, tile by tile, in vectors
+
 // Chan, Golub and LeVeque (1983): merge (count, mean, M2) of the tiles, in order.
 void merge_stats(const Problem& p, float* partial, float* mean, float* m2, Parallel parallel) {
-  const int64_t channels = p.channels(), blocks = div_up(channels, 64);
-  run_parallel(parallel, blocks, p.tiles * channels, [&](int64_t b) {
-    for (int64_t n = b * 64; n < least(channels, b * 64 + 64); ++n) {
-      double count = 0, average = 0, squares = 0;
-      for (int64_t t = 0; t < p.tiles; ++t) {
-        const TileStats own = tile_stats(partial, p, t).from(n);
-        const double extra = static_cast<double>(pixels_of(p, t)), total = count + extra;
-        const double delta = double(*own.mean) + double(*own.rest) - average;
-        average += delta * extra / total;
-        squares += *own.m2 + delta * delta * count * extra / total;
-        count = total;
+  const int64_t channels = p.channels();
+  run_parallel(parallel, div_up(channels, kMerged), p.tiles * channels, [&](int64_t b) {
+    const int64_t first = b * kMerged, width = least(kMerged, channels - first);
+    double average[kMerged] = {}, squares[kMerged] = {};
+    int64_t count = 0;
+    for (int64_t t = 0; t < p.tiles; ++t) {
+      const TileStats own = tile_stats(partial, p, t).from(first);
+      const int64_t before = count, extra = pixels_of(p, t);
+      count += extra;
+      const double share = static_cast<double>(extra) / static_cast<double>(count),
+                   weight = share * static_cast<double>(before);
+      for (int64_t n = 0; n < width; ++n) {
+        const double delta = double(own.mean[n]) + double(own.rest[n]) - average[n];
+        average[n] += delta * share;
+        squares[n] += own.m2[n] + delta * delta * weight;
       }
-      mean[n] = static_cast<float>(average);
-      m2[n] = static_cast<float>(squares);
+    }
+    for (int64_t n = 0; n < width; ++n) {
+      mean[first + n] = static_cast<float>(average[n]);
+      m2[first + n] = static_cast<float>(squares[n]);
     }
   });
 }
