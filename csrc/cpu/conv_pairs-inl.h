@@ -120,34 +120,37 @@ inline void load_units_of_line(const Source& s, int64_t pixel, int64_t step, int
   }
 }
 
-// A block of a finished tile on its way to the output, and the statistics of what is stored there. A unit's numbers are
-// widened where they lie, which makes a vector of those at even and one of those at odd places.
+// A block of a finished tile on its way to the output, and the statistics of what is stored there: the product is read
+// once, and the second visit is to the output, which is half as large. A unit's numbers are widened where they lie,
+// which makes a vector of those at even and one of those at odd places.
 template <int U>
 void write_block(const float* c, int64_t ldc, int64_t rows, Value* out, int64_t stride, const TileStats& to) {
-  VecStats found[2 * U];
-  measure<2 * U>(
-      rows,
-      [&](int64_t m, vec(&x)[2 * U]) {
+  constexpr int V = 2 * U;
+  VecStats found[V];
+  const auto split = [](bits units, vec* x) {
+    const Halves numbers = halves(units);
+    x[0] = numbers.even;
+    x[1] = numbers.odd;
+  };
+  measure(
+      rows, found,
+      [&](int64_t m, vec(&x)[V]) {
         for (int u = 0; u < U; ++u) {
-          const float* from = c + m * ldc + 2 * u * kLanes;
+          const float* from = c + m * ldc + u * kOfVector;
           const bits units = bit_cast<bits>(round_to_units(load(from), load(from + kLanes)));
-          write(out + m * stride + 2 * u * kLanes, units);
-          const Halves stored = halves(units);
-          x[2 * u] = stored.even;
-          x[2 * u + 1] = stored.odd;
+          write(out + m * stride + u * kOfVector, units);
+          split(units, x + 2 * u);
         }
       },
-      found);
-  for (int u = 0; u < U; ++u) {
-    const VecStats &even = found[2 * u], &odd = found[2 * u + 1];
-    const TileStats own = to.from(2 * u * kLanes);
+      [&](int64_t m, vec(&x)[V]) {
+        for (int u = 0; u < U; ++u) split(read<bits>(out + m * stride + u * kOfVector), x + 2 * u);
+      });
+  for (int j = 0; j < V; ++j) {
     for (int i = 0; i < kLanes; ++i) {
-      for (int k = 0; k < 2; ++k) {
-        const VecStats& from = k == 0 ? even : odd;
-        own.mean[2 * i + k] = from.mean[i];
-        own.rest[2 * i + k] = from.rest[i];
-        own.m2[2 * i + k] = from.m2[i];
-      }
+      const int64_t column = j / 2 * kOfVector + 2 * i + j % 2;
+      to.mean[column] = found[j].mean[i];
+      to.rest[column] = found[j].rest[i];
+      to.m2[column] = found[j].m2[i];
     }
   }
 }
@@ -158,8 +161,9 @@ void write_tile(const ForwardArgs& a, const Tile& where, int64_t first, int64_t 
   Value* out = a.out.data + where.pixel[0] * stride + first;
   int64_t n = 0;
   if (stats) {
-    for (; n + 4 * kLanes <= columns; n += 4 * kLanes) write_block<2>(c + n, ldc, rows, out + n, stride, stats.from(n));
-    for (; n + 2 * kLanes <= columns; n += 2 * kLanes) write_block<1>(c + n, ldc, rows, out + n, stride, stats.from(n));
+    for (; n + 2 * kOfVector <= columns; n += 2 * kOfVector)
+      write_block<2>(c + n, ldc, rows, out + n, stride, stats.from(n));
+    for (; n + kOfVector <= columns; n += kOfVector) write_block<1>(c + n, ldc, rows, out + n, stride, stats.from(n));
   }
   for (int64_t m = 0; m < rows; ++m) {
     float* from = c + m * ldc;

@@ -32,60 +32,71 @@ inline TileStats tile_stats(float* partial, const Problem& p, int64_t tile) {
 // Vectors of a tile's statistics.
 struct VecStats {
   vec mean, rest, m2;
+};
 
-  void store_to(const TileStats& to) const {
-    store(to.mean, mean);
-    store(to.rest, rest);
-    store(to.m2, m2);
+// The sums of a second visit: deviations from an average that is the mean but for rounding, and their squares.
+struct Deviations {
+  vec sum = {}, squares = {};
+
+  void add(vec deviation) {
+    sum += deviation;
+    squares += deviation * deviation;
+  }
+  void add(const Deviations& more) {
+    sum += more.sum;
+    squares += more.squares;
+  }
+  VecStats around(vec average, float rows) const {
+    const vec rest = sum / rows;
+    return {average, rest, squares - sum * rest};
   }
 };
 
-// The statistics of V vectors of columns, in one visit: of what deviates from the average of the first rows (shifted
-// data, Chan, Golub and LeVeque 1983). What that is off the mean of all rows is part of the deviation that is measured,
-// so that correcting the squares by it costs them little. read(m, x) sets the vectors of row m, and may be asked twice.
-// Several vectors at once, because one chain of additions would wait for itself.
+// The second visit, of a few rows at a time, whose sums are then added: a sum is rounded as often as something is added
+// to it. read(m, x) sets the vectors of row m.
 template <int V, class Read>
-inline void measure(int64_t rows, Read&& read, VecStats (&found)[V]) {
-  constexpr int64_t kRows = 16;  // are summed apart: a sum is rounded as often as something is added to it
-  const int64_t first = least(rows, kRows);
-  vec average[V] = {}, sum[V] = {}, squares[V] = {}, x[V];
-  for (int64_t m = 0; m < first; ++m) {
-    read(m, x);
-    for (int j = 0; j < V; ++j) average[j] += x[j];
-  }
-  for (int j = 0; j < V; ++j) average[j] *= 1.f / static_cast<float>(first);
+inline void add_deviations(int64_t rows, const vec (&average)[V], Deviations (&all)[V], Read&& read) {
+  constexpr int64_t kRows = 16;
   for (int64_t begin = 0; begin < rows; begin += kRows) {
-    vec few[V] = {}, few_squares[V] = {};
+    Deviations few[V];
     for (int64_t m = begin; m < least(rows, begin + kRows); ++m) {
+      vec x[V];
       read(m, x);
-      for (int j = 0; j < V; ++j) {
-        const vec deviation = x[j] - average[j];
-        few[j] += deviation;
-        few_squares[j] += deviation * deviation;
-      }
+      for (int j = 0; j < V; ++j) few[j].add(x[j] - average[j]);
     }
-    for (int j = 0; j < V; ++j) {
-      sum[j] += few[j];
-      squares[j] += few_squares[j];
-    }
-  }
-  for (int j = 0; j < V; ++j) {
-    const vec rest = sum[j] / static_cast<float>(rows);
-    found[j] = {average[j], rest, squares[j] - sum[j] * rest};
+    for (int j = 0; j < V; ++j) all[j].add(few[j]);
   }
 }
 
-// Of values that are in cache.
+// The statistics of V vectors of columns, in two visits of values that are in cache, several vectors at once, because
+// one chain of additions would wait for itself. first(m, x) and second(m, x) set the vectors of row m, at either visit.
+template <int V, class First, class Second>
+inline void measure(int64_t rows, VecStats (&found)[V], First&& first, Second&& second) {
+  const float inverse = 1.f / static_cast<float>(rows);
+  vec average[V] = {};
+  for (int64_t m = 0; m < rows; ++m) {
+    vec x[V];
+    first(m, x);
+    for (int j = 0; j < V; ++j) average[j] += x[j];
+  }
+  for (int j = 0; j < V; ++j) average[j] *= inverse;
+  Deviations all[V];
+  add_deviations(rows, average, all, second);
+  for (int j = 0; j < V; ++j) found[j] = all[j].around(average[j], static_cast<float>(rows));
+}
+
 template <int V>
 void stats_block(const float* c, int64_t ldc, int64_t rows, const TileStats& to) {
   VecStats found[V];
-  measure<V>(
-      rows,
-      [&](int64_t m, vec(&x)[V]) {
-        for (int j = 0; j < V; ++j) x[j] = load(c + m * ldc + j * kLanes);
-      },
-      found);
-  for (int j = 0; j < V; ++j) found[j].store_to(to.from(j * kLanes));
+  const auto read = [&](int64_t m, vec(&x)[V]) {
+    for (int j = 0; j < V; ++j) x[j] = load(c + m * ldc + j * kLanes);
+  };
+  measure(rows, found, read, read);
+  for (int j = 0; j < V; ++j) {
+    store(to.mean + j * kLanes, found[j].mean);
+    store(to.rest + j * kLanes, found[j].rest);
+    store(to.m2 + j * kLanes, found[j].m2);
+  }
 }
 
 void column_stats(const float* c, int64_t ldc, int64_t rows, int64_t columns, const TileStats& to) {
