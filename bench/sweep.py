@@ -65,7 +65,7 @@ def page(records: Sequence[dict]) -> str:
             f"Smallest: {smallest(records, mode)}.",
         ]
     parts += ["Cells are medians of paired ratios to eager in one process; columns are batch and resolution."]
-    parts += ["## How it was measured", report.environment_list(records[0]["environment"])]
+    parts += ["## How it was measured", *report.by_key(records, lambda r: report.environment_list(r["environment"]))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -240,12 +240,10 @@ void load_gradient(const Problem& p, const Source& s, const Tile& where, int64_t
                    float* gradient) {
   const int64_t line = line_pixels(p, where.pixels);
   each_panel(columns, units, gradient, [&](int64_t begin, int64_t valid, int64_t width, float* to) {
-    for (int64_t start = 0; start < where.pixels; start += line, to += div_up(line, 2) * width)
-      interleave_line(s, [&](int64_t m) { return where.pixel[start + m]; }, line, first + begin, valid, width, to);
-  });
-  if (columns % kLanes == 0) return;
-  each_panel(columns, units, gradient, [&](int64_t, int64_t valid, int64_t width, float* to) {
-    for (int64_t i = 0; i < units; ++i)
+    float* of_line = to;
+    for (int64_t start = 0; start < where.pixels; start += line, of_line += div_up(line, 2) * width)
+      interleave_line(s, [&](int64_t m) { return where.pixel[start + m]; }, line, first + begin, valid, width, of_line);
+    for (int64_t i = 0; valid < width && i < units; ++i)
       for (int64_t n = valid; n < width; ++n) to[i * width + n] = 0.f;
   });
 }
