@@ -15,6 +15,8 @@ namespace {
 
 // As many numbers as lie in a vector of units.
 constexpr int64_t kOfVector = 2 * kLanes;
+// Numbers, or units, that go through floats at once where channels fill no vector or anything else is pending.
+constexpr int64_t kPiece = 256;
 
 // The terms of numbers at even and at odd places.
 template <class P>
@@ -44,7 +46,6 @@ inline Halves read_halves(const P& from, int64_t pixel, int64_t c, const TermHal
 
 // Units of two pixels' channels [first, first + n); `second` may be -1 for zeros.
 inline void interleave_pixels(const Source& s, int64_t one, int64_t second, int64_t first, int64_t n, float* units) {
-  constexpr int64_t kPiece = 256;
   float values[2 * kPiece];
   for (int64_t c = 0; c < n; c += kPiece) {
     const int64_t width = least(kPiece, n - c);
@@ -109,7 +110,6 @@ inline void load_units_of_line(const Source& s, int64_t pixel, int64_t step, int
     }
   });
   if (done == width) return;
-  constexpr int64_t kPiece = 256;
   float values[2 * kPiece];
   for (int64_t j = 0; j < count; ++j) {
     for (int64_t c = done; c < width; c += kPiece) {
