@@ -376,6 +376,10 @@ LARGER = {
     "groups of 4 abreast, 1x1 strided": _conv(2, 64, 7, 6, 64, 1, 2, groups=16),
     "groups of 4 abreast, of many pixels": _conv(2, 64, 24, 25, 64, 3, 1, 1, groups=16),
     "groups of 8 abreast, strided": _conv(2, 80, 11, 9, 80, 3, 2, 1, 1, 10),
+    # and those whose last vector holds fewer than the others, or that are less than one
+    "13 groups of 8 abreast": _conv(2, 104, 9, 8, 104, 3, 1, 1, 1, 13),
+    "5 groups of 4 abreast, strided": _conv(2, 20, 11, 9, 20, 3, 2, 1, 1, 5),
+    "3 groups of 2 abreast, 1x1": _conv(3, 6, 8, 7, 6, 1, groups=3),
     "groups of 16 abreast, 5x5": _conv(1, 64, 9, 8, 64, 5, 1, 2, groups=4),
     "depthwise, wide": _conv(2, 48, 9, 8, 48, 3, 1, 1, groups=48),
     "depthwise, no register full": _conv(2, 37, 9, 21, 37, 3, 1, 1, groups=37),

@@ -15,8 +15,8 @@
 // the epilogue.
 //
 // The groups of a convolution are problems of the same shape, whose tiles are the tasks of one loop. Narrow ones share
-// vectors (conv_abreast-inl.h); what does not fill a vector is the library's. Depthwise ones have no product to block
-// for registers, and loops of their own (conv_depthwise-inl.h).
+// vectors (conv_abreast-inl.h); others that do not fill a vector are the library's. Depthwise ones have no product to
+// block for registers, and loops of their own (conv_depthwise-inl.h).
 //
 // Where a float32 weight meets few pixels (small batches, late stages), packing it would cost more than the product:
 // kernels then read it as it lies, each number once.

@@ -192,9 +192,10 @@ inline const AbreastKernels& abreast_kernels(int64_t of_group) {
 
 // How far behind a pixel's base its taps are read; returns how many there are.
 inline int tap_offsets(const Problem& p, int64_t* offsets) {
+  const int64_t pitch = p.scratch_pitch({});
   int count = 0;
   for (int i = 0; i < p.h.taps; ++i)
-    for (int j = 0; j < p.w.taps; ++j) offsets[count++] = p.shift(i, j) * kLanes;
+    for (int j = 0; j < p.w.taps; ++j) offsets[count++] = p.shift(i, j) * pitch;
   return count;
 }
 

@@ -219,12 +219,13 @@ void conv_dgrad(const Args& a, Parallel parallel) {
     run_parallel(parallel, tasks.count(), p.rows() * p.w.grid * p.channels() * 8, [&](int64_t task) {
       const auto [block, tile, begin, end] = tasks.at(task);
       const DgradArgs of = block_of(a, p.abreast, block);
-      const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
+      const Problem of_block = p.of_block(block);
+      const int64_t first = begin * kPanel, columns = least(of_block.dst_c, end * kPanel) - first;
       const int64_t ldc = round_up(columns, kLanes);
       float* c = scratch_c.get(p.tile_pixels * ldc);
       Tile where;
-      multiply_tile(p, of.grad, tile, tasks.behind(task, p, a.grad, g.out_c), of_block(p, factor, block), begin, end, c,
-                    ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
+      multiply_tile(of_block, of.grad, tile, tasks.behind(task, p, a.grad, g.out_c), factor_of(p, factor, block), begin,
+                    end, c, ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
                       if (phases > 1) return;  // its pixels are not side by side
                       const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
                       prefetch->add(of.x, from, to, first, columns);

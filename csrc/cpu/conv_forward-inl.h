@@ -113,12 +113,13 @@ void conv_forward(const Args& a, Parallel parallel) {
   if (!is_kept || kept.fills()) pack_weights(p, factor, parallel);
   kept.filled();
   float* stats = a.mean == nullptr ? nullptr : partial_sums.get(p.tiles * kTileStats * p.channels());
-  const bool in_place = !kPairs && p.dst_c % kLanes == 0;
+  const bool in_place = !kPairs && p.dst_c % kLanes == 0 && p.lacking == 0;
   const int64_t pixels = p.rows() * p.w.grid;
   run_parallel(parallel, tasks.count(), pixels * p.channels() * 8, [&](int64_t task) {
     const auto [block, tile, begin, end] = tasks.at(task);
     const ForwardArgs of = block_of(a, p.abreast, block);
-    const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first;
+    const Problem of_block = p.of_block(block);
+    const int64_t first = begin * kPanel, columns = least(of_block.dst_c, end * kPanel) - first;
     const int64_t ldc = in_place ? a.out.stride : round_up(columns, kLanes);
     // output pixels of a tile are consecutive rows of the map
     float* c = in_place ? reinterpret_cast<float*>(of.out.data) + p.first_row(tile) * p.w.grid * of.out.stride + first
@@ -126,8 +127,8 @@ void conv_forward(const Args& a, Parallel parallel) {
     Tile where;
     const bool last = task + 1 == tasks.count();
     const Task next = last ? Task{block, p.tiles, begin, end} : tasks.at(task + 1);
-    multiply_tile(p, of.x, tile, tasks.behind(task, p, a.x, g.in_c), of_block(p, factor, block), begin, end, c, ldc,
-                  &where, [&](const Tile& t, Prefetch* prefetch) {
+    multiply_tile(of_block, of.x, tile, tasks.behind(task, p, a.x, g.in_c), factor_of(p, factor, block), begin, end, c,
+                  ldc, &where, [&](const Tile& t, Prefetch* prefetch) {
                     const int64_t from = t.pixel[0], to = t.pixel[t.pixels - 1] + 1;
                     prefetch->add(of.residual, from, to, first, columns);
                     if (!in_place) return prefetch->add(of.out, from, to, first, columns);

@@ -101,9 +101,10 @@ struct Problem {
   Axis h, w;
   int64_t batch, src_c, dst_c, dst_h, dst_w;  // src_c in units where those run along the channels, but for Winograd's
   int64_t per_unit = 1;                       // channels
-  // Groups are computed in blocks, each a problem of these sizes: one group, or some narrow ones abreast. Those read as
-  // many channels as they write; src_c is what each output reads.
-  int64_t blocks = 1, abreast = 1;
+  // Groups are computed in blocks, each a problem of these sizes: one group, or some narrow ones abreast, of which the
+  // last block, then of one vector, lacks those that would write so many channels. Those read as many channels as they
+  // write; src_c is what each output reads.
+  int64_t blocks = 1, abreast = 1, lacking = 0;
   // the plan: a tile is some lines of `line_rows` rows, as many as Winograd's patches have; the last of an image may
   // have fewer
   int64_t line_rows = 1, tile_lines = 0, tiles = 0, tile_pixels = 0, scratch_pixels = 0, scratch_w = 0, chunk = 0;
@@ -117,19 +118,30 @@ struct Problem {
     blocks = groups;
     const int64_t of_group = src_c * per_unit;
     if (of_group != dst_c || of_group < 2 || of_group > kLanes || (of_group & (of_group - 1)) != 0) return;
-    for (int64_t vectors = kPanelVectors; vectors > 0 && abreast == 1; --vectors)
-      if (groups % (vectors * kLanes / of_group) == 0) abreast = vectors * kLanes / of_group;
+    const int64_t of_vector = kLanes / of_group, vectors = div_up(groups, of_vector);
+    int64_t of_block = groups % of_vector == 0 ? kPanelVectors : 1;
+    while (vectors % of_block != 0) --of_block;
+    abreast = of_block * of_vector;
     if (abreast == 1) return;
-    blocks = groups / abreast;
+    blocks = vectors / of_block;
     dst_c *= abreast;
+    lacking = blocks * dst_c - groups * of_group;
     src_c = of_group;
     per_unit = 1;
   }
 
-  int64_t channels() const { return blocks * dst_c; }  // of the destination
+  int64_t channels() const { return blocks * dst_c - lacking; }  // of the destination
+  // A block by itself.
+  Problem of_block(int64_t block) const {
+    Problem p = *this;
+    p.dst_c = least(dst_c, channels() - block * dst_c);
+    p.blocks = 1;
+    p.lacking = 0;
+    return p;
+  }
   // Of a tile's operand: its size, and what lies between two pixels; vector by vector where groups are abreast.
   int64_t scratch_floats() const { return scratch_pixels * chunk * abreast; }
-  int64_t scratch_pitch(Chunk of) const { return abreast > 1 ? kLanes : of.width; }
+  int64_t scratch_pitch(Chunk of) const { return abreast > 1 ? least(kLanes, dst_c) : of.width; }
   // How many pixels behind a pixel's own place a tap is read.
   int64_t shift(int i, int j) const { return h.shift(i) * scratch_w + w.shift(j); }
   int64_t rows() const { return batch * h.grid; }

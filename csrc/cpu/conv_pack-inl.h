@@ -27,7 +27,7 @@ inline int64_t block_size(const Problem& p) { return round_up(p.dst_c, kLanes) *
 inline int64_t packed_size(const Problem& p) { return p.packs ? 0 : p.blocks * block_size(p); }
 
 // That of a block of groups.
-inline Factor of_block(const Problem& p, Factor factor, int64_t block) {
+inline Factor factor_of(const Problem& p, Factor factor, int64_t block) {
   factor.weight.data += block * p.abreast * factor.group_stride;
   if (!p.packs) factor.packed += block * block_size(p);
   return factor;
@@ -86,7 +86,7 @@ void pack_abreast(const Problem& p, const Factor& factor, float* dst) {
     for (int i = 0; i < p.h.taps; ++i) {
       for (int j = 0; j < p.w.taps; ++j, dst += p.src_c * kLanes) {
         for (int64_t l = 0; l < kLanes; ++l) {
-          const int64_t n = first + l;
+          const int64_t n = least(first + l, p.dst_c - 1);  // lanes behind the last channel repeat it
           const Value* src = w.data + p.h.kernel[i] * w.sh + p.w.kernel[j] * w.sw + n / p.src_c * factor.group_stride +
                              n % p.src_c * factor.destination_stride;
           for (int64_t c = 0; c < p.src_c; ++c) dst[c * kLanes + l] = to_float(src[c * factor.source_stride]);
@@ -162,8 +162,10 @@ void pack_weights(const Problem& p, const Of& factor, Parallel parallel) {
   run_parallel(parallel, p.blocks * panels * of_panel, p.channels() * p.depth(), [&](int64_t task) {
     const int64_t panel = task / of_panel % panels;
     const Chunk chunk = p.chunk_at(task % of_panel / pieces);
-    const Of own = of_block(p, factor, task / of_panel / panels);
-    pack(p, own, panel, chunk, task % pieces, packed_at(p, own, panel, chunk));
+    const int64_t block = task / of_panel / panels;
+    const Problem of_block = p.of_block(block);
+    const Of own = factor_of(p, factor, block);
+    pack(of_block, own, panel, chunk, task % pieces, packed_at(of_block, own, panel, chunk));
   });
 }
 

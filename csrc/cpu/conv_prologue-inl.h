@@ -50,9 +50,10 @@ void load_tile(const Problem& p, const Source& s, int64_t tile, Chunk chunk, flo
 }
 
 // The operand of groups abreast, one vector of channels behind the other: what a register kernel reads stays in L1.
+// Groups that fill no vector lie closer: what lanes behind them read is of the next pixel, and is written nowhere.
 void load_abreast(const Problem& p, const Source& s, int64_t tile, float* scratch) {
   for (int64_t first = 0; first < p.dst_c; first += kLanes)
-    load_tile(p, s, tile, {first, kLanes, 0}, scratch + first * p.scratch_pixels);
+    load_tile(p, s, tile, {first, least(kLanes, p.dst_c - first), 0}, scratch + first * p.scratch_pixels);
 }
 
 // Columns of a tile's output gradients as numbers, panel by panel: what a register kernel reads lies side by side.

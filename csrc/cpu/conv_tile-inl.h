@@ -193,7 +193,7 @@ void multiply_abreast(const Problem& p, const float* scratch, const Tile& where,
   const int taps = tap_offsets(p, offsets);
   const AbreastKernels& of = abreast_kernels(p.src_c);
   const int64_t block = even_block(where.pixels, of.rows),
-                lines = div_up(prefetch->total, p.dst_c / kLanes * div_up(where.pixels, block));
+                lines = div_up(prefetch->total, div_up(p.dst_c, kLanes) * div_up(where.pixels, block));
   for (int64_t n = 0; n < p.dst_c; n += kLanes) {
     for (int64_t m = 0; m < where.pixels; m += block) {
       const Ahead ahead = prefetch->take(lines, lines);

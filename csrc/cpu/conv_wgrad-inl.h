@@ -78,20 +78,19 @@ void outer_groups(const Problem& p, const Tile& where, const float* scratch, con
   const int taps = tap_offsets(p, offsets);
   const AbreastKernels& of = abreast_kernels(p.src_c);
   const int64_t* gradient_base = strided_base(where.pixels, kLanes);
-  const int64_t block = even_block(taps, of.taps),
-                lines = div_up(prefetch->total, p.dst_c / kLanes * div_up(taps, block));
+  const int64_t block = even_block(taps, of.taps), width = round_up(p.dst_c, kLanes),
+                lines = div_up(prefetch->total, width / kLanes * div_up(taps, block));
   for (int64_t n = 0; n < p.dst_c; n += kLanes)
     for (int64_t t = 0; t < taps; t += block)
       of.outer[least(block, taps - t)](
           scratch + n * p.scratch_pixels, where.base, offsets + t, gradient + n * where.pixels, gradient_base,
-          where.pixels, sums + t * p.src_c * p.dst_c + n, p.dst_c, fresh, prefetch->take(lines, where.pixels));
+          where.pixels, sums + t * p.src_c * width + n, width, fresh, prefetch->take(lines, where.pixels));
 }
 
 // As outer_tile, tap by tap, without the pixels that read padding through it: what is not finite would not be zero
 // times the padding's zeros.
-void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient,
+void outer_inside(const Problem& p, Chunk chunk, const Tile& where, const float* scratch, const float* gradient,
                   int64_t begin, int64_t end, float* sums, bool fresh) {
-  const Problem& p = plan.p;
   int64_t* base = scratch_strided.get(3 * where.pixels);
   int64_t *gradient_base = base + where.pixels, *inside = gradient_base + where.pixels;
   for (int t = 0; t < p.taps(); ++t) {
@@ -107,10 +106,10 @@ void outer_inside(const WgradPlan& plan, Chunk chunk, const Tile& where, const f
     const int64_t offset = p.shift(i, j) * p.scratch_pitch(chunk), first = chunk.row + t * chunk.width;
     if (p.abreast > 1) {
       for (int64_t m = 0; m < count; ++m) gradient_base[m] = inside[m] * kLanes;
+      const int64_t width = round_up(p.dst_c, kLanes);
       for (int64_t n = 0; n < p.dst_c; n += kLanes)
         abreast_kernels(p.src_c).outer[1](scratch + n * p.scratch_pixels, base, &offset, gradient + n * where.pixels,
-                                          gradient_base, count, sums + first * p.dst_c + n, p.dst_c, fresh,
-                                          kNothingAhead);
+                                          gradient_base, count, sums + first * width + n, width, fresh, kNothingAhead);
       continue;
     }
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -268,8 +267,9 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
   run_parallel(parallel, plan.groups * p.blocks * chunks * parts, pixels * p.channels() * 8, [&](int64_t task) {
     const int64_t group = task / (p.blocks * chunks * parts), block = task / (chunks * parts) % p.blocks,
                   begin = task % parts * plan.each, end = least(panels, begin + plan.each);
+    const Problem of_block = p.of_block(block);
     const Chunk chunk = p.chunk_at(task / parts % chunks);
-    const int64_t first = begin * kPanel, columns = least(p.dst_c, end * kPanel) - first,
+    const int64_t first = begin * kPanel, columns = least(of_block.dst_c, end * kPanel) - first,
                   written = round_up(columns, kLanes);
     const int64_t stop = least(p.tiles, (group + 1) * plan.group_tiles);
     float* scratch = scratch_a.get(p.scratch_floats());
@@ -277,11 +277,11 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
     const WgradArgs of = block_of(a, p.abreast, block);
     for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
       const bool fresh = tile == group * plan.group_tiles;
-      Tile where = locate(p, tile, p.scratch_pitch(chunk));
+      Tile where = locate(p, tile, of_block.scratch_pitch(chunk));
       if (p.abreast > 1) {
-        load_abreast(p, of.x, tile, scratch);
-        for (int64_t n = 0; n < p.dst_c; n += kLanes)
-          load_panels(of.grad, where, n, kLanes, gradient + n * where.pixels);
+        load_abreast(of_block, of.x, tile, scratch);
+        for (int64_t n = 0; n < columns; n += kLanes)
+          load_panels(of.grad, where, n, least(kLanes, columns - n), gradient + n * where.pixels);
       } else if (p.winograd) {
         load_tile(p, of.x, tile, chunk, scratch);
         load_panels(of.grad, where, first, columns, gradient);
@@ -301,8 +301,8 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
       float* own = sums + (block * plan.groups + group) * plan.size();
       if (p.winograd) outer_winograd(plan, tile, chunk, scratch, gradient, begin, own, fresh, &prefetch);
       else if ((!kPairs || p.abreast > 1) && is_padded(g) && !is_finite(gradient, where.pixels * written))
-        outer_inside(plan, chunk, where, scratch, gradient, begin, end, own, fresh);
-      else if (p.abreast > 1) outer_groups(p, where, scratch, gradient, own, fresh, &prefetch);
+        outer_inside(of_block, chunk, where, scratch, gradient, begin, end, own, fresh);
+      else if (p.abreast > 1) outer_groups(of_block, where, scratch, gradient, own, fresh, &prefetch);
       else outer_tile(plan, chunk, where, scratch, gradient, begin, end, own, fresh, &prefetch);
     }
   });
@@ -310,7 +310,7 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
   run_parallel(parallel, p.blocks * panels * chunks, p.blocks * plan.used_groups() * plan.size(), [&](int64_t task) {
     const int64_t block = task / (panels * chunks), panel = task / chunks % panels, first = panel * kPanel,
                   width = panel_width(p.dst_c, panel);
-    const int64_t valid = least(width, p.dst_c - first);
+    const int64_t valid = least(width, p.of_block(block).dst_c - first);
     const Chunk chunk = p.chunk_at(task % chunks);
     const Weight dweight = block_of(a, p.abreast, block).dweight;
     float* from = sums + block * plan.groups * plan.size() + first * p.depth() + chunk.row * width;

@@ -108,7 +108,9 @@ def _takes_groups(read: int, written: int, taps: int, pixels: int, groups: int, 
     lanes, pairs = _lanes(), dtype == torch.bfloat16
     if pixels <= 16:
         return read >= 4
-    if read == written > 1 and lanes % read == 0 and groups % (lanes // read) == 0:
+    shares = read == written > 1 and lanes % read == 0
+    # a vector that they do not fill is little beside two that they do, or beside what a call of the library costs
+    if shares and (groups % (lanes // read) == 0 or groups * read > 2 * lanes or pixels <= 512):
         return not pairs or read <= 4
     if taps == 1:
         return read >= 4 and (pixels * groups <= 4096 or (written >= 16 and (read >= 32 or pixels <= 2048)))
