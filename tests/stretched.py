@@ -18,6 +18,8 @@ from fusedres.testing import randomize
 
 #: runs of one kind of map until all of them are from the recording
 WARM = stretch.RUNS_BEFORE + tape.RUNS_BEFORE_RECORDING + 1
+#: where gradients are recorded, until all of them are rows
+WARM_ROWS = stretch.RUNS_BEFORE + 1
 
 
 def blocks() -> list[nn.Module]:
@@ -97,6 +99,42 @@ def added_by(run: Callable[[], object], count: list[int]) -> int:
     before = count[0]
     run()
     return count[0] - before
+
+
+def training(build: Callable[[], nn.Module] = small_resnet, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return model_of(build, dtype).train()
+
+
+def step(model: nn.Module, x: Tensor) -> Tensor:
+    """The output, with gradients left where they belong."""
+    for p in model.parameters():
+        p.grad = None
+    y = model(x)
+    y.square().sum().backward()
+    return y.detach()
+
+
+def warm(model: nn.Module, x: Tensor) -> None:
+    for _ in range(WARM_ROWS):
+        step(model, x)
+
+
+def assert_same_step(model: nn.Module, twin: nn.Module, x: Tensor) -> None:
+    """A step of both leaves the same bits everywhere."""
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = step(model, ours), step(twin, theirs)
+    assert torch.equal(y, expected) and y.stride() == expected.stride()
+    assert (ours.grad is None) == (theirs.grad is None)
+    assert ours.grad is None or torch.equal(ours.grad, theirs.grad) and ours.grad.stride() == theirs.grad.stride()
+    assert_same_state(model, twin)
+
+
+def assert_same_state(model: nn.Module, twin: nn.Module) -> None:
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or torch.equal(p.grad, q.grad), name
+    for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def _own_forward(model: nn.Module) -> None:

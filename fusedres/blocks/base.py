@@ -6,9 +6,8 @@ import contextlib
 import functools
 import inspect
 import operator
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from ..recognition import MAP, BlockGraph, Flow, Form, Part, global_hooks, has_g
 from ..specs import BlockSpec
 from ..swap import FusedBlock, original_class, state_of
 from . import compiled
+from .calls import PartCall, following, made
 from .handover import Handover, Order, arrive, contiguous, in_order, suggests_channels_last
 from .plan import Measures, Plan, Planner, part_takes
 from .reading import Sets, recall
@@ -276,39 +276,6 @@ class Ran(NamedTuple):
     record: CallRecord | None
 
 
-class PartCall(NamedTuple):
-    """A part that ran fused, so that the same can be run again: ``spec`` on the map ``given``, as it ``entered``, and on ``beside``, with
-    the ``stats`` of the map, into ``out``; ``counters``, those of its BatchNorms. ``lasts``: the description is that of the next call, too.
-    It gave ``y`` and its ``y_stats``."""
-
-    backend: Backend
-    spec: BlockSpec
-    counters: dict[Tensor, int]
-    given: Tensor
-    entered: Tensor
-    beside: Tensor | None
-    stats: Tensor | None
-    out: Tensor | None
-    lasts: bool
-    y: Tensor
-    y_stats: Tensor | None
-
-
-#: of a thread: where the parts that run fused are written down
-_following = threading.local()
-
-
-@contextlib.contextmanager
-def follow() -> Iterator[list[PartCall]]:
-    """The parts that this thread runs fused inside the ``with``, in their order."""
-    previous = getattr(_following, "calls", None)
-    _following.calls = calls = list[PartCall]()
-    try:
-        yield calls
-    finally:
-        _following.calls = previous
-
-
 def count(counters: dict[Tensor, int]) -> None:
     """Add to each of the ``counters`` how often its BatchNorm is about to use a batch."""
     if counters:
@@ -357,16 +324,16 @@ def run_part(
         place = None
     with torch.autocast(prepared.device.type, enabled=False) if autocast else _AS_IT_IS:
         y, stats = spec.run(backend, prepared, beside, stats=given.stats, out=place)
-    followed = getattr(_following, "calls", None)
-    if followed is not None:
+    calls = following()
+    if calls is not None:
         lasts = part.lasting is not None and with_recompute(part.lasting, state) is spec
-        followed.append(PartCall(backend, spec, counters, x, prepared, beside, given.stats, place, lasts, y, stats))
+        calls.append(PartCall(backend, spec, counters, prepared, beside, given.stats, place, lasts, y, stats))
     order = None
     if y is not place and (given_order is not None or beside_order is not None):
         order = behind(spec, given_order, beside_order)
     owes = order is not None
     if order is not None and order != contiguous(len(order)):
-        y, owes = in_order(y, order), False
+        y, owes = made(in_order, y, order), False
     record = CallRecord(
         block.training,
         torch.is_grad_enabled(),

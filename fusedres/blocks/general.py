@@ -26,6 +26,7 @@ from ..recognition import (
     read_flows,
 )
 from .base import Kind, Original, Ran, note, note_unfused, run_part
+from .calls import made
 from .handover import Handover, contiguous, enter, mixes, order_of, suggests_channels_last
 from .plan import Planner
 from .reading import Sets
@@ -306,7 +307,7 @@ class _Call:
             if order_of(value.x) != contiguous(value.x.dim()):
                 return value
             with self._as_made(slot):
-                self.entered[slot] = value._replace(x=enter(value.x), owes_nchw=True)
+                self.entered[slot] = value._replace(x=made(enter, value.x), owes_nchw=True)
         return self.entered[slot]
 
     def _plain(self, action: Plain) -> Handover:
@@ -317,10 +318,11 @@ class _Call:
         if action.overwrites:
             self.entered.clear()
         with _recording(action.grad):
-            y = action.call(*args, **kwargs)
+            # what is asked of a map is the same for all maps like it
+            y = action.call(*args, **kwargs) if action.measures else made(action.call, *args, **kwargs)
             owes = keeps and self._owes_behind(action, y)
             if owes:
-                y = _as_eager(y)
+                y = made(_as_eager, y)
         return Handover(y, owes_nchw=owes and not _is_contiguous(y))
 
     def _owes_behind(self, action: Plain, y: Any) -> bool:

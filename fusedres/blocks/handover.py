@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..backends.layout import as_map
 from ..recognition import global_hooks, hooked
 from ..swap import FusedBlock, resume, runs_fused, state_of
+from .calls import made
 
 if TYPE_CHECKING:
     from .state import BlockState
@@ -40,8 +41,8 @@ class Handover(NamedTuple):
             *before, last = self.keeper.records
             self.keeper.records = (*before, None if last is None else last._replace(copied=True))
         if self.owes_nchw:
-            return self.x.clone(memory_format=torch.contiguous_format)
-        return self.x if self.keeper is None else self.x.clone()
+            return made(torch.clone, self.x, memory_format=torch.contiguous_format)
+        return self.x if self.keeper is None else made(torch.clone, self.x)
 
 
 class _ToChannelsLast(torch.autograd.Function):
@@ -120,7 +121,7 @@ def arrive(given: Handover, x: Tensor) -> tuple[Tensor, Order]:
     """``x``, the map of ``given`` or a cast of it, in channels_last, and how eager's lies in memory."""
     order = order_of(x)
     if order is not None:
-        x = enter(x)
+        x = made(enter, x)
     return x, contiguous(x.dim()) if given.owes_nchw else order
 
 

@@ -12,6 +12,7 @@ from ..errors import Unsupported
 from ..recognition import BlockGraph, Layout, Part, Piece, child_of, highway_part, layout, norm_types, read
 from ..specs import BlockSpec
 from .base import Behind, Kind, Original, Ran, behind_convolutions, note, run_part
+from .calls import made
 from .handover import Handover, Order, contiguous, suggests_channels_last
 from .plan import Planner
 from .state import BlockState
@@ -107,7 +108,7 @@ class ResidualKind(Kind):
         def run_piece(piece: Piece, given: Handover, source: Handover | None) -> Handover:
             if not piece.fused:
                 maps = (given.leave(),) if source is None else (given.leave(), source.leave())
-                return Handover(piece.original(*maps))
+                return Handover(made(piece.original, *maps))
             into = place if piece is found.last else None
             results.append(
                 run_part(self, block, state, piece.part, piece.original, given, source, into, behind_sum(piece))

@@ -13,6 +13,7 @@ from ..recognition import Part, conv_runs, is_sequential, shape_behind
 from ..recognition import run_part as part_of_run
 from ..swap import FusedBlock, state_of
 from .base import Kind, Original, Ran, behind_convolutions, run_part, take
+from .calls import made
 from .handover import Handover, is_direct
 from .plan import Planner
 from .state import BlockState, Outcome
@@ -32,7 +33,7 @@ def pass_on(given: Handover, children: Sequence[nn.Module], place: Tensor | None
         if is_direct(child):
             given = take(child, given, place if i == len(children) else None)
         else:
-            given = Handover(child(given.leave()))
+            given = Handover(made(child, given.leave()))
     return given
 
 

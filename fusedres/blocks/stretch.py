@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from ..backends import select, tape
 from ..backends.contract import Backend
 from ..errors import Unsupported
-from ..recognition import BlockGraph, Flow, computing, functions_behind
+from ..recognition import BlockGraph, Fill, Flow, Slot, computing, filled, functions_behind
 from ..specs import BlockSpec
 from ..swap import FusedBlock, resume, state_of
-from .base import PartCall, autocast_dtype, count, follow
-from .handover import Handover, calls_directly, enter, is_called_as_module, is_direct
+from .base import autocast_dtype, count
+from .calls import Calls, PartCall, PlainCall, follow
+from .handover import Handover, calls_directly, is_called_as_module, is_direct
 from .reading import Seen
 from .state import BlockState, CallRecord, Outcome
 
@@ -55,38 +56,56 @@ class _Left(NamedTuple):
         return Handover(y, stats, self.keeper, self.owes_nchw)
 
 
-class _Step(NamedTuple):
-    """A part in a row: of which maps it reads (0: the row's, i: that behind step i), which comes in from outside in another memory format
-    (``enters``), and whether it is handed the map's statistics."""
+class _Part(NamedTuple):
+    """A part in a row: of which values it reads (0: the row's map, i: what call i has made), and whether it is handed the map's
+    statistics. ``done``: the values that nobody reads any more."""
 
     spec: BlockSpec
     given: int
-    enters: bool
     beside: int | None
     with_stats: bool
+    done: tuple[int, ...]
+
+
+class _Plain(NamedTuple):
+    """A call in a row that is made as it stands, with what its arguments are made of the row's values. ``done``: as of :class:`_Part`."""
+
+    call: Callable[..., Any]
+    args: Fill
+    names: tuple[str, ...]
+    kwargs: Fill
+    done: tuple[int, ...]
 
 
 class _Row(NamedTuple):
-    """The parts of a stretch as they run where gradients are recorded: the ``measures`` of the tensors that they read, the ``counters`` of
-    all their BatchNorms, the ``steps``, whether the output has its statistics with it, and what is ``left``."""
+    """A stretch as it runs where gradients are recorded: the ``measures`` of the tensors that its parts read, the ``counters`` of all their
+    BatchNorms, the ``calls``, whether the output has its statistics with it, and what is ``left``."""
 
     measures: list[Any]
     counters: dict[Tensor, int]
-    steps: list[_Step]
+    calls: tuple[_Part | _Plain, ...]
     measured: bool
     left: _Left
 
     def run(self, backend: Backend, x: Tensor) -> Handover:
         """The output for a map like the one that it was made of."""
         count(self.counters)
-        maps: list[tuple[Tensor, Tensor | None]] = [(x, None)]
-        for spec, given, enters, beside, with_stats in self.steps:
-            of, stats = maps[given]
-            source = None if beside is None else maps[beside][0]
-            of = enter(of) if enters else of
-            maps.append(spec.run(backend, of, source, stats=stats if with_stats else None))
-        y, stats = maps[-1]
-        return self.left.behind(y, stats if self.measured else None)
+        values: list[Any] = [x]
+        stats: list[Tensor | None] = [None]
+        for call in self.calls:
+            if isinstance(call, _Part):
+                beside = None if call.beside is None else values[call.beside]
+                of = stats[call.given] if call.with_stats else None
+                y, y_stats = call.spec.run(backend, values[call.given], beside, stats=of)
+            else:
+                args = call.args(values.__getitem__)
+                kwargs = dict(zip(call.names, call.kwargs(values.__getitem__), strict=True))
+                y, y_stats = call.call(*args, **kwargs), None
+            values.append(y)
+            stats.append(y_stats)
+            for at in call.done:
+                values[at] = stats[at] = None
+        return self.left.behind(values[-1], stats[-1] if self.measured else None)
 
 
 class _Known(NamedTuple):
@@ -270,8 +289,7 @@ class Stretch:
         """What is known of the stretch; None where it cannot be recorded now."""
         known = self._known
         if known is None:
-            plain = self._plain and not torch.is_grad_enabled()
-            known = self._known = _look_at(block, steps, plain)
+            known = self._known = _look_at(block, steps, self._plain)
         elif not known.holds():
             known = None
         if known is None:
@@ -305,35 +323,98 @@ def _one_by_one(known: _Known, given: Handover, steps: Steps) -> Handover:
         _inside.a_stretch = False
 
 
-def _row(
-    backend: Backend, measures: list[Any], x: Tensor, calls: list[PartCall], behind: Handover, left: _Left
-) -> _Row | None:
-    """The row that ``calls`` were, from ``x`` to what is ``behind`` them; None where one of them will not be the same the next time, was
-    handed a map that no other gave, or something else came between the last one and the output."""
-    at, stats = {id(x): 0}, list[Tensor | None]([None])
-    counters: dict[Tensor, int] = {}
-    steps: list[_Step] = []
-    for call in calls:
-        given, enters = at.get(id(call.given)), call.entered is not call.given
-        beside = None if call.beside is None else at.get(id(call.beside))
-        if (
-            not call.lasts
-            or call.backend is not backend
-            or call.out is not None
-            or given is None
-            or (beside is None) != (call.beside is None)
-            or call.stats is not None
-            and call.stats is not stats[given]
-        ):
-            return None
-        steps.append(_Step(call.spec, given, enters, beside, call.stats is not None))
-        at[id(call.y)] = len(steps)
-        stats.append(call.y_stats)
-        for counter, times in call.counters.items():
-            counters[counter] = counters.get(counter, 0) + times
-    if not calls or behind.x is not calls[-1].y or (behind.stats is not None and behind.stats is not stats[-1]):
+class _NoRow(Exception):
+    """A call will not be the same the next time, or was given what no other has made."""
+
+
+def _row(backend: Backend, measures: list[Any], x: Tensor, calls: Calls, behind: Handover, left: _Left) -> _Row | None:
+    """The row that ``calls`` were, from ``x`` to what is ``behind`` them; None where there is none, or something else came between the last
+    one and the output."""
+    # a number that follows from numbers alone is the same the next time
+    calls = [call for call in calls if isinstance(call, PartCall) or _holds_tensors((call.y, *call.given))]
+    if not calls or behind.x is not calls[-1].y:
         return None
-    return _Row(measures, counters, steps, behind.stats is not None, left)
+    values = _Values(x)
+    found: list[_Part | _Plain] = []
+    counters: dict[Tensor, int] = {}
+    try:
+        for call in calls:
+            if isinstance(call, PartCall):
+                found.append(_part(call, backend, values))
+                values.add(call.y, call.y_stats)
+                for counter, times in call.counters.items():
+                    counters[counter] = counters.get(counter, 0) + times
+            else:
+                found.append(_plain(call, values))
+                values.add(call.y, None)
+    except _NoRow:
+        return None
+    if behind.stats is not None and behind.stats is not values.stats[-1]:
+        return None
+    ran = tuple(call._replace(done=done) for call, done in zip(found, values.done(), strict=True))
+    return _Row(measures, counters, ran, behind.stats is not None, left)
+
+
+def _part(call: PartCall, backend: Backend, values: _Values) -> _Part:
+    if not call.lasts or call.backend is not backend or call.out is not None:
+        raise _NoRow
+    given = values.find(call.given)
+    beside = None if call.beside is None else values.find(call.beside)
+    if call.stats is not None and call.stats is not values.stats[given]:
+        raise _NoRow
+    return _Part(call.spec, given, beside, call.stats is not None, ())
+
+
+def _plain(call: PlainCall, values: _Values) -> _Plain:
+    if not _holds_tensors(call.y):
+        raise _NoRow  # a number that may follow from what is in a map
+    args, kwargs = values.written(call.args), values.written((*call.kwargs.values(),))
+    return _Plain(call.call, filled(args), (*call.kwargs,), filled(kwargs), ())
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(map(_holds_tensors, value)))
+
+
+class _Values:
+    """The values of a row while it is put together, by their identities, as the calls that have made them hold them, with the ``stats`` of
+    those that are maps."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._at = {id(x): 0}
+        self.stats: list[Tensor | None] = [None]
+        #: by value, the call that is the last to read it
+        self._last: dict[int, int] = {}
+
+    def add(self, y: Any, stats: Tensor | None) -> None:
+        """What the next call has made."""
+        self._at[id(y)] = len(self.stats)
+        self.stats.append(stats)
+
+    def find(self, value: Any) -> int:
+        """Which value that is, which the next call reads; raises _NoRow."""
+        at = self._at.get(id(value))
+        if at is None:
+            raise _NoRow
+        self._last[at] = len(self.stats) - 1
+        return at
+
+    def written(self, value: Any) -> Any:
+        """An argument of the next call, with a :class:`Slot` in the place of each value; raises _NoRow."""
+        if isinstance(value, Tensor) or id(value) in self._at:
+            return Slot(self.find(value))
+        if type(value) in (tuple, list):
+            return type(value)(map(self.written, value))
+        if isinstance(value, slice):
+            return slice(*map(self.written, (value.start, value.stop, value.step)))
+        return value
+
+    def done(self) -> list[tuple[int, ...]]:
+        """By call, the values that it is the last to read."""
+        found: list[list[int]] = [[] for _ in self.stats[1:]]
+        for at, end in self._last.items():
+            found[end].append(at)
+        return [*map(tuple, found)]
 
 
 def _look_at(block: nn.Module, steps: Steps, plain: bool) -> _Known | None:

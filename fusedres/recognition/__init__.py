@@ -36,7 +36,7 @@ Every function raises :class:`fusedres.errors.Unsupported` with the reason where
     shape_behind(module, shape) -> shape | None          the shape of a module's output
 """
 
-from .actions import Fused, Getter, Plain, Program, Setter, Slot
+from .actions import Fill, Fused, Getter, Plain, Program, Setter, Slot, filled
 from .calls import is_sequential
 from .computing import computing, functions_behind
 from .families import check_family
@@ -100,6 +100,8 @@ __all__ = [
     "Refused",
     "Setter",
     "Slot",
+    "Fill",
+    "filled",
     "arguments",
     "block_ids",
     "check_family",

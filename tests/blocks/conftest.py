@@ -19,3 +19,18 @@ def plays(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(tape.Tape, "play", played)
     return count
+
+
+@pytest.fixture
+def rows(monkeypatch) -> list[int]:
+    """The number of rows that ran."""
+    from fusedres.blocks import stretch  # as above
+
+    count, run = [0], stretch._Row.run
+
+    def ran(self, *args):
+        count[0] += 1
+        return run(self, *args)
+
+    monkeypatch.setattr(stretch._Row, "run", ran)
+    return count

@@ -11,12 +11,10 @@ import general_blocks
 import pytest
 import torch
 import torch.nn.functional as F
+from standing import CHANGES, MODELS, Branches, Gate, Shuffled, Sums, Weighed, doubles, squeeze
 from stretched import WARM, added_by, images, model_of, one_by_one, row
 from support import Counts
 from torch import Tensor, nn
-from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.models.shufflenetv2 import InvertedResidual as Shuffled
-from torchvision.ops import SqueezeExcitation
 
 import fusedres
 from fusedres.blocks import stretch
@@ -31,91 +29,6 @@ pytest.importorskip("fusedres._C")
 def compiled_backend() -> Iterator[None]:
     with fusedres.use_backend("cpp"):
         yield
-
-
-SCALE = 2.0
-
-
-class Gate(nn.Module):
-    """Weighs the channels, by a parameter and constants of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.steps = nn.Conv2d(8, 8, 1), 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(self.steps):
-            x = x * torch.sigmoid(self.conv(x.mean((2, 3), keepdim=True))) / SCALE
-        return x
-
-
-class Weighed(nn.Module):
-    """A residual block with ``inside`` between what is fused."""
-
-    def __init__(self, inside: nn.Module) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.inside = inside
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inside(self.relu(self.bn1(self.conv1(x))))
-        return self.relu(self.bn2(self.conv2(y)) + x)
-
-
-class Branches(nn.Module):
-    """Paths side by side, one of them a pool (Szegedy et al. 2015)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three = (general_blocks.unit(8, 4, k) for k in (1, 3, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = F.max_pool2d(x, 3, 1, 1)
-        return torch.cat([self.one(x), self.two(x), self.three(pooled)[:, ::2], F.avg_pool2d(x, 3, 1, 1)[:, :2]], 1)
-
-
-class Sums(nn.Module):
-    """Adds what no piece takes over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = general_blocks.unit(8), general_blocks.unit(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.one(x)
-        return self.two(y + x.mean((2, 3), keepdim=True)) + torch.sigmoid(y)
-
-
-class Layer(nn.Module):
-    """A dense layer with an activation behind it, which keeps it out of the buffer."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, 8, 1, bias=False)
-        self.norm2, self.conv2 = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.relu(self.norm1(x)))
-        return torch.cat([x, F.gelu(self.conv2(F.relu(self.norm2(y))))], 1)
-
-
-def squeeze() -> nn.Module:
-    return SqueezeExcitation(8, 4, scale_activation=nn.Hardsigmoid)
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "squeeze": lambda: row(Weighed(squeeze())),
-    "gate": lambda: row(Weighed(Gate())),
-    "shuffle": lambda: row(Shuffled(8, 16, 2), Shuffled(16, 16, 1)),
-    "branches": lambda: row(Branches(), nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8)),
-    "sums": lambda: row(Sums()),
-    "around": lambda: row(InvertedResidual(8, 12, 1, 2), nn.Hardswish(), nn.Dropout(0.5)),
-    "pools": lambda: row(nn.AdaptiveAvgPool2d(4), nn.GroupNorm(2, 8), nn.Upsample(scale_factor=2), nn.MaxPool2d(2)),
-    "norm": lambda: row(nn.BatchNorm2d(8), nn.GELU()),
-    "layers in pieces": lambda: row(nn.Sequential(Layer(8), Layer(12)), nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8)),
-}
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -157,24 +70,6 @@ def test_a_general_block_alone_is_one_schedule(build, plays):
 
 
 # ---- what may happen between two calls ---------------------------------------------------------------------------------
-
-
-def _doubles(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
-    return y * 2.0
-
-
-CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "a weight in place": lambda m: m[5].inside.conv.bias.sub_(6.0),
-    "another weight": lambda m: setattr(m[5].inside.conv, "bias", nn.Parameter(torch.full((8,), -3.0))),
-    "a constant": lambda m: setattr(m[5].inside, "steps", 3),
-    "a child": lambda m: setattr(m[5].inside, "conv", nn.Identity()),
-    "its own forward": lambda m: setattr(m[5].inside, "forward", lambda x: x * 0.5),
-    "a hook": lambda m: m[5].inside.register_forward_hook(_doubles),
-    "a hook inside": lambda m: m[5].inside.conv.register_forward_hook(lambda module, args, y: y - 4.0),
-    "another module": lambda m: setattr(m[5], "inside", nn.Sigmoid()),
-    "one that counts": lambda m: setattr(m[5], "inside", Counts()),
-    "padding": lambda m: setattr(m[5].inside.conv, "padding", (1, 1)),
-}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -316,7 +211,7 @@ def _with(module: nn.Module, change: Callable[[nn.Module], object]) -> nn.Module
         (lambda: nn.BatchNorm2d(8), "BatchNorm"),
         (lambda: nn.Bilinear(2, 2, 2), "Bilinear"),
         (lambda: nn.Sequential(nn.ReLU(), Counts()), "more than compute"),
-        (lambda: _with(Gate(), lambda m: m.register_forward_hook(_doubles)), "hook"),
+        (lambda: _with(Gate(), lambda m: m.register_forward_hook(doubles)), "hook"),
         (lambda: _with(Gate(), lambda m: m.conv.register_forward_pre_hook(lambda module, args: None)), "hook"),
         (lambda: _with(Gate(), lambda m: setattr(m, "forward", lambda x: x)), "overridden"),
     ],

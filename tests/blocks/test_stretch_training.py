@@ -9,75 +9,37 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from converted import small_resnet
-from stretched import CHANGES, MODELS, added_by, blocks, images, model_of, one_by_one, row
+from stretched import (
+    CHANGES,
+    MODELS,
+    WARM_ROWS,
+    added_by,
+    assert_same_state,
+    assert_same_step,
+    blocks,
+    images,
+    model_of,
+    one_by_one,
+    row,
+    step,
+    training,
+    warm,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
 from fusedres.backends import select
-from fusedres.blocks import stretch
 from fusedres.swap import state_of
 from fusedres.trial import memory
 
 pytest.importorskip("fusedres._C")
-
-#: runs of one kind of map until all of them are rows
-WARM = stretch.RUNS_BEFORE + 1
 
 
 @pytest.fixture(autouse=True)
 def compiled_backend() -> Iterator[None]:
     with fusedres.use_backend("cpp"):
         yield
-
-
-@pytest.fixture
-def rows(monkeypatch) -> list[int]:
-    """The number of rows that ran."""
-    count, run = [0], stretch._Row.run
-
-    def ran(self, *args):
-        count[0] += 1
-        return run(self, *args)
-
-    monkeypatch.setattr(stretch._Row, "run", ran)
-    return count
-
-
-def training(build: Callable[[], nn.Module] = small_resnet, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return model_of(build, dtype).train()
-
-
-def step(model: nn.Module, x: Tensor) -> Tensor:
-    """The output, with gradients left where they belong."""
-    for p in model.parameters():
-        p.grad = None
-    y = model(x)
-    y.square().sum().backward()
-    return y.detach()
-
-
-def warm(model: nn.Module, x: Tensor) -> None:
-    for _ in range(WARM):
-        step(model, x)
-
-
-def assert_same_step(model: nn.Module, twin: nn.Module, x: Tensor) -> None:
-    """A step of both leaves the same bits everywhere."""
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, expected = step(model, ours), step(twin, theirs)
-    assert torch.equal(y, expected) and y.stride() == expected.stride()
-    assert (ours.grad is None) == (theirs.grad is None)
-    assert ours.grad is None or torch.equal(ours.grad, theirs.grad) and ours.grad.stride() == theirs.grad.stride()
-    assert_same_state(model, twin)
-
-
-def assert_same_state(model: nn.Module, twin: nn.Module) -> None:
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        assert p.grad is None or torch.equal(p.grad, q.grad), name
-    for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
-        assert torch.equal(a, b), name
 
 
 #: rows that a step runs: in front of a forward's own code and behind it there is one each
@@ -89,7 +51,7 @@ RAN = {"forward": 2}
 def test_a_row_leaves_the_bits_of_its_blocks(name, memory_format, rows):
     model = training(MODELS[name])
     twin = one_by_one(model)
-    for _ in range(WARM + 1):
+    for _ in range(WARM_ROWS + 1):
         assert_same_step(model, twin, images().to(memory_format=memory_format))
     x = images().to(memory_format=memory_format).requires_grad_()
     assert added_by(lambda: step(model, x), rows) == RAN.get(name, 1)
@@ -100,7 +62,7 @@ def test_a_row_leaves_the_bits_of_its_blocks(name, memory_format, rows):
 def test_a_row_of_other_dtypes(dtype, rows):
     model = training(row, dtype)
     twin = one_by_one(model)
-    for _ in range(WARM + 1):
+    for _ in range(WARM_ROWS + 1):
         assert_same_step(model, twin, images().to(dtype))
     assert rows[0] > 0
 
@@ -108,7 +70,7 @@ def test_a_row_of_other_dtypes(dtype, rows):
 def test_evaluation_with_gradients_is_a_row_too(rows):
     model = model_of(small_resnet)
     twin = one_by_one(model)
-    for _ in range(WARM + 1):
+    for _ in range(WARM_ROWS + 1):
         assert_same_step(model, twin, images())
     assert rows[0] == 1
 
@@ -149,7 +111,7 @@ def test_a_change_is_noticed_in_training(change, rows):
         torch.manual_seed(1)
         with torch.no_grad():
             change(net)
-    for _ in range(WARM + 1):
+    for _ in range(WARM_ROWS + 1):
         assert_same_step(model, twin, images())
 
 
@@ -170,11 +132,11 @@ def test_a_block_that_is_to_recompute_keeps_less_at_once(rows):
 def test_the_memory_format_follows_weights_that_are_given_another(rows):
     model = training(row)
     twin = one_by_one(model)
-    for _ in range(WARM + 1):
+    for _ in range(WARM_ROWS + 1):
         assert_same_step(model, twin, images())
     for net in (model, twin):
         net.to(memory_format=torch.channels_last)  # the same parameters, in other strides
-    for _ in range(WARM + 1):
+    for _ in range(WARM_ROWS + 1):
         assert_same_step(model, twin, images())
 
 
@@ -209,7 +171,7 @@ def test_what_is_another_description_at_every_call_is_no_row(kind, rows):
         model[1] = nn.SyncBatchNorm(8)
         model = model.eval()  # in training it wants processes
     twin = one_by_one(model)
-    for _ in range(WARM + 2):
+    for _ in range(WARM_ROWS + 2):
         assert_same_step(model, twin, images())
     assert rows[0] == 0
 
@@ -265,7 +227,7 @@ def test_second_derivatives_checkpoints_and_kept_graphs(rows):
         return checkpoint(net, x, use_reentrant=False).square().sum()
 
     for loss in (penalty, twice, checkpointed):
-        for _ in range(WARM + 1):
+        for _ in range(WARM_ROWS + 1):
             x = images(2, 3, 8, 8)
             for net in (model, twin):
                 net.zero_grad()
