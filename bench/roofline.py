@@ -7,6 +7,8 @@
 Bytes and FLOPs are those of the calls that the blocks really make, recorded at the backend's boundary; a convolution's two gradients count
 as two kernels, but where the backend makes them by one. Measured runs compare each primitive with a floor: its bytes over the bandwidth
 of a large copy or its FLOPs over the rate of a well-shaped convolution of the library, whichever is larger, both taken in the same run.
+Beside it stands what the library takes for the same convolutions by themselves, again and again on the same maps, with nothing of what is
+fused into ours: no BatchNorm, activation, addition or statistics.
 Counted runs compare the feature-map traffic with eager's, where every operator is a pass of its own: BatchNorm reads twice and writes once,
 its backward reads four times and writes once, ReLU works in place. They also count what the triton backend launches in the step, with every
 convolution fused and by the plans that hold where nothing was measured, which leave some convolutions to the library and pay for it with
@@ -44,9 +46,42 @@ from .launches import PLANS, EagerTraffic, bytes_of, launched, launched_by_cuda,
 from .models import known_model, new_model
 
 
+@dataclass(frozen=True)
+class Bare:
+    """A convolution by itself: its shapes, and which gradients are wanted, None of its forward."""
+
+    x: torch.Size
+    weight: torch.Size
+    geometry: Geometry
+    wanted: tuple[bool, bool] | None
+
+    @classmethod
+    def of(cls, primitive: str, a: Mapping[str, Any]) -> Bare | None:
+        """That of a call of ``primitive`` with the arguments ``a``, None where that is no convolution."""
+        if primitive not in ("conv_forward", "conv_backward"):
+            return None
+        wanted = None if primitive == "conv_forward" else (a["target"] is not None, a["need_dw"])
+        return cls(a["x"].raw.shape, a["weight"].shape, a["geometry"], wanted)
+
+    def on(self, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+        """The library's call, of maps and a weight in channels_last."""
+        draw = functools.partial(torch.randn, dtype=dtype, device=device)
+        x, weight = (draw(s).to(memory_format=torch.channels_last) for s in (self.x, self.weight))
+        g = self.geometry
+        forward = functools.partial(torch.conv2d, x, weight, None, g.stride, g.padding, g.dilation, g.groups)
+        if self.wanted is None:
+            return forward
+        grad, mask = torch.randn_like(forward()), [*self.wanted, False]
+        of_both = torch.ops.aten.convolution_backward.default
+        return lambda: of_both(
+            grad, x, weight, None, [*g.stride], [*g.padding], [*g.dilation], False, [0, 0], g.groups, mask
+        )
+
+
 @dataclass
 class Call:
-    """One primitive call: bytes of feature maps read and written, FLOPs, seconds (0 where only counted), kernels it stands for."""
+    """One primitive call: bytes of feature maps read and written, FLOPs, seconds (0 where only counted), kernels it stands for, and the
+    convolution that is in it."""
 
     label: str
     read: int
@@ -54,6 +89,7 @@ class Call:
     flops: int
     seconds: float
     kernels: int
+    bare: Bare | None = None
 
 
 def account(
@@ -183,7 +219,8 @@ class Recorder(Wrapped):
         result = super().call(primitive, *args, **kwargs)
         moments = (start, self._clock.now())
         label, read, written, flops, kernels = account(primitive, _arguments(bound), result, one_kernel)
-        self._calls.append(Call(label, read, written, flops, moments, kernels))
+        bare = Bare.of(primitive, _arguments(bound))
+        self._calls.append(Call(label, read, written, flops, moments, kernels, bare))
         return result
 
 
@@ -293,7 +330,9 @@ def measured(args, name: str, mode: str) -> Page:
             timed(lambda: step(model, x, mode), clock)
         settle(calls, clock)
         runs.append(calls)
-    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0, 0])
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0, 0, 0, 0.0])
+    with torch.no_grad():
+        alone = {bare: best_of(bare.on(dtype, device), device) for bare in {call.bare for call in runs[0]} - {None}}
     for same in zip(*runs, strict=True):
         row, call = rows[same[0].label], same[0]
         row[0] += 1
@@ -301,6 +340,7 @@ def measured(args, name: str, mode: str) -> Page:
         row[2] += max((call.read + call.written) / bandwidth, call.flops / rate)
         row[3] += call.read + call.written
         row[4] += call.flops
+        row[5] += 0.0 if call.bare is None else alone[call.bare]
     total = statistics.median(totals)
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} threads"
@@ -313,13 +353,14 @@ def measured(args, name: str, mode: str) -> Page:
             "primitive": label, "calls": str(calls), "ms": f"{seconds * 1e3:.1f}", "floor ms": f"{floor * 1e3:.1f}",
             "of floor": f"{floor / seconds:.0%}" if floor else "-", "share": f"{seconds / total:.1%}",
             "GB/s": f"{moved / seconds / 1e9:.1f}", "GFLOP/s": f"{flops / seconds / 1e9:.0f}",
+            "library's alone, ms": f"{library * 1e3:.1f}" if library else "-",
         }
-        for label, (calls, seconds, floor, moved, flops) in sorted(rows.items(), key=lambda item: -item[1][1])
+        for label, (calls, seconds, floor, moved, flops, library) in sorted(rows.items(), key=lambda item: -item[1][1])
     ]  # fmt: skip
     outside = total - sum(row[1] for row in rows.values())
     rest = {"primitive": "outside the primitives", "ms": f"{outside * 1e3:.1f}", "share": f"{outside / total:.1%}"}
     shown.append(dict.fromkeys(shown[0], "") | rest)
-    names = ("calls", "seconds", "floor_seconds", "bytes", "flops")
+    names = ("calls", "seconds", "floor_seconds", "bytes", "flops", "library_seconds")
     figures = {
         "total_seconds": total, "copy_bytes_per_s": bandwidth, "flops_per_s": rate,
         "primitives": {label: dict(zip(names, row, strict=True)) for label, row in rows.items()},
