@@ -24,6 +24,7 @@ constexpr int64_t kPanel = kPanelVectors * kLanes;
 constexpr int kMaxTaps = 16;                     // per dimension; larger kernels go to the library
 constexpr int64_t kTilePixels = 160;             // enough rows to amortise a pass over the packed weights
 constexpr int64_t kScratchFloats = 64 * 1024;    // 256 KiB, a quarter of a current L2
+constexpr int64_t kSumsFloats = 128 * 1024;      // half of it: what a weight gradient adds up of one panel
 constexpr int64_t kWinogradFloats = 160 * 1024;  // the transformed operand of a tile
 constexpr int64_t kThreeChannels = 64;           // from here Winograd's output tiles may be 3 x 3
 constexpr int64_t kThreeSum = 64;                // and their sums begin anew after so many channels

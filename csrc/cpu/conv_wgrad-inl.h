@@ -10,20 +10,26 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
-// Where a weight gradient's sums lie: per group of tiles, panel by panel, within a panel by Problem::chunk_at, tap (or
-// position), channel.
+// Where a weight gradient's sums lie: per group of tiles, by Problem::chunk_at, panel by panel, within a panel by tap
+// (or position), channel.
 struct WgradPlan {
   Problem p;
   int64_t panels, parts, each;  // panels, and how they are divided into tasks
   int64_t groups, group_tiles;  // each group of tiles sums into a partial of its own
   int64_t size() const { return block_size(p); }
+  // The floats from a panel of a chunk to the next one.
+  int64_t panel_size(Chunk chunk) const { return kPanel * p.taps() * chunk.width; }
+  // Of all sums, those of a panel of a chunk for a group of tiles.
+  float* at(float* sums, int64_t block, int64_t group, Chunk chunk, int64_t panel) const {
+    return sums + (block * groups + group) * size() + chunk.row * round_up(p.dst_c, kLanes) + panel * panel_size(chunk);
+  }
   int64_t used_groups() const { return div_up(p.tiles, group_tiles); }
 
   // Follows from the shape alone.
   explicit WgradPlan(const Problem& problem) : p(problem) {
     p.plan(false);
-    // Winograd's sums are 16/9 or 4 times as large: those of a task have to stay in cache from tile to tile
-    if (p.winograd) p.chunk = least(p.chunk, kPanel);
+    // the sums of a panel stay in cache from tile to tile; those of Winograd's positions are 16/9 or 4 times as many
+    p.chunk = least(p.chunk, p.winograd ? kPanel : most(kLanes, kSumsFloats / (kPanel * p.taps()) / kLanes * kLanes));
     const int64_t pixels = p.rows() * p.w.grid, chunks = p.chunks();
     panels = div_up(p.dst_c, kPanel);
     groups = most(1, least(16, least(pixels / 512, (int64_t(1) << 22) / (p.blocks * size()))));
@@ -44,7 +50,7 @@ const int64_t* strided_base(int64_t pixels, int64_t stride) {
   return base;
 }
 
-// The products of one tile: panels [begin, end) of one chunk, added to the sums of a group unless they are `fresh`.
+// The products of one tile: panels [begin, end) of one chunk, added to the `sums` of those unless they are `fresh`.
 // `gradient` holds the tile's output gradients, panel by panel.
 void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const float* scratch, const float* gradient,
                 int64_t begin, int64_t end, float* sums, bool fresh, Prefetch* prefetch) {
@@ -58,13 +64,13 @@ void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const flo
     const int vectors = static_cast<int>(width / kLanes);
     const float* values = gradient + (panel - begin) * kPanel * where.pixels;
     const int64_t* gradient_base = strided_base(where.pixels, width);
-    float* to = sums + panel * kPanel * p.depth();
+    float* to = sums + (panel - begin) * plan.panel_size(chunk);
     for (int i = 0; i < count; ++i) {
       const int64_t block = even_block(segments[i].depth, rows_for(vectors));
       for (int64_t k = 0; k < segments[i].depth; k += block) {
         const int64_t rows = least(block, segments[i].depth - k);
         kernels().outer[vectors][rows](scratch + segments[i].offset + k, where.base, values, gradient_base,
-                                       where.pixels, to + (segments[i].row + k) * width, width, fresh,
+                                       where.pixels, to + (segments[i].row - chunk.row + k) * width, width, fresh,
                                        prefetch->take(lines, where.pixels));
       }
     }
@@ -103,7 +109,7 @@ void outer_inside(const Problem& p, Chunk chunk, const Tile& where, const float*
       base[count] = where.base[m];
       inside[count++] = m;
     }
-    const int64_t offset = p.shift(i, j) * p.scratch_pitch(chunk), first = chunk.row + t * chunk.width;
+    const int64_t offset = p.shift(i, j) * p.scratch_pitch(chunk), first = t * chunk.width;
     if (p.abreast > 1) {
       for (int64_t m = 0; m < count; ++m) gradient_base[m] = inside[m] * kLanes;
       const int64_t width = round_up(p.dst_c, kLanes);
@@ -117,7 +123,7 @@ void outer_inside(const Problem& p, Chunk chunk, const Tile& where, const float*
       const int vectors = static_cast<int>(width / kLanes);
       const float* values = gradient + (panel - begin) * kPanel * where.pixels;
       for (int64_t m = 0; m < count; ++m) gradient_base[m] = inside[m] * width;
-      float* to = sums + panel * kPanel * p.depth() + first * width;
+      float* to = sums + (panel - begin) * kPanel * p.taps() * chunk.width + first * width;
       const int64_t block = even_block(chunk.width, rows_for(vectors));
       for (int64_t k = 0; k < chunk.width; k += block)
         kernels().outer[vectors][least(block, chunk.width - k)](scratch + offset + k, base, values, gradient_base,
@@ -160,7 +166,7 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
   const int vectors = static_cast<int>(width / kLanes);
   const int64_t block = even_block(chunk.width, rows_for(vectors));
   const int64_t lines = div_up(prefetch->total, p.positions() * div_up(chunk.width, block));
-  float* to = sums + panel * kPanel * p.depth() + chunk.row * width;
+  float* to = sums;
   for (int position = 0; position < p.positions(); ++position, to += chunk.width * width) {
     for (int64_t k = 0; k < chunk.width; k += block) {
       kernels().outer_numbers[vectors][least(block, chunk.width - k)](
@@ -263,60 +269,15 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
   const WgradPlan plan(problem);
   const Problem& p = plan.p;
   const int64_t pixels = p.rows() * p.w.grid, panels = plan.panels, parts = plan.parts, chunks = p.chunks();
-  float* sums = partial_sums.get(p.blocks * plan.groups * plan.size());
-  run_parallel(parallel, plan.groups * p.blocks * chunks * parts, pixels * p.channels() * 8, [&](int64_t task) {
-    const int64_t group = task / (p.blocks * chunks * parts), block = task / (chunks * parts) % p.blocks,
-                  begin = task % parts * plan.each, end = least(panels, begin + plan.each);
-    const Problem of_block = p.of_block(block);
-    const Chunk chunk = p.chunk_at(task / parts % chunks);
-    const int64_t first = begin * kPanel, columns = least(of_block.dst_c, end * kPanel) - first,
-                  written = round_up(columns, kLanes);
-    const int64_t stop = least(p.tiles, (group + 1) * plan.group_tiles);
-    float* scratch = scratch_a.get(p.scratch_floats());
-    float* gradient = scratch_b.get(p.tile_pixels * written);
-    const WgradArgs of = block_of(a, p.abreast, block);
-    for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
-      const bool fresh = tile == group * plan.group_tiles;
-      Tile where = locate(p, tile, of_block.scratch_pitch(chunk));
-      if (p.abreast > 1) {
-        load_abreast(of_block, of.x, tile, scratch);
-        for (int64_t n = 0; n < columns; n += kLanes)
-          load_panels(of.grad, where, n, least(kLanes, columns - n), gradient + n * where.pixels);
-      } else if (p.winograd) {
-        load_tile(p, of.x, tile, chunk, scratch);
-        load_panels(of.grad, where, first, columns, gradient);
-      } else {
-        load_operand(p, of.x, tile, chunk, scratch);
-        const int64_t units = locate_units(p, chunk.width, where);
-        load_gradient(p, of.grad, where, units, first, columns, gradient);
-        where.pixels = units;
-      }
-      Prefetch prefetch;
-      if (tile + 1 < stop) {
-        prefetch_tile(p, of.x, tile + 1, chunk, &prefetch);
-        const int64_t from = p.first_row(tile + 1) * p.w.grid, to = p.first_row(tile + 2) * p.w.grid;
-        prefetch.add(of.grad.map, from, to, first, columns);
-        if (of.grad.q != nullptr) prefetch.add(of.grad.second, from, to, first, columns);
-      }
-      float* own = sums + (block * plan.groups + group) * plan.size();
-      if (p.winograd) outer_winograd(plan, tile, chunk, scratch, gradient, begin, own, fresh, &prefetch);
-      else if ((!kPairs || p.abreast > 1) && is_padded(g) && !is_finite(gradient, where.pixels * written))
-        outer_inside(of_block, chunk, where, scratch, gradient, begin, end, own, fresh);
-      else if (p.abreast > 1) outer_groups(of_block, where, scratch, gradient, own, fresh, &prefetch);
-      else outer_tile(plan, chunk, where, scratch, gradient, begin, end, own, fresh, &prefetch);
-    }
-  });
+  // of a single group sums are whole, and become weights while they are in cache
+  const bool at_once = plan.groups == 1;
+  float* sums = at_once ? nullptr : partial_sums.get(p.blocks * plan.groups * plan.size());
   bool again = false;
-  run_parallel(parallel, p.blocks * panels * chunks, p.blocks * plan.used_groups() * plan.size(), [&](int64_t task) {
-    const int64_t block = task / (panels * chunks), panel = task / chunks % panels, first = panel * kPanel,
-                  width = panel_width(p.dst_c, panel);
-    const int64_t valid = least(width, p.of_block(block).dst_c - first);
-    const Chunk chunk = p.chunk_at(task % chunks);
+  // A panel of a chunk, from the sums over all tiles.
+  const auto finish = [&](int64_t block, int64_t panel, Chunk chunk, const float* from) {
+    const int64_t first = panel * kPanel, width = panel_width(p.dst_c, panel),
+                  valid = least(width, p.of_block(block).dst_c - first);
     const Weight dweight = block_of(a, p.abreast, block).dweight;
-    float* from = sums + block * plan.groups * plan.size() + first * p.depth() + chunk.row * width;
-    // the groups, in order, into the first
-    for (int64_t k = 1; k < plan.used_groups(); ++k)
-      for (int64_t i = 0; i < p.taps() * chunk.width * width; ++i) from[i] += from[i + k * plan.size()];
     const auto place = [&](int i, int j, int64_t c) {
       return dweight.data + i * dweight.sh + j * dweight.sw + (chunk.first + c) * dweight.si + first * dweight.so;
     };
@@ -342,7 +303,65 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
       for (int t = 0; t < 9; ++t) store_weights(dweight, values[t][0], kPanel, kLanes, valid, place(t / 3, t % 3, c0));
     }
     if (!finite) __atomic_store_n(&again, true, __ATOMIC_RELAXED);
+  };
+  run_parallel(parallel, plan.groups * p.blocks * chunks * parts, pixels * p.channels() * 8, [&](int64_t task) {
+    const int64_t group = task / (p.blocks * chunks * parts), block = task / (chunks * parts) % p.blocks,
+                  begin = task % parts * plan.each, end = least(panels, begin + plan.each);
+    const Problem of_block = p.of_block(block);
+    const Chunk chunk = p.chunk_at(task / parts % chunks);
+    const int64_t first = begin * kPanel, columns = least(of_block.dst_c, end * kPanel) - first,
+                  written = round_up(columns, kLanes);
+    const int64_t stop = least(p.tiles, (group + 1) * plan.group_tiles);
+    float* scratch = scratch_a.get(p.scratch_floats());
+    float* gradient = scratch_b.get(p.tile_pixels * written);
+    float* own =
+        at_once ? scratch_c.get((end - begin) * plan.panel_size(chunk)) : plan.at(sums, block, group, chunk, begin);
+    const WgradArgs of = block_of(a, p.abreast, block);
+    for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
+      const bool fresh = tile == group * plan.group_tiles;
+      Tile where = locate(p, tile, of_block.scratch_pitch(chunk));
+      if (p.abreast > 1) {
+        load_abreast(of_block, of.x, tile, scratch);
+        for (int64_t n = 0; n < columns; n += kLanes)
+          load_panels(of.grad, where, n, least(kLanes, columns - n), gradient + n * where.pixels);
+      } else if (p.winograd) {
+        load_tile(p, of.x, tile, chunk, scratch);
+        load_panels(of.grad, where, first, columns, gradient);
+      } else {
+        load_operand(p, of.x, tile, chunk, scratch);
+        const int64_t units = locate_units(p, chunk.width, where);
+        load_gradient(p, of.grad, where, units, first, columns, gradient);
+        where.pixels = units;
+      }
+      Prefetch prefetch;
+      if (tile + 1 < stop) {
+        prefetch_tile(p, of.x, tile + 1, chunk, &prefetch);
+        const int64_t from = p.first_row(tile + 1) * p.w.grid, to = p.first_row(tile + 2) * p.w.grid;
+        prefetch.add(of.grad.map, from, to, first, columns);
+        if (of.grad.q != nullptr) prefetch.add(of.grad.second, from, to, first, columns);
+      }
+      if (p.winograd) outer_winograd(plan, tile, chunk, scratch, gradient, begin, own, fresh, &prefetch);
+      else if ((!kPairs || p.abreast > 1) && is_padded(g) && !is_finite(gradient, where.pixels * written))
+        outer_inside(of_block, chunk, where, scratch, gradient, begin, end, own, fresh);
+      else if (p.abreast > 1) outer_groups(of_block, where, scratch, gradient, own, fresh, &prefetch);
+      else outer_tile(plan, chunk, where, scratch, gradient, begin, end, own, fresh, &prefetch);
+    }
+    if (at_once)
+      for (int64_t panel = begin; panel < end; ++panel)
+        finish(block, panel, chunk, own + (panel - begin) * plan.panel_size(chunk));
   });
+  if (!at_once) {
+    run_parallel(parallel, p.blocks * panels * chunks, p.blocks * plan.used_groups() * plan.size(), [&](int64_t task) {
+      const int64_t block = task / (panels * chunks), panel = task / chunks % panels;
+      const Chunk chunk = p.chunk_at(task % chunks);
+      float* from = plan.at(sums, block, 0, chunk, panel);
+      // the groups, in order, into the first
+      for (int64_t k = 1; k < plan.used_groups(); ++k)
+        for (int64_t i = 0; i < p.taps() * chunk.width * panel_width(p.dst_c, panel); ++i)
+          from[i] += from[i + k * plan.size()];
+      finish(block, panel, chunk, from);
+    });
+  }
   if (again) conv_wgrad_of(a, 0, parallel);
 }
 
