@@ -2,8 +2,8 @@
 
 Its own convolutions (float32, and bfloat16 where the processor multiplies pairs of it) apply everything pending while an operand is loaded
 and everything that follows while the result is in cache, so that a convolution reads its maps once, writes one, and nothing lies between.
-What they do not take (other dtypes, groups that fill no vector, odd channels in bfloat16, very large kernels) is the library's, between
-passes.
+What they do not take (other dtypes, groups whose width neither divides a vector nor is a multiple of it, odd channels in bfloat16, very
+large kernels) is the library's, between passes.
 
 What is fresh is allocated here, and the operators write into it.
 """
