@@ -10,6 +10,9 @@ namespace fusedres {
 namespace FUSEDRES_CAPABILITY {
 namespace {
 
+// Of a chunk's sums, the floats from a panel to the next one.
+inline int64_t panel_size(const Problem& p, Chunk chunk) { return kPanel * p.taps() * chunk.width; }
+
 // Where a weight gradient's sums lie: per group of tiles, by Problem::chunk_at, panel by panel, within a panel by tap
 // (or position), channel.
 struct WgradPlan {
@@ -17,11 +20,10 @@ struct WgradPlan {
   int64_t panels, parts, each;  // panels, and how they are divided into tasks
   int64_t groups, group_tiles;  // each group of tiles sums into a partial of its own
   int64_t size() const { return block_size(p); }
-  // The floats from a panel of a chunk to the next one.
-  int64_t panel_size(Chunk chunk) const { return kPanel * p.taps() * chunk.width; }
   // Of all sums, those of a panel of a chunk for a group of tiles.
   float* at(float* sums, int64_t block, int64_t group, Chunk chunk, int64_t panel) const {
-    return sums + (block * groups + group) * size() + chunk.row * round_up(p.dst_c, kLanes) + panel * panel_size(chunk);
+    return sums + (block * groups + group) * size() + chunk.row * round_up(p.dst_c, kLanes) +
+           panel * panel_size(p, chunk);
   }
   int64_t used_groups() const { return div_up(p.tiles, group_tiles); }
 
@@ -64,7 +66,7 @@ void outer_tile(const WgradPlan& plan, Chunk chunk, const Tile& where, const flo
     const int vectors = static_cast<int>(width / kLanes);
     const float* values = gradient + (panel - begin) * kPanel * where.pixels;
     const int64_t* gradient_base = strided_base(where.pixels, width);
-    float* to = sums + (panel - begin) * plan.panel_size(chunk);
+    float* to = sums + (panel - begin) * panel_size(p, chunk);
     for (int i = 0; i < count; ++i) {
       const int64_t block = even_block(segments[i].depth, rows_for(vectors));
       for (int64_t k = 0; k < segments[i].depth; k += block) {
@@ -123,7 +125,7 @@ void outer_inside(const Problem& p, Chunk chunk, const Tile& where, const float*
       const int vectors = static_cast<int>(width / kLanes);
       const float* values = gradient + (panel - begin) * kPanel * where.pixels;
       for (int64_t m = 0; m < count; ++m) gradient_base[m] = inside[m] * width;
-      float* to = sums + (panel - begin) * kPanel * p.taps() * chunk.width + first * width;
+      float* to = sums + (panel - begin) * panel_size(p, chunk) + first * width;
       const int64_t block = even_block(chunk.width, rows_for(vectors));
       for (int64_t k = 0; k < chunk.width; k += block)
         kernels().outer[vectors][least(block, chunk.width - k)](scratch + offset + k, base, values, gradient_base,
@@ -166,12 +168,11 @@ void outer_winograd(const WgradPlan& plan, int64_t tile, Chunk chunk, const floa
   const int vectors = static_cast<int>(width / kLanes);
   const int64_t block = even_block(chunk.width, rows_for(vectors));
   const int64_t lines = div_up(prefetch->total, p.positions() * div_up(chunk.width, block));
-  float* to = sums;
-  for (int position = 0; position < p.positions(); ++position, to += chunk.width * width) {
+  for (int position = 0; position < p.positions(); ++position, sums += chunk.width * width) {
     for (int64_t k = 0; k < chunk.width; k += block) {
       kernels().outer_numbers[vectors][least(block, chunk.width - k)](
           transformed + position * step + k, base, gradients + position * gradient_step, gradient_base, patches,
-          to + k * width, width, fresh, prefetch->take(lines, patches));
+          sums + k * width, width, fresh, prefetch->take(lines, patches));
     }
   }
 }
@@ -315,7 +316,7 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
     float* scratch = scratch_a.get(p.scratch_floats());
     float* gradient = scratch_b.get(p.tile_pixels * written);
     float* own =
-        at_once ? scratch_c.get((end - begin) * plan.panel_size(chunk)) : plan.at(sums, block, group, chunk, begin);
+        at_once ? scratch_c.get((end - begin) * panel_size(p, chunk)) : plan.at(sums, block, group, chunk, begin);
     const WgradArgs of = block_of(a, p.abreast, block);
     for (int64_t tile = group * plan.group_tiles; tile < stop; ++tile) {
       const bool fresh = tile == group * plan.group_tiles;
@@ -348,7 +349,7 @@ void conv_wgrad_of(const Args& a, int winograd_only, Parallel parallel) {
     }
     if (at_once)
       for (int64_t panel = begin; panel < end; ++panel)
-        finish(block, panel, chunk, own + (panel - begin) * plan.panel_size(chunk));
+        finish(block, panel, chunk, own + (panel - begin) * panel_size(p, chunk));
   });
   if (!at_once) {
     run_parallel(parallel, p.blocks * panels * chunks, p.blocks * plan.used_groups() * plan.size(), [&](int64_t task) {
