@@ -321,8 +321,8 @@ class _Call:
             # what is asked of a map is the same for all maps like it
             y = action.call(*args, **kwargs) if action.measures else made(action.call, *args, **kwargs)
             owes = keeps and self._owes_behind(action, y)
-            if owes:
-                y = made(_as_eager, y)
+            if owes and isinstance(y, Tensor) and y.dim() != 4:  # of what owes, only a map may stay so
+                y = made(torch.Tensor.contiguous, y)
         return Handover(y, owes_nchw=owes and not _is_contiguous(y))
 
     def _owes_behind(self, action: Plain, y: Any) -> bool:
@@ -364,11 +364,6 @@ class _Call:
 def _recording(mode: bool | None) -> contextlib.AbstractContextManager[Any]:
     """A context in which gradients are recorded or not; None: as they are."""
     return _AS_IT_IS if mode is None else torch.set_grad_enabled(mode)
-
-
-def _as_eager(y: Any) -> Any:
-    """What was made of maps in channels_last where eager's are contiguous: only a map may stay so."""
-    return y.contiguous() if isinstance(y, Tensor) and y.dim() != 4 else y
 
 
 def _is_contiguous(y: Any) -> bool:

@@ -3,7 +3,8 @@
 Between two blocks there is Python that asks what has changed since the last call, and what it reads has been driven out of the caches by
 the maps in between. In a stretch all of it is asked at once. Without gradients the schedules of all blocks are one that is recorded, and
 then goes by (:mod:`fusedres.backends.tape`) without Python in between, so that on a GPU all launches are queued by one call. Where
-gradients are recorded the parts of all blocks run one after the other, each a node of autograd, so that gradients arrive block by block.
+gradients are recorded the parts of all blocks run one after the other, each a node of autograd, so that gradients arrive block by block,
+and what stands beside them is called between them.
 
 What is recorded is the blocks' own run, one by one, with all of its checks. It is repeated while every object that one of them depends on
 is the very same (:mod:`.reading`); what changes inside of tensors (dtype, shape, strides) a tape checks by itself, and in front of a run

@@ -80,6 +80,7 @@ from .trace import Refused, is_plain
 
 __all__ = [
     "BlockGraph",
+    "Fill",
     "Flow",
     "Flows",
     "Form",
@@ -100,8 +101,6 @@ __all__ = [
     "Refused",
     "Setter",
     "Slot",
-    "Fill",
-    "filled",
     "arguments",
     "block_ids",
     "check_family",
@@ -113,6 +112,7 @@ __all__ = [
     "dense_layer",
     "dense_part",
     "family_kind",
+    "filled",
     "follow",
     "follows",
     "form_of",

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture
+def compiled_backend() -> Iterator[None]:
+    """Everything runs by the C++ extension; without it nothing does."""
+    pytest.importorskip("fusedres._C")
+    import fusedres  # as below
+
+    with fusedres.use_backend("cpp"):
+        yield
 
 
 @pytest.fixture

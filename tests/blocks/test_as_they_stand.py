@@ -4,7 +4,7 @@ compute: the bits of the blocks one by one, any change noticed, and anything els
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import general_blocks
@@ -22,13 +22,7 @@ from fusedres.errors import Unsupported
 from fusedres.recognition import computing
 from fusedres.swap import state_of
 
-pytest.importorskip("fusedres._C")
-
-
-@pytest.fixture(autouse=True)
-def compiled_backend() -> Iterator[None]:
-    with fusedres.use_backend("cpp"):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_backend")
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

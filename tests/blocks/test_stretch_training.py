@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,13 +33,7 @@ from fusedres.backends import select
 from fusedres.swap import state_of
 from fusedres.trial import memory
 
-pytest.importorskip("fusedres._C")
-
-
-@pytest.fixture(autouse=True)
-def compiled_backend() -> Iterator[None]:
-    with fusedres.use_backend("cpp"):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_backend")
 
 
 #: rows that a step runs: in front of a forward's own code and behind it there is one each
